@@ -1,0 +1,400 @@
+"""Train a network of hand-written layers on MNIST, and watch it in TensorBoard.
+
+    python experiments/mnist.py                           the book's first network
+    python experiments/mnist.py --layers native           the control: same start, same
+                                                          batches, torch's own layers
+    python experiments/mnist.py --sizes 784 100 10 --cost cross-entropy --lr 0.5
+    python experiments/mnist.py --resume runs/NAME        go on where a run stopped
+    tensorboard --logdir runs                             the curves
+
+Exit status: 0 done, 1 --target-accuracy missed or the cost diverged, 2 bad arguments or
+data, 130 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import one_hot
+
+import torchbp
+from torchbp import checkpoint, data
+from torchbp.dashboard import Dashboard, probe
+from torchbp.nn import ACTIVATIONS, INITIALISATIONS
+from torchbp.progress import Progress
+from torchbp.trainer import AutogradSGD, DivergedError, EpochResult, Trainer
+
+# The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
+# wants a sigmoid there, whatever the hidden layers are.
+COSTS = {
+    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
+    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
+    "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
+}
+INPUTS, CLASSES = 784, 10
+PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
+
+# What --resume may change; the rest decides which weights come out.
+CHANGEABLE = {"checkpoint_every", "data", "device", "epochs", "target_accuracy"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the defaults are the book's first network with scaled initialisation."""
+
+    dataset: str = "auto"
+    data: str | None = None
+    sizes: tuple[int, ...] = (784, 30, 10)
+    activation: str = "sigmoid"
+    cost: str = "quadratic"
+    init: str = "scaled"
+    epochs: int = 30
+    batch_size: int = 10
+    lr: float = 3.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    layers: str = "bp"
+    logdir: str = "runs"
+    name: str | None = None
+    target_accuracy: float | None = None
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        choices = {
+            "dataset": ("auto", *data.NAMES),
+            "activation": tuple(ACTIVATIONS),
+            "cost": tuple(COSTS),
+            "init": tuple(INITIALISATIONS),
+            "device": ("auto", "cpu", "cuda", "mps"),
+            "layers": ("bp", "native"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                names = ", ".join(allowed)
+                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
+            raise ValueError(
+                f"target_accuracy: expected 0 to 1, got {self.target_accuracy}"
+            )
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(
+                f"sizes: expected at least two positive integers, got {self.sizes}"
+            )
+        if (self.sizes[0], self.sizes[-1]) != (INPUTS, CLASSES):
+            raise ValueError(
+                f"sizes: expected {INPUTS} first (28 x 28 pixels) and {CLASSES} last (the "
+                f"classes), got {self.sizes[0]} and {self.sizes[-1]}"
+            )
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """A new run; returns what the last lines of the output say.
+
+    Raises:
+        ValueError, torchbp.data.DataError, OSError: bad settings, data or folder; no
+            run folder is left behind.
+        DivergedError, KeyboardInterrupt: training stopped; the run can be resumed.
+    """
+    device = choose_device(settings.device)
+    name = settings.name or default_name(settings)
+    folder = checkpoint.RunFolder.create(settings.logdir, name)
+    try:
+        splits, settings = load_data(settings)
+        trainer = assemble(settings, splits, device)
+        folder.write(settings=dataclasses.asdict(settings))
+    except BaseException:
+        folder.discard()
+        raise
+    return train(settings, trainer, folder, device)
+
+
+def resume(run: str, **changes: Any) -> dict[str, Any]:
+    """Go on with the run in the folder `run` from its last checkpoint.
+
+    Args:
+        run: the run's folder.
+        changes: settings given anew. Those in CHANGEABLE take effect, the others must
+            be what the run was started with.
+
+    Raises:
+        ValueError: settings that contradict the run's, each named.
+        torchbp.checkpoint.CheckpointError: no checkpoint, or not a whole one.
+        and as :func:`main`.
+    """
+    folder = checkpoint.RunFolder(run)
+    state = checkpoint.load(folder.checkpoint)
+    try:
+        old = {**state["settings"], "sizes": tuple(state["settings"]["sizes"])}
+        settings = Settings(**{**old, **changes})
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(
+            f"{folder.checkpoint}: expected a run of this program, got {error}"
+        ) from error
+    wrong = [
+        f"{name} is {old[name]!r} there and {new!r} here"
+        for name, new in changes.items()
+        if name not in CHANGEABLE and new != old[name] and (name, new) != _AUTO
+    ]
+    if wrong:
+        raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
+    settings = dataclasses.replace(settings, dataset=old["dataset"])
+    device = choose_device(settings.device)
+    splits, _ = load_data(settings)
+    trainer = assemble(settings, splits, device)
+    trainer.load_state_dict(state["trainer"])
+    return train(settings, trainer, folder, device, resumed=True)
+
+
+_AUTO = ("dataset", "auto")
+
+
+def assemble(settings: Settings, splits: data.Splits, device: torch.device) -> Trainer:
+    """The network, its cost and its engine, joined to the data on the device."""
+    model = build(settings).to(device)
+    cost = COSTS[settings.cost][0]()
+    engine = AutogradSGD(model, cost, settings.lr, settings.weight_decay)
+    # The whole set in the device's memory: 55 MB for MNIST, still as uint8.
+    on_device = data.Splits(
+        *(data.Split(*(t.to(device) for t in split)) for split in splits)
+    )
+    return Trainer(model, engine, cost, on_device, settings.batch_size, settings.seed)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[name]:
+        found = ", ".join(key for key, value in there.items() if value)
+        raise ValueError(f"device: expected one that is there ({found}), got {name!r}")
+    return torch.device(name)
+
+
+def load_data(settings: Settings) -> tuple[data.Splits, Settings]:
+    """The data set, and the settings with "auto" replaced by what was found."""
+    name, root = settings.dataset, settings.data or os.environ.get("TORCHBP_DATA")
+    if name != "auto":
+        return data.load(name, root), settings
+    try:
+        name, splits = "mnist", data.load("mnist", root)
+    except data.DataError as error:
+        if data.find("mnist", root):
+            raise  # there, but damaged: not to be passed over
+        name, splits = "digits", data.load("digits")
+        print(
+            f"NOTE: MNIST cannot be had: {error}\n"
+            "NOTE: training on scikit-learn's 1,797 digits instead; their accuracy is "
+            "NOT comparable with MNIST's.",
+            file=sys.stderr,
+        )
+    return splits, dataclasses.replace(settings, dataset=name)
+
+
+def build(settings: Settings) -> nn.Module:
+    """The network, on the CPU, so that a seed means the same start on every device."""
+    torch.manual_seed(settings.seed)
+    model = torchbp.MLP(
+        settings.sizes,
+        activation=settings.activation,
+        output=COSTS[settings.cost][1],
+        init=settings.init,
+    )
+    return model if settings.layers == "bp" else torchbp.to_native(model)
+
+
+def default_name(settings: Settings) -> str:
+    """What distinguishes runs, and when: 784-30-10_quadratic_bp_seed0_20261124-031500."""
+    sizes = "-".join(map(str, settings.sizes))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{sizes}_{settings.cost}_{settings.layers}_seed{settings.seed}_{stamp}"
+    taken = {path.name for path in Path(settings.logdir).glob(f"{name}*")}
+    numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
+    return next(n for n in (name, *numbered) if n not in taken)
+
+
+def describe_versions(device: torch.device) -> dict[str, str]:
+    """What a reader needs to know to repeat the run."""
+    is_cuda = device.type == "cuda"
+    return {
+        "torchbp": torchbp.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if is_cuda else device.type,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def train(
+    settings: Settings,
+    trainer: Trainer,
+    folder: checkpoint.RunFolder,
+    device: torch.device,
+    resumed: bool = False,
+) -> dict[str, Any]:
+    """Train with everything around it: events, checkpoints, progress, the summary."""
+    record, versions = dataclasses.asdict(settings), describe_versions(device)
+    folder.write(versions=versions)
+    split = trainer.data.train
+    images = data.scale(split.images[:PROBE])
+    targets = one_hot(split.labels[:PROBE], CLASSES).to(images.dtype)
+    resumed_at = trainer.epoch if resumed else None
+    dashboard = Dashboard(folder.path, record, versions, resumed_at)
+    progress = Progress(settings.epochs, len(split.labels), trainer.epoch)
+
+    def on_epoch(result: EpochResult) -> None:
+        records = probe(trainer.model, trainer.cost, images, targets)
+        dashboard.log(result, settings.lr, records)
+        progress.epoch(result)
+
+    def save(state: dict[str, Any]) -> None:
+        content = {"trainer": state, "settings": record, "versions": versions}
+        checkpoint.save(folder.checkpoint, content)
+
+    print(headline(settings, trainer, versions["device"]), flush=True)
+    started = time.perf_counter()
+    try:
+        trainer.fit(
+            settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
+        )
+    finally:
+        progress.close()
+        dashboard.close()
+    metrics = {
+        "epoch": trainer.epoch,
+        "test_accuracy": trainer.score()["test"].accuracy,
+        "best": trainer.best,
+        "seconds": time.perf_counter() - started,
+        "run": str(folder.path),
+    }
+    print(summary(metrics, len(trainer.data.test.labels)))
+    return metrics
+
+
+def headline(settings: Settings, trainer: Trainer, device: str) -> str:
+    n = len(trainer.data.train.labels)
+    return (
+        f"{settings.dataset}: {n:,} images   network {list(settings.sizes)} "
+        f"({settings.layers} layers, {settings.activation})   {settings.cost} cost   "
+        f"batch {settings.batch_size}   lr {settings.lr:g}   seed {settings.seed}   "
+        f"{device}"
+    )
+
+
+def summary(metrics: dict[str, Any], tested: int) -> str:
+    epoch, validation, test = metrics["best"]
+    run = Path(metrics["run"])
+    return (
+        f"\ntest accuracy   {metrics['test_accuracy']:.2%} of all {tested:,} test images"
+        f"\nbest epoch      {epoch} (validation {validation:.2%}, test {test:.2%})"
+        f"\ntime            {metrics['seconds']:.1f} s"
+        f"\nrun             {run}"
+        f"\ncurves          tensorboard --logdir {run.parent}"
+    )
+
+
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """The options that were given, by name; those that were not are absent."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    default = Settings()
+
+    def add(name: str, help: str, **kwargs: Any) -> None:
+        value = getattr(default, name[2:].replace("-", "_"), None)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        note = "" if value is None else f" (default {shown})"
+        parser.add_argument(name, help=help + note, **kwargs)
+
+    datasets, devices = ("auto", *data.NAMES), ("auto", "cpu", "cuda", "mps")
+    add("--dataset", "auto: MNIST if it can be had, else digits", choices=datasets)
+    add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
+    add("--sizes", "neurons per layer", type=int, nargs="+")
+    add("--activation", "of the hidden layers", choices=tuple(ACTIVATIONS))
+    add("--cost", "sets the output layer that fits it, too", choices=tuple(COSTS))
+    add("--init", "initial weights", choices=tuple(INITIALISATIONS))
+    add("--epochs", "passes over the training set, in all", type=int)
+    add("--batch-size", "examples in a mini-batch", type=int)
+    add("--lr", "learning rate", type=float)
+    add("--weight-decay", "λ/n, on weights only", type=float)
+    add("--seed", "of initial weights and batches", type=int)
+    add("--device", "auto: CUDA if there is one", choices=devices)
+    add("--layers", "hand-written, or torch's own", choices=("bp", "native"))
+    add("--logdir", "where run folders are made")
+    add("--name", "of the run folder; default from settings and time")
+    add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
+    add("--checkpoint-every", "epochs between checkpoints", type=int)
+    add("--resume", "run folder to go on with", metavar="RUN")
+    given = vars(parser.parse_args(arguments))
+    if "sizes" in given:
+        given["sizes"] = tuple(given["sizes"])
+    return given
+
+
+def command_line(arguments: list[str] | None = None) -> int:
+    """The thin shell around :func:`main` and :func:`resume`; returns the exit status."""
+    given = parse(arguments)
+    try:
+        if "resume" in given:
+            metrics = resume(given.pop("resume"), **given)
+        else:
+            metrics = main(Settings(**given))
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on from the last epoch", file=sys.stderr)
+        return 130
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (
+        ValueError, TypeError, OSError, data.DataError, checkpoint.CheckpointError
+    ) as error:  # fmt: skip
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    target = given.get("target_accuracy")
+    if target is not None and metrics["test_accuracy"] < target:
+        print(
+            f"error: test accuracy: expected at least {target:.2%}, "
+            f"got {metrics['test_accuracy']:.2%}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,138 @@
+"""Two autograd.Functions from one definition of the mathematics.
+
+No single form of a hand-written Function can do everything:
+
+- ``forward(ctx, ...)`` is the lean form. torch.compile traces it and a call costs a few
+  microseconds, but torch.func transforms and forward-mode AD refuse it.
+- ``forward(...)`` with ``setup_context``, ``generate_vmap_rule`` and ``jvp`` works under
+  every transform, but `apply` then costs 16 µs more (it inspects the signature at each
+  call), and torch.compile refuses a Function that has a ``jvp``.
+
+So a Function of this package is written once, in the lean form, from classmethods that
+both forms use; :class:`TwoFormFunction` derives the transformable form, and
+:func:`form_for_call` picks the one that the moment of the call needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+# Backward receives a list that it may empty, so a gradient can be freed before the
+# backward ends; torch has this from 2.15 on.
+HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
+
+
+class TwoFormFunction(Function):
+    """A Function in the lean form, whose subclasses get their form for torch.func as
+    ``cls.transformable``.
+
+    A subclass provides ``evaluate(*inputs)`` (the forward mathematics), ``to_save(inputs,
+    output)`` (every tensor that backward or jvp may read) and ``push_forward(ctx,
+    *tangents)`` (the jvp), besides its own ``forward(ctx, ...)`` and ``backward``.
+    """
+
+    transformable: ClassVar[Any]
+
+    @classmethod
+    def evaluate(cls, *inputs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError
+
+    @classmethod
+    def push_forward(cls, ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "backward", "setup_context", "jvp"):
+            _bind(cls, name)
+        if not issubclass(cls, _Transformable):
+            members = {
+                "__module__": cls.__module__,
+                "__doc__": f"{cls.__name__} in the form that torch.func can transform.",
+            }
+            name = f"{cls.__name__}Transformable"
+            cls.transformable = type(cls)(name, (_Transformable, cls), members)
+
+
+def _bind(cls: type, name: str) -> None:
+    """Turn the classmethod `name` into a plain function that knows its class.
+
+    torch and torch.func call classmethods like any callable, but torch.compile takes a
+    bound method for ``forward`` apart wrongly (torch 2.15 hands it the class twice).
+    """
+    member = getattr(cls, name)
+    function = getattr(member, "__func__", None) or getattr(member, "unbound", None)
+    if function is None:  # torch's own staticmethod, not overridden
+        return
+
+    def bound(*args: Any) -> Any:
+        return function(cls, *args)
+
+    bound.__name__, bound.__qualname__ = name, f"{cls.__qualname__}.{name}"
+    bound.__doc__ = function.__doc__
+    bound.unbound = function  # type: ignore[attr-defined]
+    setattr(cls, name, staticmethod(bound))
+
+
+class _Transformable:
+    """The members that turn a lean Function into one that torch.func can transform."""
+
+    generate_vmap_rule = True
+    boxed_grads_call = False
+
+    @classmethod
+    def forward(cls, *inputs: Any) -> Any:
+        return cls.evaluate(*inputs)  # type: ignore[attr-defined]
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        saved = cls.to_save(inputs, output)  # type: ignore[attr-defined]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        return cls.push_forward(ctx, *tangents)  # type: ignore[attr-defined]
+
+
+def form_for_call(cls: Any) -> Any:
+    """`cls`, or its transformable form where a torch.func transform or a forward-mode
+    level is active outside torch.compile."""
+    if transforming() and not torch.compiler.is_compiling():
+        return cls.transformable
+    return cls
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or a forward-mode level is active."""
+    return (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on `input`'s device, or None where it is off."""
+    # The first test is the cheap one; the second raises for devices without autocast.
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device_type = input.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+@contextmanager
+def autocast_off(device_type: str) -> Iterator[None]:
+    """No autocast inside; cheap to enter only where autocast is on."""
+    with torch.autocast(device_type, enabled=False):
+        yield

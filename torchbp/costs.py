@@ -1,0 +1,333 @@
+"""BP1: one autograd.Function per cost, with its gradient by hand.
+
+A cost is the mean over the examples of a per-example cost, C = (1/n) Σ_x C_x (A1), and
+depends on the network's parameters through its outputs only (A2). Its backward returns
+∇C, which starts the sweep: the last layer multiplies it by σ' and has δ^L. A cost whose
+argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity last layer.
+
+n is the number of rows, all leading dimensions together, not the number of numbers:
+``F.mse_loss(reduction="mean")`` also divides by the number of outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from torchbp._forms import TwoFormFunction, autocast_dtype, form_for_call
+from torchbp._naming import check_name, place
+
+__all__ = [
+    "CostFunction",
+    "CrossEntropyCost",
+    "CrossEntropyFunction",
+    "LogLikelihoodCost",
+    "LogLikelihoodFunction",
+    "QuadraticCost",
+    "QuadraticFunction",
+    "cost",
+    "cross_entropy_cost",
+    "define_cost",
+    "log_likelihood_cost",
+    "quadratic_cost",
+]
+
+
+class CostFunction(TwoFormFunction):
+    """C = (1/n) Σ_x C_x(v, y) for outputs v (a or z) and targets y, both (*, K).
+
+    A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here, so
+    neither of them divides by n.
+    """
+
+    @staticmethod
+    def per_example(v: Tensor, y: Tensor) -> Tensor:
+        """C_x of every row: (*, K), (*, K) -> (*)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def nabla(v: Tensor, y: Tensor) -> Tensor:
+        """∂C_x/∂v of every row: (*, K), (*, K) -> (*, K)."""
+        raise NotImplementedError
+
+    @classmethod
+    def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
+        return cls.per_example(v, y).mean()
+
+    @classmethod
+    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+        return tuple(inputs)
+
+    @classmethod
+    def forward(cls, ctx: Any, v: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(v, y)
+        return cls.evaluate(v, y)
+
+    @classmethod
+    def backward(cls, ctx: Any, grad_C: Tensor) -> Any:  # type: ignore[override]
+        v, y = ctx.saved_tensors
+        n = v.shape[:-1].numel()
+        return cls.nabla(v, y) * (grad_C / n), None  # BP1: ∇C, the last layer adds σ'
+
+    @classmethod
+    def push_forward(cls, ctx: Any, dv: Tensor, dy: Any) -> Tensor:
+        v, y = ctx.saved_tensors
+        return (cls.nabla(v, y) * dv).sum(-1).mean()
+
+
+class QuadraticFunction(CostFunction):
+    """C_x = ½ ‖y - a‖², ∇_a C_x = a - y."""
+
+    @staticmethod
+    def per_example(a: Tensor, y: Tensor) -> Tensor:
+        return (a - y).square().sum(-1) / 2
+
+    @staticmethod
+    def nabla(a: Tensor, y: Tensor) -> Tensor:
+        return a - y
+
+
+class CrossEntropyFunction(CostFunction):
+    """C_x = -Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z C_x = σ(z) - y."""
+
+    @staticmethod
+    def per_example(z: Tensor, y: Tensor) -> Tensor:
+        # 1 - σ(z) = σ(-z), and ln σ is linear where σ underflows.
+        return -(y * logsigmoid(z) + (1 - y) * logsigmoid(-z)).sum(-1)
+
+    @staticmethod
+    def nabla(z: Tensor, y: Tensor) -> Tensor:
+        # σ(z) - y would be 0 for y = 1 and z > 17 in float32, where -e^-z is right.
+        return (1 - y) * torch.sigmoid(z) - y * torch.sigmoid(-z)
+
+
+class LogLikelihoodFunction(CostFunction):
+    """C_x = -Σ_j y ln softmax(z), ∇_z C_x = softmax(z) Σ_j y - y.
+
+    Σ_j y is 1 for one-hot rows and for any distribution; other rows get the derivative
+    of the same formula.
+    """
+
+    @staticmethod
+    def per_example(z: Tensor, y: Tensor) -> Tensor:
+        top, shifted, rest = _softmax_parts(z)
+        log_p = shifted - torch.log1p(rest)
+        # 0 · ln 0 = 0: a class that the target rules out costs nothing, however far off.
+        return -(y * log_p.masked_fill(y == 0, 0)).sum(-1)
+
+    @staticmethod
+    def nabla(z: Tensor, y: Tensor) -> Tensor:
+        # p Σy - y = p (Σy - y) - y (1 - p), with 1 - p summed from the other classes
+        # where p is near 1: at saturation softmax(z) - y would be 0 instead of -Σ e^-z.
+        top, shifted, rest = _softmax_parts(z)
+        total = 1 + rest
+        p = shifted.exp() / total
+        q = torch.where(top, rest / total, 1 - p)
+        return p * (y.sum(-1, keepdim=True) - y) - y * q
+
+
+def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the largest z of each row is (one place, also in a tie), z minus it, and the
+    sum of e^(z - largest) over the others: softmax = e^shifted / (1 + rest)."""
+    index = z.argmax(-1, keepdim=True)
+    top = torch.arange(z.shape[-1], device=z.device) == index
+    shifted = z - z.gather(-1, index)
+    rest = shifted.exp().masked_fill(top, 0).sum(-1, keepdim=True)
+    return top, shifted, rest
+
+
+def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
+    """C of `function`, its arguments checked.
+
+    Args:
+        function: a Function of this module.
+        input: the network's outputs, a or z as the cost's `takes` says.
+        target: floating numbers of the input's shape and dtype, or integer labels, which
+            stand for their one-hot rows.
+
+    Shape:
+        input (*, K); target (*, K), or (*) for labels. The result is 0-d. An empty batch
+        costs NaN, the mean of nothing, and has empty gradients.
+
+    Raises:
+        TypeError: an argument is not a tensor, the input is not of a real floating
+            dtype, or the target is neither of that dtype nor integer.
+        ValueError: shapes or devices that do not fit, labels outside 0..K-1 (on the CPU;
+            elsewhere, to look would stall the device, and its own assertion fires), or
+            a target that requires grad (A2).
+
+    Under autocast the cost is computed in float32, as native losses are.
+    """
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        got = f"{type(input).__name__} and {type(target).__name__}"
+        raise TypeError(f"input, target: expected two Tensors, got {got}")
+    if input.dtype != torch.float64 and autocast_dtype(input) is not None:
+        input = input.float()
+        target = target.float() if target.is_floating_point() else target
+    _check(input, target)
+    if not target.is_floating_point():
+        target = _one_hot(target, input)
+    return form_for_call(function).apply(input, target)  # type: ignore[no-any-return]
+
+
+def _check(input: Tensor, target: Tensor) -> None:
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected a real floating dtype, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input: expected shape (*, K), got a 0-d tensor")
+    shape = tuple(input.shape)
+    labels = not (target.is_floating_point() or target.is_complex())
+    if target.dtype == torch.bool or not (labels or target.dtype == input.dtype):
+        raise TypeError(
+            f"target: expected the input's {input.dtype} or integer labels, "
+            f"got {target.dtype}"
+        )
+    if tuple(target.shape) != (shape[:-1] if labels else shape):
+        raise ValueError(
+            f"target: expected shape {shape}, or {shape[:-1]} for integer labels, "
+            f"got {tuple(target.shape)} {target.dtype}"
+        )
+    if target.device != input.device:
+        raise ValueError(
+            f"target: expected the input's device {input.device}, got {target.device}"
+        )
+    if target.requires_grad:
+        raise ValueError(
+            "target: expected one that does not require grad (A2: a cost depends on the "
+            "parameters through the network's outputs only), got requires_grad=True"
+        )
+
+
+def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """Labels (*) as rows (*, K) of the dtype of `like`."""
+    try:
+        return torch.zeros_like(like).scatter(-1, labels.long().unsqueeze(-1), 1)
+    except (RuntimeError, IndexError) as error:
+        if labels.device.type == "cpu" and labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= like.shape[-1]:
+                raise ValueError(
+                    f"target: expected labels in 0..{like.shape[-1] - 1}, "
+                    f"got {low if low < 0 else high}"
+                ) from error
+        raise
+
+
+def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
+    """1/(2n) Σ_x ‖y - a‖², ∇_a = (a - y)/n; `input` is a, arguments as :func:`cost`."""
+    return cost(QuadraticFunction, input, target)
+
+
+def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
+    """-1/n Σ_x Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z = (σ(z) - y)/n.
+
+    `input` is z: the last layer is the identity, and the cost applies the sigmoid.
+    Arguments as :func:`cost`.
+    """
+    return cost(CrossEntropyFunction, input, target)
+
+
+def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
+    """-1/n Σ_x ln softmax(z)_y, ∇_z = (softmax(z) - y)/n.
+
+    `input` is z: the last layer is the identity, and the cost applies the softmax, which
+    is not entrywise and so has no place in a layer. Arguments as :func:`cost`.
+    """
+    return cost(LogLikelihoodFunction, input, target)
+
+
+quadratic_cost.takes = "a"  # type: ignore[attr-defined]
+cross_entropy_cost.takes = "z"  # type: ignore[attr-defined]
+log_likelihood_cost.takes = "z"  # type: ignore[attr-defined]
+
+
+class _Cost(nn.Module):
+    """A cost as a module: ``forward(input, target)`` as in :func:`cost`."""
+
+    function: ClassVar[type[CostFunction]]
+    takes: ClassVar[str]
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cost(self.function, input, target)
+
+
+class QuadraticCost(_Cost):
+    """:func:`quadratic_cost` as a module."""
+
+    function = QuadraticFunction
+    takes = "a"
+
+
+class CrossEntropyCost(_Cost):
+    """:func:`cross_entropy_cost` as a module."""
+
+    function = CrossEntropyFunction
+    takes = "z"
+
+
+class LogLikelihoodCost(_Cost):
+    """:func:`log_likelihood_cost` as a module."""
+
+    function = LogLikelihoodFunction
+    takes = "z"
+
+
+def define_cost(
+    name: str,
+    cost: Callable[[Tensor, Tensor], Tensor],
+    grad: Callable[[Tensor, Tensor], Tensor],
+    takes: str = "a",
+) -> type[_Cost]:
+    """A new cost module from a user's own C_x and its gradient, under A1 and A2.
+
+    Args:
+        name: the class's name, e.g. "AbsoluteCost".
+        cost: C_x of every row, (*, K) outputs and (*, K) targets -> (*).
+        grad: ∂C_x/∂output of every row, -> (*, K). The 1/n of A1 is not its business.
+        takes: "a" if the outputs are activations, "z" if weighted inputs.
+
+    Raises:
+        TypeError: `cost` or `grad` is not callable or does not return a tensor.
+        ValueError: `name` is not an identifier, `takes` is neither "a" nor "z", or a
+            result has another shape than said.
+
+    >>> import torch, torchbp
+    >>> Absolute = torchbp.define_cost(
+    ...     "Absolute", lambda a, y: (a - y).abs().sum(-1), lambda a, y: (a - y).sign()
+    ... )
+    >>> Absolute()(torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.ones(2, 2))
+    tensor(1.5000)
+    """
+    check_name(name)
+    if takes not in ("a", "z"):
+        raise ValueError(f'takes: expected "a" or "z", got {takes!r}')
+    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).reshape(2, 3)
+    _check_part("cost", cost, probe, (2,))
+    _check_part("grad", grad, probe, (2, 3))
+    members = {"per_example": staticmethod(cost), "nabla": staticmethod(grad)}
+    function = type(CostFunction)(f"{name}Function", (CostFunction,), members)
+    module = type(
+        name,
+        (_Cost,),
+        {"__doc__": f"The cost {name}.", "function": function, "takes": takes},
+    )
+    return place(module)
+
+
+def _check_part(role: str, f: Any, probe: Tensor, shape: tuple[int, ...]) -> None:
+    """Try a user's C_x or ∇C_x on two rows of three outputs."""
+    if not callable(f):
+        raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
+    with torch.no_grad():
+        result = f(probe, probe.flip(0))
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{role}: expected it to return a Tensor, got {result!r}")
+    if tuple(result.shape) != shape:
+        raise ValueError(
+            f"{role}: expected shape {shape} from outputs and targets (2, 3), "
+            f"got {tuple(result.shape)}"
+        )

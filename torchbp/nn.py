@@ -1,0 +1,266 @@
+"""The layers as modules, and the MLP assembled from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchbp import functional
+from torchbp._naming import check_name, place
+
+__all__ = [
+    "ACTIVATIONS",
+    "INITIALISATIONS",
+    "MLP",
+    "BPLinear",
+    "BPLinearReLU",
+    "BPLinearSigmoid",
+    "BPLinearTanh",
+    "check_takes",
+    "define_layer",
+]
+
+
+class BPLinear(nn.Linear):
+    """z = x Wᵀ + b, with BP2-BP4 by hand: ``nn.Linear``, drop-in.
+
+    Args:
+        in_features: n_in.
+        out_features: n_out.
+        bias: whether there is a b.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, n_in) -> (*, n_out), where * is any number of dimensions.
+
+    Attributes:
+        weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
+        bias: b, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, as :func:`torchbp.functional.layer`.
+
+    The subclasses apply an activation too and replace ``Sequential(nn.Linear, nn.<σ>)``;
+    a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with its weight
+    leaves that σ out: give it ``torchbp.to_native(model)``.
+    """
+
+    function: ClassVar[type[functional.LinearFunction]] = functional.LinearFunction
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer(self.function, input, self.weight, self.bias)
+
+
+class BPLinearSigmoid(BPLinear):
+    """a = σ(x Wᵀ + b), σ' = a(1 - a); for ``Sequential(nn.Linear, nn.Sigmoid)``.
+
+    Arguments and shapes as :class:`BPLinear`.
+
+    >>> layer = BPLinearSigmoid(784, 30)
+    >>> layer
+    BPLinearSigmoid(in_features=784, out_features=30, bias=True)
+    >>> layer(torch.rand(10, 784)).shape
+    torch.Size([10, 30])
+    """
+
+    function = functional.LinearSigmoidFunction
+
+
+class BPLinearTanh(BPLinear):
+    """a = tanh(x Wᵀ + b), σ' = 1 - a²; for ``Sequential(nn.Linear, nn.Tanh)``.
+
+    Arguments and shapes as :class:`BPLinear`.
+    """
+
+    function = functional.LinearTanhFunction
+
+
+class BPLinearReLU(BPLinear):
+    """a = max(0, x Wᵀ + b), σ' = [a > 0]; for ``Sequential(nn.Linear, nn.ReLU)``.
+
+    Arguments and shapes as :class:`BPLinear`.
+    """
+
+    function = functional.LinearReLUFunction
+
+
+def define_layer(
+    name: str,
+    sigma: Callable[[Tensor], Tensor],
+    sigma_prime: Callable[[Tensor], Tensor],
+    saves: str = "a",
+) -> type[BPLinear]:
+    """A new layer class from a user's own σ and σ', with BP2-BP4 as for every layer.
+
+    Args:
+        name: the class's name, e.g. "BPLinearSoftplus".
+        sigma: σ(z), entrywise; must not overwrite z.
+        sigma_prime: σ' as a function of a if `saves` is "a", of z if it is "z".
+        saves: "a" keeps the output, which native layers keep too; "z" keeps the weighted
+            input, for a σ that is not one-to-one (SiLU, x²).
+
+    Raises:
+        TypeError, ValueError: as :func:`torchbp.functional.define_function`.
+
+    >>> BPLinearSoftplus = define_layer(
+    ...     "BPLinearSoftplus", nn.functional.softplus, lambda a: 1 - torch.exp(-a)
+    ... )
+    >>> BPLinearSoftplus(3, 2)
+    BPLinearSoftplus(in_features=3, out_features=2, bias=True)
+    """
+    check_name(name)
+    function = functional.define_function(f"{name}Function", sigma, sigma_prime, saves)
+    doc = f"{function.__doc__} Arguments and shapes as :class:`torchbp.BPLinear`."
+    return place(type(name, (BPLinear,), {"__doc__": doc, "function": function}))
+
+
+ACTIVATIONS: dict[str, type[BPLinear]] = {
+    "sigmoid": BPLinearSigmoid,
+    "tanh": BPLinearTanh,
+    "relu": BPLinearReLU,
+    "identity": BPLinear,
+}
+
+
+def _init_scaled(layer: BPLinear) -> None:
+    """W ~ N(0, 1/n_in), b ~ N(0, 1): z of order 1 whatever n_in (book, chapter 3)."""
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+    nn.init.normal_(layer.bias)
+
+
+def _init_normal(layer: BPLinear) -> None:
+    """W, b ~ N(0, 1): the book's first, chapter 1, which saturates wide layers."""
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+
+
+def _init_torch(layer: BPLinear) -> None:
+    """What the constructor of ``nn.Linear`` has done already."""
+
+
+INITIALISATIONS: dict[str, Callable[[BPLinear], None]] = {
+    "scaled": _init_scaled,
+    "normal": _init_normal,
+    "torch": _init_torch,
+}
+
+
+class MLP(nn.Module):
+    """A fully connected network of hand-written layers.
+
+    Args:
+        sizes: neurons of every layer, inputs first: [784, 30, 10].
+        activation: of the hidden layers: a name ("sigmoid", "tanh", "relu", "identity")
+            or a class from :func:`define_layer`.
+        output: of the last layer, likewise; None means the same as `activation`. Costs
+            that take z want "identity".
+        init: "scaled" W ~ N(0, std 1/√n_in), b ~ N(0, 1); "normal" W, b ~ N(0, 1);
+            "torch" as ``nn.Linear``.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, sizes[0]) -> (*, sizes[-1]).
+
+    Attributes:
+        layers: the layers in order; parameters are ``layers.0.weight``, ...
+
+    Raises:
+        TypeError: sizes that are not integers, an activation of another kind.
+        ValueError: fewer than two sizes, sizes below 1, unknown names.
+
+    Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str | type[BPLinear] = "sigmoid",
+        output: str | type[BPLinear] | None = None,
+        init: str = "scaled",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = _check_sizes(sizes)
+        hidden = _layer_class("activation", activation)
+        last = hidden if output is None else _layer_class("output", output)
+        if init not in INITIALISATIONS:
+            names = ", ".join(INITIALISATIONS)
+            raise ValueError(f"init: expected one of {names}, got {init!r}")
+        self.sizes = sizes
+        classes = [hidden] * (len(sizes) - 2) + [last]
+        self.layers = nn.ModuleList(
+            make(n_in, n_out, device=device, dtype=dtype)
+            for make, n_in, n_out in zip(classes, sizes, sizes[1:], strict=False)
+        )
+        for layer in self.layers:
+            INITIALISATIONS[init](layer)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self.layers:
+            input = layer(input)
+        return input
+
+
+def _check_sizes(sizes: Any) -> tuple[int, ...]:
+    """`sizes` as a tuple, or the error that says what is wrong with them."""
+    try:
+        result = tuple(sizes)
+    except TypeError:
+        raise TypeError(f"sizes: expected a sequence of integers, got {sizes!r}") from None
+    for n in result:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"sizes: expected integers, got {n!r} in {list(result)}")
+    if len(result) < 2:
+        raise ValueError(f"sizes: expected at least two, got {list(result)}")
+    if min(result) < 1:
+        raise ValueError(f"sizes: expected positive integers, got {list(result)}")
+    return result
+
+
+def _layer_class(role: str, activation: Any) -> type[BPLinear]:
+    """The layer class that a name stands for; a layer class stands for itself."""
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{role}: expected one of {names}, got {activation!r}")
+        return ACTIVATIONS[activation]
+    if isinstance(activation, type) and issubclass(activation, BPLinear):
+        return activation
+    raise TypeError(
+        f"{role}: expected a name or a class from define_layer, got {activation!r}"
+    )
+
+
+def check_takes(model: nn.Module, cost: Any) -> None:
+    """Refuse a cost that takes z on a network whose last layer gives a.
+
+    Whoever joins a model and a cost calls this: the mistake would apply σ twice, and
+    train all the same, only worse. A cost that takes a fits every last layer, since the
+    identity layer's a is its z.
+
+    Raises:
+        TypeError: `cost` does not say what it takes.
+        ValueError: the cost takes z and the last layer is not the identity.
+    """
+    takes = getattr(cost, "takes", None)
+    name = getattr(cost, "__name__", type(cost).__name__)
+    if takes not in ("a", "z"):
+        raise TypeError(f'{name}: expected a cost with takes "a" or "z", got {takes!r}')
+    last = [m for m in model.modules() if not list(m.children())][-1:]
+    gives_a = last and (
+        isinstance(last[0], (nn.Sigmoid, nn.Tanh, nn.ReLU))
+        or (isinstance(last[0], BPLinear) and type(last[0]).function is not _IDENTITY)
+    )
+    if takes == "z" and gives_a:
+        raise ValueError(
+            f"{name}: expected a network that gives z (output=\"identity\"), got one "
+            f"whose last layer is {type(last[0]).__name__}: σ would be applied twice"
+        )
+
+
+_IDENTITY = functional.LinearFunction
