@@ -30,9 +30,9 @@ For layers ℓ = 1 ... L, σ entrywise, ⊙ elementwise, C = (1/n) Σ_x C_x::
     BP4   ∂C/∂W^ℓ = δ^ℓ (a^{ℓ-1})ᵀ                 grad_W = delta.T @ x
 
 - BP2 is split between two layers: layer ℓ+1 returns ``delta @ W``, and layer ℓ
-  multiplies what it receives by σ'. BP1 is split in the same way between the cost, which
-  returns ∇_a C, and the last layer. Each line that implements an equation ends with a
-  comment that names it.
+  multiplies what it receives by σ'. BP1 is split in the same way between the cost,
+  which returns ∇_a C, and the last layer. Each line that implements an equation ends
+  with a comment that names it.
 - BP3 and BP4 are sums over the examples. The 1/n of the mean enters once, in the cost
   (A1), and travels down with δ.
 - σ' is written in terms of a wherever a determines it (sigmoid a(1 - a), tanh 1 - a²,

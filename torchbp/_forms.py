@@ -4,9 +4,9 @@ No single form of a hand-written Function can do everything:
 
 - ``forward(ctx, ...)`` is the lean form. torch.compile traces it and a call costs a few
   microseconds, but torch.func transforms and forward-mode AD refuse it.
-- ``forward(...)`` with ``setup_context``, ``generate_vmap_rule`` and ``jvp`` works under
-  every transform, but `apply` then costs 16 µs more (it inspects the signature at each
-  call), and torch.compile refuses a Function that has a ``jvp``.
+- ``forward(...)`` with ``setup_context``, ``generate_vmap_rule`` and ``jvp`` works
+  under every transform, but `apply` then costs 16 µs more (it inspects the signature at
+  each call), and torch.compile refuses a Function that has a ``jvp``.
 
 So a Function of this package is written once, in the lean form, from classmethods that
 both forms use; :class:`TwoFormFunction` derives the transformable form, and
@@ -15,6 +15,7 @@ both forms use; :class:`TwoFormFunction` derives the transformable form, and
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -32,9 +33,10 @@ class TwoFormFunction(Function):
     """A Function in the lean form, whose subclasses get their form for torch.func as
     ``cls.transformable``.
 
-    A subclass provides ``evaluate(*inputs)`` (the forward mathematics), ``to_save(inputs,
-    output)`` (every tensor that backward or jvp may read) and ``push_forward(ctx,
-    *tangents)`` (the jvp), besides its own ``forward(ctx, ...)`` and ``backward``.
+    A subclass provides ``evaluate(*inputs)`` (the forward mathematics),
+    ``tensors_to_save(inputs, output)`` (every tensor that backward or jvp may read) and
+    ``push_forward(ctx, *tangents)`` (the jvp), besides its own ``forward(ctx, ...)``
+    and ``backward``.
     """
 
     transformable: ClassVar[Any]
@@ -44,7 +46,7 @@ class TwoFormFunction(Function):
         raise NotImplementedError
 
     @classmethod
-    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         raise NotImplementedError
 
     @classmethod
@@ -61,7 +63,9 @@ class TwoFormFunction(Function):
                 "__doc__": f"{cls.__name__} in the form that torch.func can transform.",
             }
             name = f"{cls.__name__}Transformable"
-            cls.transformable = type(cls)(name, (_Transformable, cls), members)
+            cls.transformable = types.new_class(
+                name, (_Transformable, cls), {}, lambda body: body.update(members)
+            )
 
 
 def _bind(cls: type, name: str) -> None:
@@ -96,7 +100,7 @@ class _Transformable:
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        saved = cls.to_save(inputs, output)  # type: ignore[attr-defined]
+        saved = cls.tensors_to_save(inputs, output)  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -115,9 +119,7 @@ def form_for_call(cls: Any) -> Any:
 
 def transforming() -> bool:
     """Whether a torch.func transform or a forward-mode level is active."""
-    return (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

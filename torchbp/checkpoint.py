@@ -108,20 +108,24 @@ class RunFolder:
             ValueError: `name` is not a plain folder name, or the run exists.
             OSError: the folder cannot be made or written.
         """
-        if not name or name in (".", "..") or set(name) & set('/\\\0'):
+        if not name or name in (".", "..") or set(name) & set("/\\\0"):
             raise ValueError(f"name: expected a plain folder name, got {name!r}")
         path = Path(logdir) / name
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             if not Path(logdir).is_dir():
-                raise OSError(f"logdir: expected a folder, got the file {logdir}") from None
+                raise OSError(
+                    f"logdir: expected a folder, got the file {logdir}"
+                ) from None
             raise ValueError(
                 f"name: {path} exists; choose another, or go on with --resume {path}"
             ) from None
         except OSError as error:
             reason = error.strerror
-            raise OSError(f"logdir: cannot make the run folder {path}: {reason}") from None
+            raise OSError(
+                f"logdir: cannot make the run folder {path}: {reason}"
+            ) from None
         return cls(path)
 
     def discard(self) -> None:

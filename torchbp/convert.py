@@ -28,8 +28,8 @@ def to_native(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
-            ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential`` each
-            of our layers becomes two entries, elsewhere a small ``nn.Sequential``.
+            ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
+            each of our layers becomes two entries, elsewhere a small ``nn.Sequential``.
 
     Raises:
         ValueError: a layer from ``define_layer``, which has no native counterpart.
@@ -42,8 +42,9 @@ def from_native(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; it is left as it is. Every ``nn.Linear`` becomes a
-            :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or ``nn.ReLU``
-            right behind it in the same ``nn.Sequential`` the two become one layer.
+            :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or
+            ``nn.ReLU`` right behind it in the same ``nn.Sequential`` the two become one
+            layer.
     """
     return _convert(model, _layer_from_native, _sequence_from_native, {})
 

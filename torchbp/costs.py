@@ -3,7 +3,8 @@
 A cost is the mean over the examples of a per-example cost, C = (1/n) Σ_x C_x (A1), and
 depends on the network's parameters through its outputs only (A2). Its backward returns
 ∇C, which starts the sweep: the last layer multiplies it by σ' and has δ^L. A cost whose
-argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity last layer.
+argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity last
+layer.
 
 n is the number of rows, all leading dimensions together, not the number of numbers:
 ``F.mse_loss(reduction="mean")`` also divides by the number of outputs.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from torchbp._forms import TwoFormFunction, autocast_dtype, form_for_call
-from torchbp._naming import check_name, place
+from torchbp._naming import check_name, make_class, place
 
 __all__ = [
     "CostFunction",
@@ -40,8 +41,8 @@ __all__ = [
 class CostFunction(TwoFormFunction):
     """C = (1/n) Σ_x C_x(v, y) for outputs v (a or z) and targets y, both (*, K).
 
-    A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here, so
-    neither of them divides by n.
+    A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here,
+    so neither of them divides by n.
     """
 
     @staticmethod
@@ -59,7 +60,7 @@ class CostFunction(TwoFormFunction):
         return cls.per_example(v, y).mean()
 
     @classmethod
-    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         return tuple(inputs)
 
     @classmethod
@@ -90,6 +91,11 @@ class QuadraticFunction(CostFunction):
     def nabla(a: Tensor, y: Tensor) -> Tensor:
         return a - y
 
+    @classmethod
+    def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
+        # The mean of per_example in four operations for six: 2.5 µs of 7 at 10 x 10.
+        return (v - y).square().sum() / (2 * v.shape[:-1].numel())
+
 
 class CrossEntropyFunction(CostFunction):
     """C_x = -Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z C_x = σ(z) - y."""
@@ -114,9 +120,10 @@ class LogLikelihoodFunction(CostFunction):
 
     @staticmethod
     def per_example(z: Tensor, y: Tensor) -> Tensor:
-        top, shifted, rest = _softmax_parts(z)
+        _, shifted, rest = _softmax_parts(z)
         log_p = shifted - torch.log1p(rest)
-        # 0 · ln 0 = 0: a class that the target rules out costs nothing, however far off.
+        # 0 · ln 0 = 0: a class that the target rules out costs nothing, however far
+        # off.
         return -(y * log_p.masked_fill(y == 0, 0)).sum(-1)
 
     @staticmethod
@@ -131,8 +138,8 @@ class LogLikelihoodFunction(CostFunction):
 
 
 def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the largest z of each row is (one place, also in a tie), z minus it, and the
-    sum of e^(z - largest) over the others: softmax = e^shifted / (1 + rest)."""
+    """Where the largest z of each row is (one place, also in a tie), z minus it, and
+    the sum of e^(z - largest) over the others: softmax = e^shifted / (1 + rest)."""
     index = z.argmax(-1, keepdim=True)
     top = torch.arange(z.shape[-1], device=z.device) == index
     shifted = z - z.gather(-1, index)
@@ -146,19 +153,19 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
     Args:
         function: a Function of this module.
         input: the network's outputs, a or z as the cost's `takes` says.
-        target: floating numbers of the input's shape and dtype, or integer labels, which
-            stand for their one-hot rows.
+        target: floating numbers of the input's shape and dtype, or integer labels,
+            which stand for their one-hot rows.
 
     Shape:
-        input (*, K); target (*, K), or (*) for labels. The result is 0-d. An empty batch
-        costs NaN, the mean of nothing, and has empty gradients.
+        input (*, K); target (*, K), or (*) for labels. The result is 0-d. An empty
+        batch costs NaN, the mean of nothing, and has empty gradients.
 
     Raises:
         TypeError: an argument is not a tensor, the input is not of a real floating
             dtype, or the target is neither of that dtype nor integer.
-        ValueError: shapes or devices that do not fit, labels outside 0..K-1 (on the CPU;
-            elsewhere, to look would stall the device, and its own assertion fires), or
-            a target that requires grad (A2).
+        ValueError: shapes or devices that do not fit, labels outside 0..K-1 (on the
+            CPU; elsewhere, to look would stall the device, and its own assertion
+            fires), or a target that requires grad (A2).
 
     Under autocast the cost is computed in float32, as native losses are.
     """
@@ -169,12 +176,13 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
         input = input.float()
         target = target.float() if target.is_floating_point() else target
     _check(input, target)
-    if not target.is_floating_point():
+    if target.dtype is not input.dtype:
         target = _one_hot(target, input)
-    return form_for_call(function).apply(input, target)  # type: ignore[no-any-return]
+    return form_for_call(function).apply(input, target)
 
 
 def _check(input: Tensor, target: Tensor) -> None:
+    """Raise what :func:`cost` says it raises, but for labels out of range."""
     if not input.is_floating_point():
         raise TypeError(f"input: expected a real floating dtype, got {input.dtype}")
     if input.dim() == 0:
@@ -197,8 +205,8 @@ def _check(input: Tensor, target: Tensor) -> None:
         )
     if target.requires_grad:
         raise ValueError(
-            "target: expected one that does not require grad (A2: a cost depends on the "
-            "parameters through the network's outputs only), got requires_grad=True"
+            "target: expected one that does not require grad (A2: a cost depends on "
+            "the parameters through the outputs only), got requires_grad=True"
         )
 
 
@@ -234,8 +242,8 @@ def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
 def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
     """-1/n Σ_x ln softmax(z)_y, ∇_z = (softmax(z) - y)/n.
 
-    `input` is z: the last layer is the identity, and the cost applies the softmax, which
-    is not entrywise and so has no place in a layer. Arguments as :func:`cost`.
+    `input` is z: the last layer is the identity, and the cost applies the softmax,
+    which is not entrywise and so has no place in a layer. Arguments as :func:`cost`.
     """
     return cost(LogLikelihoodFunction, input, target)
 
@@ -308,14 +316,10 @@ def define_cost(
     probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).reshape(2, 3)
     _check_part("cost", cost, probe, (2,))
     _check_part("grad", grad, probe, (2, 3))
-    members = {"per_example": staticmethod(cost), "nabla": staticmethod(grad)}
-    function = type(CostFunction)(f"{name}Function", (CostFunction,), members)
-    module = type(
-        name,
-        (_Cost,),
-        {"__doc__": f"The cost {name}.", "function": function, "takes": takes},
-    )
-    return place(module)
+    parts = {"per_example": staticmethod(cost), "nabla": staticmethod(grad)}
+    function = make_class(f"{name}Function", CostFunction, parts)
+    members = {"__doc__": f"The cost {name}.", "function": function, "takes": takes}
+    return place(make_class(name, _Cost, members))
 
 
 def _check_part(role: str, f: Any, probe: Tensor, shape: tuple[int, ...]) -> None:

@@ -44,7 +44,7 @@ class Dashboard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resumed_at is None else resumed_at + 1
-        self.writer: Any = SummaryWriter(str(folder), purge_step=purge)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder), purge_step=purge)
         if resumed_at is None:
             self.writer.add_text("settings", _as_code(settings), 0)
             self.writer.add_text("versions", _as_code(versions), 0)
@@ -59,8 +59,12 @@ class Dashboard:
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in settings.items()
         }
-        metrics = {"accuracy/test": None, "accuracy/validation": None, "cost/test": None}
-        for summary in hparams(plain, metrics)[:2]:  # type: ignore[no-untyped-call]
+        metrics = {
+            "accuracy/test": None,
+            "accuracy/validation": None,
+            "cost/test": None,
+        }
+        for summary in hparams(plain, metrics)[:2]:
             self.writer.file_writer.add_summary(summary)
 
     def log(self, result: EpochResult, lr: float, records: list[Record]) -> None:
@@ -86,8 +90,9 @@ class Dashboard:
     def _layer(self, layer: str, record: Record, epoch: int) -> None:
         W, b = record.weight, record.bias
         assert record.delta is not None
-        # δ carries the 1/n of the mean, so the sum over the probe's examples is the mean
-        # of their own δ: the "speed at which the layer learns" of the book's chapter 5.
+        # δ carries the 1/n of the mean, so the sum over the probe's examples is the
+        # mean of their own δ: the "speed at which the layer learns" of the book's
+        # chapter 5.
         mean_delta = record.delta.sum(0)
         self._scalar(f"delta_norm/{layer}", mean_delta.norm().item(), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
@@ -123,7 +128,8 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
     twin = from_native(model)
     input = input.detach().requires_grad_()
     with torch.enable_grad(), observe(twin) as trace:
-        # The gradient of the input alone: the sweep passes every layer on its way there.
+        # The gradient of the input alone: the sweep passes every layer on its way
+        # there.
         torch.autograd.grad(cost(twin(input), target), input)
     return list(trace)
 

@@ -25,7 +25,7 @@ from torchbp._forms import (
     form_for_call,
     transforming,
 )
-from torchbp._naming import check_name
+from torchbp._naming import check_name, make_class
 
 __all__ = [
     "LinearFunction",
@@ -75,7 +75,7 @@ class LinearFunction(TwoFormFunction):
         return cls.sigma(F.linear(x, W, b))
 
     @classmethod
-    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         # Not the output: an in-place operation on it, as in Sequential(BPLinear,
         # ReLU(inplace=True)), would then invalidate the graph.
         x, W, _ = inputs
@@ -84,7 +84,7 @@ class LinearFunction(TwoFormFunction):
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
         output = cls.evaluate(x, W, b)
-        x_, W_, s = cls.to_save((x, W, b), output)
+        x_, W_, s = cls.tensors_to_save((x, W, b), output)
         need_x, need_W, _ = ctx.needs_input_grad
         # grad_x reads W and grad_W reads x: what nobody asks for is not kept alive.
         ctx.save_for_backward(x_ if need_W else None, W_ if need_x else None, s)
@@ -115,7 +115,7 @@ class LayerFromOutput(LinearFunction):
         return a
 
     @classmethod
-    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         x, W, _ = inputs
         return x, W, output
 
@@ -137,7 +137,7 @@ class LayerFromWeightedInput(LinearFunction):
         return cls.sigma(z), z
 
     @classmethod
-    def to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         x, W, _ = inputs
         return x, W, output[1]
 
@@ -259,16 +259,17 @@ def layer(
     native layers do); the gradients come back in the parameters' own dtype.
     """
     try:
-        dtype = autocast_dtype(input)
-        if dtype is not None:
+        if (dtype := autocast_dtype(input)) is not None:
             return _layer_autocast(function, dtype, input, weight, bias)
-        fits = _fits(input, weight, bias)
-    except (AttributeError, TypeError):  # not tensors: explained below
-        fits = False
-    if not fits:
-        raise _explain(input, weight, bias)
-    output = form_for_call(function).apply(input, weight, bias)
-    return output[0] if type(output) is tuple else output  # (a, z) from σ' of z
+        if _fits(input, weight, bias):
+            output = form_for_call(function).apply(input, weight, bias)
+            return output[0] if type(output) is tuple else output  # (a, z), σ' from z
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = _explain(input, weight, bias)
+        if reason is None:
+            raise
+        raise reason from error
+    raise _explain(input, weight, bias) or AssertionError("_fits and _explain differ")
 
 
 def _layer_autocast(
@@ -290,28 +291,21 @@ def _layer_autocast(
 
 
 def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether `layer` takes these; one expression, since it runs at every call."""
+    """Whether these pass wherever torch's own linear would be too generous: it takes
+    1-D weights, integers, and biases that broadcast or are promoted. The rest it finds
+    itself, and at 10 x 30 each test counts: all of them took 1.2 µs of 25."""
     return (
         W.dim() == 2
-        and x.dim() != 0
-        and x.shape[-1] == W.shape[1]
-        and x.dtype is W.dtype
         and W.is_floating_point()
-        and x.device == W.device
         and (
             b is None
-            or (
-                b.dim() == 1
-                and b.shape[0] == W.shape[0]
-                and b.dtype is W.dtype
-                and b.device == W.device
-            )
+            or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
         )
     )
 
 
-def _explain(x: Any, W: Any, b: Any) -> Exception:
-    """Why `_fits` said no, in the order in which a reader would look."""
+def _explain(x: Any, W: Any, b: Any) -> Exception | None:
+    """What is wrong with the arguments, in the order in which a reader would look."""
     named = [("input", x), ("weight", W), *([] if b is None else [("bias", b)])]
     for name, t in named:
         if not isinstance(t, Tensor):
@@ -331,9 +325,7 @@ def _explain(x: Any, W: Any, b: Any) -> Exception:
             f"{tuple(W.shape)}, got shape {tuple(x.shape)}"
         )
     if b is not None and tuple(b.shape) != (W.shape[0],):
-        return ValueError(
-            f"bias: expected shape ({W.shape[0]},), got {tuple(b.shape)}"
-        )
+        return ValueError(f"bias: expected shape ({W.shape[0]},), got {tuple(b.shape)}")
     for name, t in named[1:]:
         if t.dtype != x.dtype:
             return TypeError(f"{name}: expected the input's {x.dtype}, got {t.dtype}")
@@ -342,7 +334,7 @@ def _explain(x: Any, W: Any, b: Any) -> Exception:
             return ValueError(
                 f"{name}: expected the input's device {x.device}, got {t.device}"
             )
-    raise AssertionError("_fits refused arguments that _explain accepts")
+    return None
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -403,8 +395,9 @@ def define_function(
         "sigma": staticmethod(evaluate_sigma),
         "gate": staticmethod(gate),
     }
+    base: type[LinearFunction]
     base = LayerFromOutput if saves == "a" else LayerFromWeightedInput
-    return type(base)(name, (base,), members)
+    return make_class(name, base, members)
 
 
 def _check_entrywise(role: str, f: Any) -> bool:
@@ -428,7 +421,7 @@ def _check_entrywise(role: str, f: Any) -> bool:
     return result.data_ptr() == argument.data_ptr()
 
 
-def boxedgradients(enabled: bool) -> None:
+def boxed_gradients(enabled: bool) -> None:
     """Whether a backward frees its incoming gradient as soon as δ is made (default on
     torch ≥ 2.15, the first that can; peak memory of a layer falls by about a fifth).
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp import functional
-from torchbp._naming import check_name, place
+from torchbp._naming import check_name, make_class, place
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,9 +44,9 @@ class BPLinear(nn.Linear):
     Raises:
         TypeError, ValueError: in ``forward``, as :func:`torchbp.functional.layer`.
 
-    The subclasses apply an activation too and replace ``Sequential(nn.Linear, nn.<σ>)``;
-    a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with its weight
-    leaves that σ out: give it ``torchbp.to_native(model)``.
+    The subclasses apply an activation too and replace ``Sequential(nn.Linear,
+    nn.<σ>)``; a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with
+    its weight leaves that σ out: give it ``torchbp.to_native(model)``.
     """
 
     function: ClassVar[type[functional.LinearFunction]] = functional.LinearFunction
@@ -100,8 +100,8 @@ def define_layer(
         name: the class's name, e.g. "BPLinearSoftplus".
         sigma: σ(z), entrywise; must not overwrite z.
         sigma_prime: σ' as a function of a if `saves` is "a", of z if it is "z".
-        saves: "a" keeps the output, which native layers keep too; "z" keeps the weighted
-            input, for a σ that is not one-to-one (SiLU, x²).
+        saves: "a" keeps the output, which native layers keep too; "z" keeps the
+            weighted input, for a σ that is not one-to-one (SiLU, x²).
 
     Raises:
         TypeError, ValueError: as :func:`torchbp.functional.define_function`.
@@ -115,7 +115,7 @@ def define_layer(
     check_name(name)
     function = functional.define_function(f"{name}Function", sigma, sigma_prime, saves)
     doc = f"{function.__doc__} Arguments and shapes as :class:`torchbp.BPLinear`."
-    return place(type(name, (BPLinear,), {"__doc__": doc, "function": function}))
+    return place(make_class(name, BPLinear, {"__doc__": doc, "function": function}))
 
 
 ACTIVATIONS: dict[str, type[BPLinear]] = {
@@ -211,7 +211,9 @@ def _check_sizes(sizes: Any) -> tuple[int, ...]:
     try:
         result = tuple(sizes)
     except TypeError:
-        raise TypeError(f"sizes: expected a sequence of integers, got {sizes!r}") from None
+        raise TypeError(
+            f"sizes: expected a sequence of integers, got {sizes!r}"
+        ) from None
     for n in result:
         if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"sizes: expected integers, got {n!r} in {list(result)}")
@@ -258,7 +260,7 @@ def check_takes(model: nn.Module, cost: Any) -> None:
     )
     if takes == "z" and gives_a:
         raise ValueError(
-            f"{name}: expected a network that gives z (output=\"identity\"), got one "
+            f'{name}: expected a network that gives z (output="identity"), got one '
             f"whose last layer is {type(last[0]).__name__}: σ would be applied twice"
         )
 

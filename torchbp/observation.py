@@ -116,13 +116,14 @@ def observe(model: nn.Module) -> Iterator[Trace]:
 
     Raises:
         ValueError: `model` has no layer of ours.
-        RuntimeError: in the forward pass, under torch.compile or a torch.func transform,
-            where values cannot be looked at.
+        RuntimeError: in the forward pass, under torch.compile or a torch.func
+            transform, where values cannot be looked at.
 
     >>> import torch, torchbp
     >>> model = torchbp.MLP([4, 3, 2])
     >>> with torchbp.observe(model) as trace:
-    ...     torchbp.QuadraticCost()(model(torch.rand(5, 4)), torch.rand(5, 2)).backward()
+    ...     C = torchbp.QuadraticCost()(model(torch.rand(5, 4)), torch.rand(5, 2))
+    ...     C.backward()
     >>> [tuple(record.delta.shape) for record in trace]
     [(5, 3), (5, 2)]
     """

@@ -93,7 +93,7 @@ class AutogradSGD:
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad()
         C: Tensor = self.cost(self.model(input), target)
-        C.backward()  # type: ignore[no-untyped-call]
+        C.backward()
         self.optimizer.step()
         return C.detach()
 

@@ -1,0 +1,35 @@
+"""Where the tests find MNIST, and what happens where they do not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchbp import data
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tests are small: more threads would only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """A folder with MNIST: TORCHBP_DATA, or where a download has put it.
+
+    Without one the test is skipped; with TORCHBP_REQUIRE_DATA=1 it fails instead.
+    """
+    root = Path(os.environ.get("TORCHBP_DATA") or data.default_root())
+    if data.find("mnist", root):
+        return root
+    message = f"MNIST not found in {root}: set TORCHBP_DATA to a folder that has it"
+    if os.environ.get("TORCHBP_REQUIRE_DATA") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
