@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -276,7 +276,7 @@ def describe_versions(device: torch.device) -> dict[str, str]:
     is_cuda = device.type == "cuda"
     return {
         "torchbp": torchbp.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain str: checkpoints hold no classes
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if is_cuda else device.type,
@@ -316,6 +316,10 @@ def train(
         trainer.fit(
             settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
         )
+    except BaseException:
+        progress.close()
+        print(f"\nstopped; to go on: --resume {folder.path}", file=sys.stderr)
+        raise
     finally:
         progress.close()
         dashboard.close()
@@ -352,9 +356,16 @@ def summary(metrics: dict[str, Any], tested: int) -> str:
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """The options that were given, by name; those that were not are absent."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -404,7 +415,7 @@ def command_line(arguments: list[str] | None = None) -> int:
         else:
             metrics = main(Settings(**given))
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume goes on from the last epoch", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)

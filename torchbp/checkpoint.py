@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
     """
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises whatever its parsers raise
         reason = (str(error).splitlines() or [""])[0][:120]

@@ -1,0 +1,314 @@
+"""The main job, on scikit-learn's digits where nothing but a run is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import torchbp
+from experiments import mnist
+from torchbp import checkpoint, data
+
+SCRIPT = Path(mnist.__file__)
+SMALL = ["--dataset", "digits", "--sizes", "784", "12", "10", "--epochs", "2"]
+
+
+def run(capsys, tmp_path, *options, small=SMALL):
+    """Exit status, output, errors of the program in this process."""
+    arguments = [*small, "--logdir", str(tmp_path / "runs"), *options]
+    status = mnist.command_line(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def settings(tmp_path, **changes):
+    small = {"dataset": "digits", "sizes": (784, 12, 10), "epochs": 2}
+    return mnist.Settings(**{**small, "logdir": str(tmp_path / "runs"), **changes})
+
+
+def final_weights(metrics):
+    state = checkpoint.load(Path(metrics["run"]) / "checkpoint.pt")
+    return torch.cat([t.flatten() for t in state["trainer"]["model"].values()])
+
+
+def test_a_run_leaves_what_is_needed_to_repeat_it(capsys, tmp_path):
+    status, out, err = run(capsys, tmp_path, "--name", "one")
+    assert (status, err) == (0, "")
+    assert "test accuracy" in out and "tensorboard --logdir" in out
+    folder = tmp_path / "runs" / "one"
+    names = {p.name.split(".")[0] for p in folder.iterdir()}
+    assert names == {"settings", "versions", "checkpoint", "events"}
+    saved = json.loads((folder / "settings.json").read_text())
+    assert saved["sizes"] == [784, 12, 10] and saved["dataset"] == "digits"
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("accuracy/test")] == [0, 1, 2]
+
+
+def test_piped_output_is_a_line_per_epoch(capsys, tmp_path):
+    _, out, _ = run(capsys, tmp_path)
+    lines = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert [line.split("/")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert "\r" not in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("cost", list(mnist.COSTS))
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_every_cost_and_activation_learns(tmp_path, cost, activation):
+    lr = {"quadratic": 1.0, "cross-entropy": 0.1, "log-likelihood": 0.1}[cost]
+    chosen = {"cost": cost, "activation": activation, "lr": lr, "init": "torch"}
+    metrics = mnist.main(settings(tmp_path, epochs=5, **chosen))
+    assert metrics["test_accuracy"] > 0.8
+
+
+def test_bp_and_native_layers_start_and_train_alike(tmp_path):
+    runs = [
+        mnist.main(settings(tmp_path, layers=layers, lr=0.1, epochs=1))
+        for layers in ("bp", "native")
+    ]
+    torch.testing.assert_close(*map(final_weights, runs))
+
+
+def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+    a, b, c = (
+        final_weights(mnist.main(settings(tmp_path, seed=seed))) for seed in (5, 5, 6)
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_resume_ends_with_the_bits_of_an_undisturbed_run(tmp_path):
+    whole = mnist.main(settings(tmp_path, epochs=4, name="whole"))
+    part = mnist.main(settings(tmp_path, epochs=2, name="part"))
+    resumed = mnist.resume(part["run"], epochs=4)
+    assert torch.equal(final_weights(whole), final_weights(resumed))
+    assert resumed["best"] == whole["best"]
+    events = EventAccumulator(part["run"])
+    events.Reload()
+    assert [e.step for e in events.Scalars("cost/test")] == [0, 1, 2, 3, 4]
+
+
+def test_resuming_a_complete_run_only_says_its_results(capsys, tmp_path):
+    metrics = mnist.main(settings(tmp_path, name="one"))
+    capsys.readouterr()
+    assert mnist.command_line(["--resume", metrics["run"]]) == 0
+    assert f"{metrics['test_accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_resume_refuses_settings_that_contradict_naming_each(capsys, tmp_path):
+    run(capsys, tmp_path, "--name", "one")
+    one = str(tmp_path / "runs" / "one")
+    status = mnist.command_line(["--resume", one, "--lr", "0.5", "--seed", "7"])
+    assert status == 2
+    err = capsys.readouterr().err
+    assert "lr is 3.0 there and 0.5 here" in err
+    assert "seed is 0 there and 7 here" in err
+    assert mnist.command_line(["--resume", one, "--lr", "3", "--epochs", "3"]) == 0
+
+
+def test_resuming_another_programs_checkpoint(capsys, tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"epoch": 3})
+    assert mnist.command_line(["--resume", str(tmp_path)]) == 2
+    assert "expected a run of this program" in capsys.readouterr().err
+
+
+BAD = {
+    "--sizes 784": "expected at least two positive integers, got (784,)",
+    "--sizes 784 0 10": "expected at least two positive integers",
+    "--sizes 784 30 9": "expected 784 first (28 x 28 pixels) and 10 last",
+    "--sizes 784 x": "invalid int value: 'x'",
+    "--activation softsign": "invalid choice: 'softsign'",
+    "--lr -1": "lr: expected a number >= 0, got -1.0",
+    "--lr nan": "lr: expected a number >= 0, got nan",
+    "--weight-decay -1": "weight_decay: expected a number >= 0",
+    "--batch-size 0": "batch_size: expected at least 1, got 0",
+    "--batch-size 1298": "batch_size: expected 1 to 1297",
+    "--epochs 0": "epochs: expected at least 1, got 0",
+    "--checkpoint-every 0": "checkpoint_every: expected at least 1",
+    "--threads -1": "threads: expected 0 (automatic) or more, got -1",
+    "--seed -1": "seed: expected 0 to 2^63 - 1, got -1",
+    "--target-accuracy 95": "target_accuracy: expected 0 to 1, got 95",
+    "--name a/b": "expected a plain folder name, got 'a/b'",
+    "--logdir {file}": "logdir: ",
+    "--resume {file}": "no such checkpoint",
+    "--dataset mnist --data {file}": "expected a folder as root",
+    "--nonsense 3": "unrecognized arguments: --nonsense 3",
+}
+
+
+@pytest.mark.parametrize("options", list(BAD))
+def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, options):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = options.format(file=file).split()
+    try:
+        status, _, err = run(capsys, tmp_path, *arguments)
+    except SystemExit as stop:  # argparse's own
+        status, err = stop.code, capsys.readouterr().err
+    assert status == 2
+    assert BAD[options] in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_a_device_that_is_not_there(capsys, tmp_path):
+    status, _, err = run(capsys, tmp_path, "--device", "cuda")
+    assert status == 2
+    assert "device: expected one that is there (cpu" in err and "'cuda'" in err
+
+
+def test_a_cost_that_diverges_stops_the_run(capsys, tmp_path):
+    options = ("--activation", "relu", "--cost", "log-likelihood", "--lr", "1e30")
+    status, _, err = run(capsys, tmp_path, *options, "--name", "one")
+    assert status == 1
+    assert "the cost became nan in epoch 1, step " in err or "became inf" in err
+    assert "at lr 1e+30" in err
+    state = checkpoint.load(tmp_path / "runs" / "one" / "checkpoint.pt")
+    assert state["trainer"]["epoch"] == 0
+
+
+def test_a_missed_target_accuracy_is_status_1(capsys, tmp_path):
+    status, _, err = run(capsys, tmp_path, "--target-accuracy", "1")
+    assert status == 1
+    assert "expected at least 100.00%" in err
+    assert run(capsys, tmp_path, "--target-accuracy", "0.5")[0] == 0
+
+
+def test_without_mnist_auto_takes_the_digits_and_says_so(capsys, tmp_path, monkeypatch):
+    def unreachable(name, root=None, download=True):
+        if name == "mnist":
+            raise data.DataError("no network")
+        return load(name, root, download)
+
+    load = data.load
+    monkeypatch.setattr(data, "load", unreachable)
+    monkeypatch.setenv("TORCHBP_DATA", str(tmp_path))
+    status, out, err = run(capsys, tmp_path, "--name", "one", "--dataset", "auto")
+    assert status == 0
+    assert "NOT comparable" in err and "no network" in err
+    assert out.startswith("digits: 1,297 images")
+    saved = json.loads((tmp_path / "runs" / "one" / "settings.json").read_text())
+    assert saved["dataset"] == "digits"
+
+
+def test_damaged_mnist_is_not_passed_over(capsys, tmp_path, monkeypatch):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"cut off")
+
+    def damaged(name, root=None, download=True):
+        raise data.DataError("train-images-idx3-ubyte.gz is damaged")
+
+    monkeypatch.setattr(data, "load", damaged)
+    options = ("--dataset", "auto", "--data", str(tmp_path))
+    status, _, err = run(capsys, tmp_path, *options)
+    assert status == 2 and "is damaged" in err
+
+
+def test_a_torchvision_that_does_not_fit(tmp_path):
+    """The import fails as it does beside a CPU-only torch; digits work all the same."""
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")'
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{SCRIPT.parents[1]}",
+    }
+
+    def start(*options):
+        command = [sys.executable, str(SCRIPT), "--epochs", "1", "--logdir"]
+        return subprocess.run(
+            [*command, str(tmp_path / "runs"), *options],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    failed = start("--dataset", "mnist")
+    assert failed.returncode == 2
+    assert "torchvision::nms does not exist" in failed.stderr
+    assert "pip install --upgrade torch torchvision" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert start("--dataset", "digits").returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path):
+    options = ["--dataset", "digits", "--epochs", "5000", "--checkpoint-every", "4000"]
+    command = [sys.executable, str(SCRIPT), *options]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    process = subprocess.Popen(
+        [*command, "--logdir", str(tmp_path), "--name", "one"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch    3/"):
+            break
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"--resume {tmp_path / 'one'}" in err
+    state = checkpoint.load(tmp_path / "one" / "checkpoint.pt")
+    epoch = state["trainer"]["epoch"]
+    assert epoch >= 3
+    events = EventAccumulator(str(tmp_path / "one"))
+    events.Reload()
+    assert events.Scalars("cost/test")[-1].step == epoch
+    resumed = mnist.resume(str(tmp_path / "one"), epochs=epoch + 1)
+    assert resumed["epoch"] == epoch + 1
+
+
+def test_threads_are_given_back(tmp_path):
+    torch.set_num_threads(2)
+    mnist.main(settings(tmp_path, threads=1, epochs=1))
+    assert torch.get_num_threads() == 2
+
+
+def test_bp_and_native_gradients_agree_on_real_batches(mnist_root):
+    """To float32 rounding, on the first batches of MNIST, at the start and trained."""
+    train = data.load("mnist", mnist_root, download=False).train
+    chosen = mnist.Settings()
+    ours = mnist.build(chosen)
+    cost = torchbp.QuadraticCost()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=3.0)
+    native = torchbp.to_native(ours)
+    for i in range(100):
+        x = data.scale(train.images[10 * i : 10 * i + 10])
+        y = train.labels[10 * i : 10 * i + 10]
+        names = [name for name, _ in ours.named_parameters()]
+        grads = [
+            torch.autograd.grad(cost(model(x), y), list(model.parameters()))
+            for model in (ours, native)
+        ]
+        for name, a, b in zip(names, *grads, strict=True):
+            error = (a - b).norm() / b.norm()
+            assert error < 1e-6, f"batch {i}, {name}: relative error {error:.1e}"
+        for p, g in zip(ours.parameters(), grads[0], strict=True):
+            p.grad = g
+        optimizer.step()
+
+
+def test_mnist_in_full_for_one_epoch(mnist_root, tmp_path, capsys):
+    options = ["--dataset", "mnist", "--data", str(mnist_root), "--epochs", "1"]
+    status, out, _ = run(capsys, tmp_path, "--target-accuracy", "0.92", small=options)
+    assert status == 0, out
+    assert "of all 10,000 images" in out
