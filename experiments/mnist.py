@@ -47,6 +47,11 @@ COSTS = {
 INPUTS, CLASSES = 784, 10
 PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
 
+# The settings that TensorBoard's HPARAMS tab compares runs by.
+COMPARED = (
+    "layers", "sizes", "activation", "cost", "init", "lr", "batch_size",
+    "weight_decay", "seed", "dataset",
+)  # fmt: skip
 # What --resume may change; the rest decides which weights come out.
 CHANGEABLE = {"checkpoint_every", "data", "device", "epochs", "target_accuracy"}
 
@@ -298,7 +303,8 @@ def train(
     images = data.scale(split.images[:PROBE])
     targets = one_hot(split.labels[:PROBE], CLASSES).to(images.dtype)
     resumed_at = trainer.epoch if resumed else None
-    dashboard = Dashboard(folder.path, record, versions, resumed_at)
+    compared = {name: record[name] for name in COMPARED}
+    dashboard = Dashboard(folder.path, record, compared, versions, resumed_at)
     progress = Progress(settings.epochs, len(split.labels), trainer.epoch)
 
     def on_epoch(result: EpochResult) -> None:

@@ -34,7 +34,7 @@ def read(folder):
 
 def write(folder, network, epochs, resumed_at=None, cost=0.5):
     model, x, y = network
-    dashboard = Dashboard(folder, {"lr": 3.0, "sizes": (6, 5, 3)}, {}, resumed_at)
+    dashboard = Dashboard(folder, {"lr": 3.0}, {"sizes": (6, 5, 3)}, {}, resumed_at)
     for epoch in epochs:
         records = probe(model, torchbp.QuadraticCost(), x, y)
         dashboard.log(result(epoch, cost), 3.0, records)
@@ -46,7 +46,7 @@ def test_every_curve_is_there(tmp_path, network):
     tags = read(tmp_path).Tags()
     layers = ("layer_1", "layer_2")
     splits = ("train", "validation", "test")
-    per_layer = ("delta_norm", "saturated", "weight_norm", "bias_norm")
+    per_layer = ("delta_norm", "saturated", "norm_weight", "norm_bias")
     assert set(tags["scalars"]) == {
         *(f"{kind}/{split}" for kind in ("cost", "accuracy") for split in splits),
         *(f"{kind}/{layer}" for kind in per_layer for layer in layers),
@@ -55,7 +55,9 @@ def test_every_curve_is_there(tmp_path, network):
         "speed/images_per_second",
     }
     assert set(tags["histograms"]) == {
-        f"{kind}/{layer}" for kind in ("W", "b", "a", "delta") for layer in layers
+        f"distributions/{kind}_{layer}"
+        for kind in ("W", "b", "a", "delta")
+        for layer in layers
     }
     assert {"settings/text_summary", "versions/text_summary"} <= set(tags["tensors"])
 
@@ -76,7 +78,7 @@ def test_the_numbers_are_those_of_the_network(tmp_path, network):
         delta = layer.bias.grad.norm().item()
         assert value(f"delta_norm/layer_{number}") == pytest.approx(delta, rel=1e-5)
         norm = layer.weight.norm().item()
-        assert value(f"weight_norm/layer_{number}") == pytest.approx(norm, rel=1e-5)
+        assert value(f"norm_weight/layer_{number}") == pytest.approx(norm, rel=1e-5)
     assert value("accuracy/test") == 0.75
     assert value("learning_rate") == 3.0
 

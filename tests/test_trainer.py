@@ -251,7 +251,7 @@ def test_batches_keep_dtype_and_range():
     for xs, ys in batches(DATA.train, order, 5, 3, torch.float64):
         for x, y in zip(xs, ys, strict=True):
             assert x.dtype == y.dtype == torch.float64
-            assert 0 <= x.min() and x.max() <= 1
+            assert x.min() >= 0 and x.max() <= 1
             assert torch.equal(y.sum(1), torch.ones(len(y)).double())
 
 

@@ -24,7 +24,8 @@ class Dashboard:
 
     Args:
         folder: the run's folder.
-        settings: what the run was started with; shown as text and as hyperparameters.
+        settings: what the run was started with; shown as text.
+        hyperparameters: those settings by which runs are compared.
         versions: of the programs, the machine; shown as text.
         resumed_at: the last completed epoch of a run that goes on. What the event files
             hold from later epochs is superseded.
@@ -38,6 +39,7 @@ class Dashboard:
         self,
         folder: Path,
         settings: Mapping[str, Any],
+        hyperparameters: Mapping[str, Any],
         versions: Mapping[str, Any],
         resumed_at: int | None = None,
     ) -> None:
@@ -48,16 +50,16 @@ class Dashboard:
         if resumed_at is None:
             self.writer.add_text("settings", _as_code(settings), 0)
             self.writer.add_text("versions", _as_code(versions), 0)
-            self._hyperparameters(settings)
+            self._hyperparameters(hyperparameters)
 
-    def _hyperparameters(self, settings: Mapping[str, Any]) -> None:
+    def _hyperparameters(self, values: Mapping[str, Any]) -> None:
         """The run's row in the HPARAMS tab. ``SummaryWriter.add_hparams`` would make a
         run of its own for it, one folder down."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in settings.items()
+            for key, value in values.items()
         }
         metrics = {
             "accuracy/test": None,
@@ -96,13 +98,13 @@ class Dashboard:
         mean_delta = record.delta.sum(0)
         self._scalar(f"delta_norm/{layer}", mean_delta.norm().item(), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
-        self._scalar(f"weight_norm/{layer}", W.norm().item(), epoch)
+        self._scalar(f"norm_weight/{layer}", W.norm().item(), epoch)
         if b is not None:
-            self._scalar(f"bias_norm/{layer}", b.norm().item(), epoch)
-            self._histogram(f"b/{layer}", b, epoch)
-        self._histogram(f"W/{layer}", W, epoch)
-        self._histogram(f"a/{layer}", record.a, epoch)
-        self._histogram(f"delta/{layer}", record.delta, epoch)
+            self._scalar(f"norm_bias/{layer}", b.norm().item(), epoch)
+            self._histogram(f"distributions/b_{layer}", b, epoch)
+        self._histogram(f"distributions/W_{layer}", W, epoch)
+        self._histogram(f"distributions/a_{layer}", record.a, epoch)
+        self._histogram(f"distributions/delta_{layer}", record.delta, epoch)
 
     def _scalar(self, tag: str, value: float, epoch: int) -> None:
         self.writer.add_scalar(tag, value, epoch)

@@ -67,7 +67,9 @@ class LinearFunction(TwoFormFunction):
 
     @staticmethod
     def choose(a: Tensor, z: Tensor) -> Tensor | None:
-        """What σ' is computed from: a, z or nothing."""
+        """What σ' is computed from, and so what is saved: a, z or nothing."""
+        # The identity layer must not save its output: an in-place operation on it, as
+        # in Sequential(BPLinear, ReLU(inplace=True)), would then break the graph.
         return None
 
     @classmethod
@@ -76,10 +78,9 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
-        # Not the output: an in-place operation on it, as in Sequential(BPLinear,
-        # ReLU(inplace=True)), would then invalidate the graph.
         x, W, _ = inputs
-        return x, W, None
+        a, z = output if isinstance(output, tuple) else (output, output)
+        return x, W, cls.choose(a, z)
 
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
@@ -114,11 +115,6 @@ class LayerFromOutput(LinearFunction):
     def choose(a: Tensor, z: Tensor) -> Tensor | None:
         return a
 
-    @classmethod
-    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
-        x, W, _ = inputs
-        return x, W, output
-
 
 class LayerFromWeightedInput(LinearFunction):
     """A layer whose σ' needs z: a does not determine it where σ is not one-to-one.
@@ -135,11 +131,6 @@ class LayerFromWeightedInput(LinearFunction):
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
         z = F.linear(x, W, b)
         return cls.sigma(z), z
-
-    @classmethod
-    def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
-        x, W, _ = inputs
-        return x, W, output[1]
 
     @classmethod
     def error(cls, grads: list[Tensor], s: Any) -> Tensor:
@@ -292,11 +283,13 @@ def _layer_autocast(
 
 def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether these pass wherever torch's own linear would be too generous: it takes
-    1-D weights, integers, and biases that broadcast or are promoted. The rest it finds
-    itself, and at 10 x 30 each test counts: all of them took 1.2 µs of 25."""
+    1-D weights, integers, biases that broadcast or are promoted, and, before torch
+    2.15, a weight on "meta". The rest it finds itself, and at 10 x 30 each test counts:
+    all of them took 1.2 µs of 25."""
     return (
         W.dim() == 2
         and W.is_floating_point()
+        and x.device == W.device
         and (
             b is None
             or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
