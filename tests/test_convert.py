@@ -1,0 +1,221 @@
+"""convert: both ways the same network and parameters, and the original untouched."""
+
+import copy
+import random
+
+import pytest
+import torch
+from cases import Softplus, assert_raises_one_line, rand
+from torch import nn
+from torch.testing import assert_close
+
+import torchbp
+from torchbp import from_native, to_native
+
+NATIVE = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": None}
+OURS = (
+    torchbp.BPLinear,
+    torchbp.BPLinearSigmoid,
+    torchbp.BPLinearTanh,
+    torchbp.BPLinearReLU,
+)
+
+
+def outputs_and_gradients(model, x):
+    model.zero_grad()
+    y = model(x)
+    y.backward(rand(*y.shape, seed=9, dtype=y.dtype))
+    return y, [p.grad for p in model.parameters()]
+
+
+def assert_same_network(ours, other, x):
+    """Equal outputs and gradients, and the same parameter objects in the same order."""
+    theirs = list(other.parameters())
+    assert len(theirs) == len(list(ours.parameters()))
+    assert all(p is q for p, q in zip(ours.parameters(), theirs, strict=True))
+    assert_close(outputs_and_gradients(other, x), outputs_and_gradients(ours, x))
+
+
+def kinds(model):
+    return [type(module) for module in model.modules() if not list(module.children())]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_layer(name, bias):
+    ours = torchbp.nn.ACTIVATIONS[name](4, 3, bias=bias).double()
+    native = to_native(ours)
+    assert kinds(native) == [nn.Linear, *([NATIVE[name]] if NATIVE[name] else [])]
+    assert_same_network(ours, native, rand(5, 4))
+    back = from_native(native)
+    assert kinds(back) == [type(ours)]
+    assert_same_network(ours, back, rand(5, 4))
+
+
+@pytest.mark.parametrize("activation", NATIVE)
+@pytest.mark.parametrize("output", NATIVE)
+def test_mlp(activation, output):
+    ours = torchbp.MLP([5, 4, 3, 2], activation, output, dtype=torch.float64)
+    native = to_native(ours)
+    assert type(native) is nn.Sequential
+    assert torchbp.BPLinear not in {base for k in kinds(native) for base in k.__mro__}
+    assert_same_network(ours, native, rand(6, 5))
+    back = from_native(native)
+    assert kinds(back) == kinds(ours)
+    assert_same_network(ours, back, rand(6, 5))
+
+
+def test_round_trip_of_a_native_network():
+    native = nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(),
+        nn.LayerNorm(4), nn.Sigmoid(), nn.Linear(4, 2),
+    ).double()  # fmt: skip
+    ours = from_native(native)
+    assert kinds(ours) == [
+        torchbp.BPLinearTanh, torchbp.BPLinear, torchbp.BPLinearReLU,
+        nn.LayerNorm, nn.Sigmoid, torchbp.BPLinear,
+    ]  # fmt: skip
+    assert_same_network(native, ours, rand(6, 5))
+    back = to_native(ours)
+    assert str(back) == str(native)
+    assert back.state_dict().keys() == native.state_dict().keys()
+    assert_same_network(native, back, rand(6, 5))
+
+
+class Block(nn.Module):
+    """A residual block: layers that are attributes, buffers, and another Sequential."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.inner = nn.Sequential(*make())
+        self.last = make()[0]
+        self.absent = None
+        self.register_module("none", None)
+        self.register_buffer("scale", torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.scale * self.last(self.inner(x))
+
+
+def test_nested_modules():
+    ours = nn.ModuleDict(
+        {"a": Block(lambda: [torchbp.BPLinearTanh(4, 4)]), "b": nn.ModuleList([Block(
+            lambda: [torchbp.BPLinearReLU(4, 4), torchbp.BPLinear(4, 4)])])}
+    ).double()  # fmt: skip
+    native = to_native(ours)
+    assert not [k for k in kinds(native) if issubclass(k, torchbp.BPLinear)]
+    assert type(native["a"]) is Block and native["a"].scale is ours["a"].scale
+    for get in (lambda m: m["a"], lambda m: m["b"][0]):
+        assert_same_network(get(ours), get(native), rand(3, 4))
+        assert_same_network(get(ours), get(from_native(native)), rand(3, 4))
+
+
+def random_network(choice, depth):
+    if depth == 0 or choice.random() < 0.3:
+        return choice.choice(OURS)(3, 3, dtype=torch.float64)
+    parts = range(choice.randint(1, 4))
+    return nn.Sequential(*(random_network(choice, depth - 1) for _ in parts))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_nesting(seed):
+    """Many short-lived modules: no address may be taken for another module's."""
+    ours = random_network(random.Random(seed), 4)
+    native = to_native(ours)
+    assert_same_network(ours, native, rand(2, 3))
+    assert_same_network(ours, from_native(native), rand(2, 3))
+
+
+def test_shared_modules_stay_shared():
+    shared = torchbp.BPLinearTanh(4, 4).double()
+    ours = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(shared, shared)})
+    native = to_native(ours)
+    assert native["a"] is native["b"]
+    assert len(list(native.parameters())) == 2
+    assert_same_network(ours["c"], native["c"], rand(2, 4))
+    back = from_native(native)
+    assert back["a"] is back["b"]
+    assert len(list(back.parameters())) == 2
+    assert_same_network(ours["c"], back["c"], rand(2, 4))
+
+
+def test_shared_block_stays_shared():
+    block = Block(lambda: [torchbp.BPLinearTanh(4, 4)]).double()
+    native = to_native(nn.Sequential(block, block))
+    assert native[0] is native[1]
+
+
+@pytest.mark.parametrize("convert", [to_native, from_native])
+def test_original_is_untouched(convert):
+    model = nn.Sequential(
+        torchbp.MLP([4, 4, 4]), nn.Linear(4, 4), nn.Tanh(),
+        Block(lambda: [torchbp.BPLinearTanh(4, 4)]),
+    ).double()  # fmt: skip
+    before, x = copy.deepcopy(model), rand(2, 4)
+    converted = convert(model)
+    assert str(model) == str(before)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert torch.equal(model(x), before(x))
+    converted.eval().requires_grad_(False)
+    converted.register_buffer("extra", x)
+    converted[0].new_attribute = 1
+    converted.append(nn.Identity())
+    assert model.training and all(m.training for m in model.modules())
+    assert str(model) == str(before) and not hasattr(model[0], "new_attribute")
+    assert "extra" not in model.state_dict()
+
+
+def test_modes_survive():
+    ours = torchbp.MLP([4, 3, 2]).eval()
+    ours.layers[0].weight.requires_grad_(False)
+    native = to_native(ours)
+    assert not native[0].training and not native[0].weight.requires_grad
+    assert not from_native(native)[0].training
+
+
+def test_training_one_trains_the_other():
+    ours = torchbp.MLP([4, 3, 2])
+    native, x = to_native(ours), rand(5, 4, dtype=torch.float32)
+    before = ours(x).detach()
+    optimiser = torch.optim.SGD(native.parameters(), lr=1.0)
+    native(x).square().sum().backward()
+    optimiser.step()
+    assert not torch.allclose(ours(x), before)
+    assert_close(ours(x), native(x))
+
+
+def test_modules_without_layers_of_ours():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.0))
+    assert str(to_native(model)) == str(from_native(model)) == str(model)
+
+
+class OwnLinear(nn.Linear):
+    """A subclass may do anything in its forward, so it is not converted."""
+
+
+def test_subclasses_of_native_layers_are_left_alone():
+    assert kinds(from_native(nn.Sequential(OwnLinear(2, 2), nn.Sigmoid()))) == [
+        OwnLinear,
+        nn.Sigmoid,
+    ]
+
+
+class OwnLayer(torchbp.BPLinearSigmoid):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Softplus, OwnLayer])
+@pytest.mark.parametrize("wrap", [
+    lambda layer: layer,
+    lambda layer: nn.Sequential(nn.Flatten(), layer),
+    lambda layer: nn.ModuleDict({"a": nn.Sequential(layer)}),
+], ids=["alone", "sequential", "nested"])  # fmt: skip
+def test_custom_layers_are_refused(kind, wrap):
+    parts = ("to_native", "expected", "native counterpart", "got", kind.__name__)
+    assert_raises_one_line(ValueError, parts, to_native, wrap(kind(2, 2)))
+
+
+def test_custom_layers_are_refused_inside_an_mlp():
+    parts = ("to_native", "expected", "got", "Softplus")
+    model = torchbp.MLP([2, 2, 2], activation=Softplus)
+    assert_raises_one_line(ValueError, parts, to_native, model)

@@ -1,0 +1,458 @@
+"""costs: BP1 by hand is the derivative, and right where exp has nothing left to say."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    COSTS,
+    DTYPES,
+    F64,
+    LogCosh,
+    all_costs,
+    assert_raises_one_line,
+    check_first,
+    check_second,
+    rand,
+    target_for,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import torchbp
+from torchbp import costs
+from torchbp.nn import check_takes
+
+SHAPES = [(3,), (1,), (4, 3), (7, 5), (2, 3, 2), (2, 1, 2, 3), (1, 2, 1, 2, 2), (1, 1)]
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+BUILT_IN = {name: cost for name, cost in COSTS.items() if cost.module is not LogCosh}
+built_in_costs = pytest.mark.parametrize("cost", BUILT_IN.values(), ids=BUILT_IN.keys())
+FUNCTIONS = {
+    "quadratic": (costs.quadratic_cost, torchbp.QuadraticCost, "a"),
+    "cross-entropy": (costs.cross_entropy_cost, torchbp.CrossEntropyCost, "z"),
+    "log-likelihood": (costs.log_likelihood_cost, torchbp.LogLikelihoodCost, "z"),
+}
+all_functions = pytest.mark.parametrize(
+    ("function", "module", "takes"), FUNCTIONS.values(), ids=FUNCTIONS.keys()
+)
+ignore_jit = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:FutureWarning"  # torch's own use of it
+)
+
+
+def gradient(f, v, *rest):
+    v = v.detach().requires_grad_()
+    return torch.autograd.grad(f(v, *rest), v)[0]
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@all_costs
+@all_shapes
+def test_derivatives(cost, shape):
+    v, y = rand(*shape).requires_grad_(), target_for(cost, *shape)
+    check_first(lambda v: cost(v, y), v)
+    check_second(lambda v: cost(v, y), v)
+
+
+@all_costs
+@all_shapes
+def test_equals_native(cost, shape):
+    v, y = rand(*shape), target_for(cost, *shape)
+    assert_close(cost(v, y), cost.native(v, y), rtol=1e-12, atol=1e-12)
+    ours, native = gradient(cost, v, y), gradient(cost.native, v, y)
+    assert_close(ours, native, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(
+    name=st.sampled_from(list(COSTS)),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.lists(st.integers(1, 5), max_size=3),
+    outputs=st.integers(1, 9),
+    seed=st.integers(0, 2**20),
+)
+def test_equals_float64_in_every_dtype(name, dtype, rows, outputs, seed):
+    """Against the native cost in float64 of the same numbers: no path has more than
+    some ten operations an element, each rounded once, and terms of order |v| + 1."""
+    cost = COSTS[name]
+    v = rand(*rows, outputs, seed=seed, dtype=dtype)
+    y = target_for(cost, *rows, outputs, seed=seed + 1, dtype=dtype)
+    size = 16 * torch.finfo(dtype).eps * (1 + float(v.double().square().amax()))
+    value = cost(v, y)
+    assert value.dtype == dtype and value.shape == ()
+    expected = cost.native(v.double(), y.double())
+    assert_close(value.double(), expected, rtol=0, atol=size * outputs)
+    grad = gradient(cost, v, y)
+    assert grad.dtype == dtype and grad.shape == v.shape
+    n = math.prod(rows)
+    truth = gradient(cost.native, v.double(), y.double())
+    assert_close(grad.double() * n, truth * n, rtol=0, atol=size)
+
+
+@all_costs
+def test_one_over_n_counts_rows(cost):
+    """A1: the mean over the rows, all leading dimensions together, not the numbers."""
+    v, y = rand(6, 4), target_for(cost, 6, 4)
+    singles = torch.stack([cost(v[i], y[i]) for i in range(6)])
+    assert_close(cost(v, y), singles.mean())
+    assert_close(cost(v.reshape(2, 3, 4), y.reshape(2, 3, 4)), singles.mean())
+
+
+def test_quadratic_is_not_mse_loss_with_mean():
+    v, y = rand(6, 10), rand(6, 10, seed=1)
+    ratio = gradient(torchbp.QuadraticCost(), v, y) / gradient(F.mse_loss, v, y)
+    assert_close(ratio, torch.full_like(ratio, 5.0))
+
+
+@all_costs
+def test_arguments_of_any_layout(cost):
+    v, y = rand(4, 3), target_for(cost, 4, 3)
+    expected = cost(v, y), gradient(cost, v, y)
+    for layout in (
+        lambda t: t.t().contiguous().t(),
+        lambda t: torch.cat([t, t], -1)[:, :3],
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    ):
+        w, u = layout(v), layout(y)
+        before = w.clone(), u.clone()
+        assert_close((cost(w, u), gradient(cost, w, u)), expected)
+        assert torch.equal(w, before[0]) and torch.equal(u, before[1])
+
+
+@all_costs
+def test_output_gradient_scales_and_is_kept(cost):
+    v, y = rand(4, 3).requires_grad_(), target_for(cost, 4, 3)
+    value = cost(v, y)
+    g = torch.tensor(-2.5, dtype=F64)
+    first = torch.autograd.grad(value, v, g, retain_graph=True)[0]
+    second = torch.autograd.grad(value, v, g)[0]
+    assert torch.equal(first, second)
+    assert_close(first, -2.5 * gradient(cost, v, y))
+    assert g.item() == -2.5
+
+
+# ---------------------------------------------------------------- saturation
+
+
+def at(z, y, dtype=torch.float32):
+    return torch.tensor([[z]], dtype=dtype), torch.tensor([[y]], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("z", [0.0, 1.0, 17.0, 30.0, 80.0, 300.0, 1e3, 1e4])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_cross_entropy_at_saturation(dtype, z, sign):
+    """Both targets, both signs: -σ(-z) for y = 1 and σ(z) for y = 0, to roundings."""
+    z = sign * z
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+
+    def sigmoid(t):
+        return 1 / (1 + math.exp(-t)) if t > -700 else 0.0
+
+    def softplus(t):
+        return max(t, 0.0) + math.log1p(math.exp(-abs(t)))
+
+    for y, value, slope in ((1.0, softplus(-z), -sigmoid(-z)),
+                            (0.0, softplus(z), sigmoid(z))):  # fmt: skip
+        v, target = at(z, y, dtype)
+        for actual, expected in (
+            (costs.cross_entropy_cost(v, target), value),
+            (gradient(costs.cross_entropy_cost, v, target), slope),
+        ):
+            assert abs(actual.item() - expected) <= 8 * eps * abs(expected) + tiny
+
+
+def test_cross_entropy_gradient_does_not_vanish():
+    """σ(z) - y is 0 in float32 from z = 17 on; σ's tail is not."""
+    v, y = at(30.0, 1.0)
+    assert torch.sigmoid(v) - y == 0
+    grad = gradient(costs.cross_entropy_cost, v, y).item()
+    assert grad == pytest.approx(-math.exp(-30) / (1 + math.exp(-30)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("margin", [0.0, 1.0, 17.0, 30.0, 60.0, 1e3, 1e4])
+@pytest.mark.parametrize("offset", [0.0, -64.0, 1e4])
+def test_log_likelihood_at_saturation(dtype, margin, offset):
+    """z = (margin, 0, 0) + offset with the first class or the second the true one."""
+    z = (torch.tensor([margin, 0.0, 0.0], dtype=dtype) + offset).unsqueeze(0)
+    e = math.exp(-margin)
+    p = [1 / (1 + 2 * e), e / (1 + 2 * e), e / (1 + 2 * e)]
+    rest = 2 * e / (1 + 2 * e)  # 1 - p[0], without the cancellation
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    for label, value, slopes in (
+        (0, math.log1p(2 * e), [-rest, p[1], p[2]]),
+        (1, margin + math.log1p(2 * e), [p[0], -(p[0] + p[2]), p[2]]),
+    ):
+        target = torch.tensor([label])
+        actual = costs.log_likelihood_cost(z, target).item()
+        assert abs(actual - value) <= 8 * eps * abs(value) + tiny
+        grad = gradient(costs.log_likelihood_cost, z, target)[0].tolist()
+        for got, expected in zip(grad, slopes, strict=True):
+            assert abs(got - expected) <= 8 * eps * abs(expected) + tiny
+
+
+def test_log_likelihood_of_a_tie():
+    z = torch.zeros(1, 4)
+    grad = gradient(costs.log_likelihood_cost, z, torch.tensor([2]))
+    assert_close(grad, torch.tensor([[0.25, 0.25, -0.75, 0.25]]))
+
+
+def test_log_likelihood_ruled_out_class_costs_nothing():
+    """0 · ln 0 = 0, where the softmax of that class underflows or is exactly 0."""
+    z = torch.tensor([[0.0, -1e4]])
+    y = torch.tensor([[1.0, 0.0]])
+    assert costs.log_likelihood_cost(z, y) == 0
+    z[0, 1] = -torch.inf
+    assert costs.log_likelihood_cost(z, y) == 0
+    assert torch.equal(gradient(costs.log_likelihood_cost, z, y), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@built_in_costs
+def test_finite_at_any_size(cost, dtype, size):
+    v = rand(50, 4, dtype=dtype) * size
+    y = F.one_hot(torch.arange(50) % 4, 4).to(dtype)
+    eps = torch.finfo(dtype).eps
+    value, expected = cost(v, y), cost.native(v.double(), y.double())
+    assert_close(value.double(), expected, rtol=32 * eps, atol=0)
+    grad, truth = gradient(cost, v, y), gradient(cost.native, v.double(), y.double())
+    assert_close(grad.double(), truth, rtol=32 * eps, atol=4 * eps)
+
+
+# ---------------------------------------------------------------- targets
+
+
+@all_costs
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("rows", [(), (1,), (6,), (2, 3)], ids=str)
+def test_labels_are_one_hot_rows(cost, dtype, rows):
+    v = rand(*rows, 4)
+    labels = torch.arange(max(1, math.prod(rows))).reshape(rows).remainder(4)
+    one_hot = F.one_hot(labels, 4).to(F64)
+    labels = labels.to(dtype)
+    assert torch.equal(cost(v, labels), cost(v, one_hot))
+    assert torch.equal(gradient(cost, v, labels), gradient(cost, v, one_hot))
+
+
+@all_costs
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["rows", "labels"])
+def test_empty_batch(cost, shape, kind):
+    v = rand(*shape)
+    y = rand(*shape) if kind == "rows" else torch.zeros(shape[:-1], dtype=torch.long)
+    assert cost(v, y).isnan(), "the mean of nothing"
+    assert gradient(cost, v, y).shape == shape
+
+
+def test_log_likelihood_of_rows_that_are_no_distribution():
+    """The derivative of the same formula: softmax(z) Σ y - y."""
+    z, y = rand(3, 4), rand(3, 4, seed=1)
+    expected = (torch.softmax(z, -1) * y.sum(-1, keepdim=True) - y) / 3
+    assert_close(gradient(costs.log_likelihood_cost, z, y), expected)
+
+
+v = torch.zeros(4, 3)
+ERRORS = {
+    "input a list": (([0.0], v), TypeError, "input, target", "Tensors", "list"),
+    "target a list": ((v, [0]), TypeError, "input, target", "Tensors", "list"),
+    "input int": ((v.int(), v), TypeError, "input", "floating", "torch.int32"),
+    "input complex": ((v.cfloat(), v), TypeError, "input", "real", "torch.complex64"),
+    "input 0-d": ((v[0, 0], v[0, 0]), ValueError, "input", "(*, K)", "0-d"),
+    "bool target": ((v, v.bool()), TypeError, "target", "float32", "torch.bool"),
+    "bool labels": ((v, v[:, 0].bool()), TypeError, "target", "float32", "torch.bool"),
+    "wide target": ((v, v.double()), TypeError, "target", "float32", "torch.float64"),
+    "complex target": (
+        (v, v.cfloat()), TypeError, "target", "float32", "torch.complex64",
+    ),
+    "target of another shape": (
+        (v, v[:, :2]), ValueError, "target", "(4, 3)", "(4, 2)",
+    ),
+    "target that would broadcast": (
+        (v, v[:1]), ValueError, "target", "(4, 3)", "(1, 3)",
+    ),
+    "labels as a column": (
+        (v, torch.zeros(4, 1, dtype=torch.long)),
+        ValueError, "target", "(4,)", "(4, 1)",
+    ),
+    "one-hot integers": (
+        (v, v.long()), ValueError, "target", "(4,)", "(4, 3) torch.int64",
+    ),
+    "too few labels": (
+        (v, torch.zeros(3, dtype=torch.long)), ValueError, "target", "(4,)", "(3,)",
+    ),
+    "label too large": (
+        (v, torch.tensor([0, 1, 2, 3])), ValueError, "target", "0..2", "3",
+    ),
+    "label negative": (
+        (v, torch.tensor([0, 1, -1, 2])), ValueError, "target", "0..2", "-1",
+    ),
+    "target elsewhere": ((v, v.to("meta")), ValueError, "target", "cpu", "meta"),
+    "target that requires grad": (
+        (v, v.clone().requires_grad_()), ValueError, "target", "A2", "True",
+    ),
+}  # fmt: skip
+del v
+
+
+@all_costs
+@pytest.mark.parametrize(("args", "kind", *"pqr"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(cost, args, kind, p, q, r):
+    assert_raises_one_line(kind, (p, "expected", q, "got", r), cost, *args)
+
+
+# ---------------------------------------------------------------- what a cost takes
+
+
+@all_functions
+def test_function_module_and_takes(function, module, takes):
+    assert function.takes == module.takes == module().takes == takes
+    v = rand(4, 3)
+    y = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(function(v, y), module()(v, y))
+    assert not list(module().parameters())
+
+
+@all_functions
+def test_check_takes(function, module, takes):
+    gives_z = torchbp.MLP([3, 2, 2], output="identity")
+    native_z = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    for model in (gives_z, native_z, torchbp.to_native(gives_z)):
+        check_takes(model, function)
+        check_takes(model, module())
+    gives_a = torchbp.MLP([3, 2, 2])
+    for model in (gives_a, torchbp.to_native(gives_a), gives_a.layers[-1]):
+        for cost in (function, module()):
+            if takes == "a":
+                check_takes(model, cost)
+            else:
+                parts = ("expected", "identity", "got", "Sigmoid", "twice")
+                assert_raises_one_line(ValueError, parts, check_takes, model, cost)
+
+
+def test_check_takes_refuses_what_does_not_say():
+    for cost in (F.mse_loss, torch.nn.MSELoss(), None):
+        parts = ("expected", "takes", "got", "None")
+        model = torchbp.MLP([2, 2])
+        assert_raises_one_line(TypeError, parts, check_takes, model, cost)
+
+
+def rows(a, y):
+    return (a - y).sum(-1)
+
+
+def slopes(a, y):
+    return a - y
+
+
+DEFINE_ERRORS = {
+    "name": (("a b", rows, slopes), ValueError, "name", "identifier", "'a b'"),
+    "takes": (("N", rows, slopes, "b"), ValueError, "takes", '"a" or "z"', "'b'"),
+    "cost no function": (("N", 1, slopes), TypeError, "cost", "callable", "int"),
+    "grad no function": (("N", rows, None), TypeError, "grad", "callable", "NoneType"),
+    "cost no tensor": (("N", lambda a, y: 0.5, slopes), TypeError, "cost", "Tensor",
+                       "0.5"),
+    "cost not per row": (("N", lambda a, y: (a - y).sum(), slopes), ValueError, "cost",
+                         "(2,)", "()"),
+    "grad per row": (("N", rows, rows), ValueError, "grad", "(2, 3)", "(2,)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", *"pqr"), DEFINE_ERRORS.values(), ids=DEFINE_ERRORS.keys()
+)
+def test_define_cost_errors(args, kind, p, q, r):
+    assert_raises_one_line(
+        kind, (p, "expected", q, "got", r), torchbp.define_cost, *args
+    )
+
+
+def test_defined_cost_takes_what_it_says():
+    assert torchbp.define_cost("N", rows, slopes).takes == "a"
+    assert torchbp.define_cost("N", rows, slopes, takes="z").takes == "z"
+
+
+def test_defined_cost_does_not_divide_by_n():
+    """A1 is applied by the package: a cost that divides too is wrong, and found out."""
+    twice = torchbp.define_cost(
+        "Twice",
+        lambda a, y: (a - y).square().sum(-1) / 2,
+        lambda a, y: (a - y) / len(a),
+    )
+    v, y = rand(4, 3), rand(4, 3, seed=1)
+    assert_close(gradient(twice(), v, y) * 4, gradient(torchbp.QuadraticCost(), v, y))
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        check_first(lambda v: twice()(v, y), v.requires_grad_())
+
+
+class WithoutSaturation(costs.CrossEntropyFunction):
+    @staticmethod
+    def nabla(z, y):
+        return torch.sigmoid(z) - y
+
+
+def test_saturation_check_can_fail():
+    """The plain formula passes gradcheck, and fails where the real one does not."""
+    v, y = rand(4, 3).requires_grad_(), target_for(COSTS["cross-entropy"], 4, 3)
+    check_first(lambda v: costs.cost(WithoutSaturation, v, y), v)
+    v, y = at(30.0, 1.0)
+    assert gradient(lambda v: costs.cost(WithoutSaturation, v, y), v) == 0
+
+
+# ---------------------------------------------------------------- modes of torch
+
+
+@built_in_costs
+def test_autocast_computes_in_float32(cost):
+    v, y = rand(4, 3, dtype=torch.float32), target_for(cost, 4, 3, dtype=torch.float32)
+    half = v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cost(v, y).dtype == torch.float32
+        assert cost(v.double(), y.double()).dtype == F64
+        assert cost(half, torch.tensor([0, 1, 2, 0])).dtype == torch.float32
+        value, grad = cost(half, y), gradient(cost, half, y)
+    assert grad.dtype == torch.bfloat16
+    assert_close(value, cost(half.float(), y))
+    assert_close(grad, gradient(cost, half.float(), y).bfloat16())
+
+
+TRANSFORMS = {
+    "vmap(grad)": lambda f, v, y: torch.vmap(torch.func.grad(f))(v, y),
+    "jacrev": lambda f, v, y: torch.func.jacrev(f)(v, y),
+    "jacfwd": lambda f, v, y: torch.func.jacfwd(f)(v, y),
+    "hessian": lambda f, v, y: torch.func.hessian(f)(v, y),
+}
+
+
+@all_costs
+@pytest.mark.parametrize("name", TRANSFORMS)
+@ignore_jit
+def test_transforms_equal_native(cost, name):
+    v, y = rand(4, 3), target_for(cost, 4, 3)
+    transform = TRANSFORMS[name]
+    assert_close(transform(cost, v, y), transform(cost.native, v, y))
+
+
+@all_costs
+def test_labels_under_vmap(cost):
+    v, labels = rand(4, 3), torch.tensor([0, 2, 1, 0])
+    one_hot = F.one_hot(labels, 3).to(F64)
+    ours = torch.vmap(torch.func.grad(cost))(v, labels)
+    assert_close(ours, torch.vmap(torch.func.grad(cost.native))(v, one_hot))
+
+
+@all_costs
+@ignore_jit
+def test_compiles_whole(cost):
+    v, y = rand(4, 3), target_for(cost, 4, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(cost.module(), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(v, y), cost(v, y))
+    assert_close(gradient(compiled, v, y), gradient(cost, v, y))
+    labels = torch.tensor([0, 2, 1, 0])
+    assert_close(gradient(compiled, v, labels), gradient(cost, v, labels))
