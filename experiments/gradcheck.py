@@ -27,6 +27,7 @@ from torch import Tensor
 
 import torchbp
 from torchbp import costs, functional
+from torchbp.trainer import choose_device
 
 Operation = Callable[..., Tensor]
 
@@ -167,21 +168,6 @@ def main(settings: Settings) -> list[Row]:
                 )
                 rows.append(checked)
     return rows
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA if there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there[name]:
-        found = ", ".join(key for key, value in there.items() if value)
-        raise ValueError(f"device: expected one that is there ({found}), got {name!r}")
-    return torch.device(name)
 
 
 def _times(shape: Sequence[int]) -> str:

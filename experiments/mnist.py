@@ -35,7 +35,13 @@ from torchbp import checkpoint, data
 from torchbp.dashboard import Dashboard, probe
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 from torchbp.progress import Progress
-from torchbp.trainer import AutogradSGD, DivergedError, EpochResult, Trainer
+from torchbp.trainer import (
+    AutogradSGD,
+    DivergedError,
+    EpochResult,
+    Trainer,
+    choose_device,
+)
 
 # The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
 # wants a sigmoid there, whatever the hidden layers are.
@@ -196,25 +202,6 @@ def assemble(settings: Settings, splits: data.Splits, device: torch.device) -> T
         *(data.Split(*(t.to(device) for t in split)) for split in splits)
     )
     return Trainer(model, engine, cost, on_device, settings.batch_size, settings.seed)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there[name]:
-        found = ", ".join(key for key, value in there.items() if value)
-        raise ValueError(f"device: expected one that is there ({found}), got {name!r}")
-    return torch.device(name)
 
 
 def load_data(settings: Settings) -> tuple[data.Splits, Settings]:

@@ -219,3 +219,44 @@ def test_custom_layers_are_refused_inside_an_mlp():
     parts = ("to_native", "expected", "got", "Softplus")
     model = torchbp.MLP([2, 2, 2], activation=Softplus)
     assert_raises_one_line(ValueError, parts, to_native, model)
+
+
+def test_a_layer_in_two_places_of_a_sequence_is_one():
+    layer = torchbp.BPLinearSigmoid(3, 3)
+    native = to_native(nn.Sequential(layer, layer))
+    assert native[0] is native[2] and native[1] is native[3]
+    ours = from_native(native)
+    assert ours[0] is ours[1]
+
+
+def test_hooks_see_what_they_saw():
+    seen = []
+    x = rand(2, 3)
+
+    def watch(module, args, output):
+        seen.append(output.detach().clone())
+
+    ours = nn.Sequential(torchbp.BPLinearSigmoid(3, 3), torchbp.BPLinearTanh(3, 2))
+    ours.double()[0].register_forward_hook(watch)
+    native = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Tanh())
+    native.double()[0].register_forward_hook(watch)
+    native[3].register_forward_hook(watch)
+    for model, convert in ((ours, to_native), (native, from_native)):
+        expected = model(x)
+        before, seen[:] = list(seen), []
+        assert_close(convert(model)(x), expected)
+        assert len(seen) == len(before) > 0
+        for a, b in zip(seen, before, strict=True):
+            assert_close(a, b)
+        seen.clear()
+
+
+def test_an_mlp_with_a_forward_of_its_own_keeps_it():
+    class Doubled(torchbp.MLP):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = Doubled([3, 4, 2]).double()
+    x = rand(5, 3)
+    assert_close(to_native(model)(x), model(x))
+    assert not any(isinstance(m, torchbp.BPLinear) for m in to_native(model).modules())

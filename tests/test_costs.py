@@ -19,6 +19,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
 import torchbp
@@ -456,3 +457,35 @@ def test_compiles_whole(cost):
     assert_close(gradient(compiled, v, y), gradient(cost, v, y))
     labels = torch.tensor([0, 2, 1, 0])
     assert_close(gradient(compiled, v, labels), gradient(cost, v, labels))
+
+
+@all_costs
+def test_a_target_with_a_tangent_is_refused(cost):
+    v, y = rand(3, 4), rand(3, 4).softmax(-1)
+    for jvp in (
+        lambda: torch.func.jvp(lambda t: cost(v, t), (y,), (torch.ones_like(y),)),
+        lambda: torch.func.jvp(cost, (v, y), (torch.ones_like(v), torch.ones_like(y))),
+    ):
+        assert_raises_one_line(ValueError, ("target", "expected", "A2"), jvp)
+
+
+def test_quadratic_cost_of_many_rows_in_float16_does_not_overflow():
+    a, y = torch.zeros(10_000, 10).half(), torch.ones(10_000, 10).half()
+    assert torchbp.costs.quadratic_cost(a, y).item() == 5.0
+
+
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.Dropout(0.5), nn.Flatten()])
+def test_check_takes_looks_through_what_passes_values_on(behind):
+    cost = torchbp.CrossEntropyCost()
+    for layer in (torchbp.BPLinearSigmoid(3, 2), nn.GELU(), nn.Softmax(-1)):
+        model = nn.Sequential(nn.Linear(3, 3), layer, behind)
+        with pytest.raises(ValueError, match="σ would be applied twice"):
+            check_takes(model, cost)
+    check_takes(nn.Sequential(torchbp.BPLinearSigmoid(3, 3), nn.Linear(3, 2)), cost)
+
+
+def test_define_cost_refuses_functions_that_overwrite():
+    with pytest.raises(ValueError, match="expected its arguments unchanged"):
+        torchbp.define_cost(
+            "N", lambda a, y: a.sub_(y).square().sum(-1), lambda a, y: 2 * (a - y)
+        )

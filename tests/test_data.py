@@ -734,7 +734,7 @@ def test_a_damaged_file_is_not_downloaded_over(
 def test_second_mirror(
     family: Family, serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    empty, wrong = serve({}), serve({file: b"wrong" for file in FILES})
+    empty, wrong = serve({}), serve(dict.fromkeys(FILES, b"wrong"))
     right = serve(family.gz["mnist"])
     family.mirrors("mnist", closed_port(), empty.url, wrong.url, right.url)
     family.check(data.load("mnist", tmp_path))

@@ -29,7 +29,11 @@ def test_import_torchbp_is_light():
         f"print([m for m in {heavy} if m in set(sys.modules) - before])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert result.stdout.strip() == "[]"
 
@@ -44,7 +48,9 @@ def test_imports_run_one_way(path):
         if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
     ]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchbp"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "torchbp"
+        ):
             inner = (node.module or "").split(".")[1:]
             used = inner or [alias.name for alias in node.names]
             assert set(used) <= set(allowed), f"{path.stem} imports {used}"

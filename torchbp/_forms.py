@@ -100,6 +100,7 @@ class _Transformable:
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # a tangent that is not given is None
         saved = cls.tensors_to_save(inputs, output)  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

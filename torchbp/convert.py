@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -22,6 +22,16 @@ _NATIVE: dict[type[BPLinear], type[nn.Module] | None] = {
 }
 _OURS = {native: ours for ours, native in _NATIVE.items() if native is not None}
 
+# Hooks that see a module's output, and so notice where it is cut. A pre-hook sees the
+# input, which the linear part keeps (pruning computes the weight in one).
+_OUTPUT_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
 
 def to_native(model: nn.Module) -> nn.Module:
     """The same network of ``nn.Linear`` and activation modules, sharing its parameters.
@@ -29,12 +39,13 @@ def to_native(model: nn.Module) -> nn.Module:
     Args:
         model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
             ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
-            each of our layers becomes two entries, elsewhere a small ``nn.Sequential``.
+            each of our layers becomes two entries, elsewhere, or where it has hooks on
+            its output, a small ``nn.Sequential``.
 
     Raises:
         ValueError: a layer from ``define_layer``, which has no native counterpart.
     """
-    return _convert(model, _layer_to_native, _sequence_to_native, {})
+    return _ToNative().convert(model)
 
 
 def from_native(model: nn.Module) -> nn.Module:
@@ -44,37 +55,131 @@ def from_native(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is. Every ``nn.Linear`` becomes a
             :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or
             ``nn.ReLU`` right behind it in the same ``nn.Sequential`` the two become one
-            layer.
+            layer, unless hooks look at what lies between them.
     """
-    return _convert(model, _layer_from_native, _sequence_from_native, {})
+    return _FromNative().convert(model)
 
 
-def _convert(
-    module: nn.Module,
-    convert_layer: Callable[[nn.Module], nn.Module | None],
-    convert_sequence: Callable[[list[nn.Module]], list[nn.Module]],
-    done: dict[int, nn.Module],
-) -> nn.Module:
-    """`module` with every layer converted; one that stands in two places stays one."""
-    if id(module) in done:
-        return done[id(module)]
-    if isinstance(module, MLP) and convert_layer is _layer_to_native:
-        result: nn.Module = nn.Sequential(*convert_sequence(list(module.layers)))
-    elif (converted := convert_layer(module)) is not None:
-        result = converted
-    else:
+class _Converter:
+    """Rebuilds a tree of modules; one that stands in two places stays one."""
+
+    def __init__(self) -> None:
+        # Each with its original, which must live as long as its id is a key.
+        self.done: dict[tuple[object, ...], tuple[object, list[nn.Module]]] = {}
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        (result,) = self.once([module], self.rebuild)
+        return result
+
+    def once(
+        self, originals: list[nn.Module], make: Callable[..., list[nn.Module]]
+    ) -> list[nn.Module]:
+        """What `make` makes of the originals, made at the first call only."""
+        key = (make.__name__, *map(id, originals))
+        if key not in self.done:
+            self.done[key] = (originals, make(*originals))
+        return self.done[key][1]
+
+    def rebuild(self, module: nn.Module) -> list[nn.Module]:
+        """`module` with every layer below it converted, as a list of one."""
+        converted = self.layer(module)
+        if converted is not None:
+            return [converted]
+        if type(module) is MLP and isinstance(self, _ToNative):
+            children = self.sequence(list(module.layers))
+            return [nn.Sequential(*children)]
         result = _shallow(module, type(module))
+        self.done[("rebuild", id(module))] = (
+            module,
+            [result],
+        )  # a module may contain itself
         if type(module) is nn.Sequential:
-            children = convert_sequence(list(module))
+            children = self.sequence(list(module))
             result._modules = {str(i): child for i, child in enumerate(children)}
-        done[id(module)] = result
-        for name, child in result._modules.items():
-            if child is not None:
-                result._modules[name] = _convert(
-                    child, convert_layer, convert_sequence, done
-                )
-    done[id(module)] = result
-    return result
+        else:
+            for name, child in module._modules.items():
+                if child is not None:
+                    result._modules[name] = self.convert(child)
+        return [result]
+
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        """The counterpart of `module` by itself, or None if it is no layer."""
+        raise NotImplementedError
+
+    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
+        """The counterparts of the children of an ``nn.Sequential``."""
+        raise NotImplementedError
+
+
+class _ToNative(_Converter):
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, BPLinear):
+            return None
+        pair = self.once([module], self.pair)
+        if len(pair) == 1:
+            return pair[0]
+        container = nn.Sequential(*pair)
+        for name in _OUTPUT_HOOKS:
+            setattr(container, name, copy.copy(getattr(module, name)))
+        return container
+
+    def pair(self, layer: BPLinear) -> list[nn.Module]:
+        """nn.Linear, and the activation unless it is the identity."""
+        if type(layer) not in _NATIVE:
+            raise ValueError(
+                f"to_native: expected layers with a native counterpart, "
+                f"got {type(layer).__name__}"
+            )
+        activation = _NATIVE[type(layer)]
+        linear = _shallow(layer, nn.Linear)
+        if activation is None:
+            return [linear]
+        for name in _OUTPUT_HOOKS:
+            getattr(linear, name).clear()  # the container has them: they expect a
+        return [linear, activation()]
+
+    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
+        result: list[nn.Module] = []
+        for child in children:
+            if isinstance(child, BPLinear) and not _watched(child):
+                result += self.once([child], self.pair)
+            else:
+                result.append(self.convert(child))
+        return result
+
+
+class _FromNative(_Converter):
+    def layer(self, module: nn.Module) -> nn.Module | None:
+        return _shallow(module, BPLinear) if type(module) is nn.Linear else None
+
+    def fuse(self, linear: nn.Module, activation: nn.Module) -> list[nn.Module]:
+        return [_shallow(linear, _OURS[type(activation)])]
+
+    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
+        result: list[nn.Module] = []
+        before: nn.Module | None = None
+        for child in children:
+            if type(before) is nn.Linear and _fusible(before, child):
+                result[-1:] = self.once([before, child], self.fuse)
+                before = None
+            else:
+                result.append(self.convert(child))
+                before = child
+        return result
+
+
+def _watched(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _OUTPUT_HOOKS)
+
+
+def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
+    """Whether nobody would notice that z is no longer passed between the two."""
+    return (
+        type(activation) in _OURS
+        and not _watched(linear)
+        and not _watched(activation)
+        and not activation._forward_pre_hooks
+    )
 
 
 def _shallow(module: nn.Module, cls: type[_M]) -> _M:
@@ -87,45 +192,3 @@ def _shallow(module: nn.Module, cls: type[_M]) -> _M:
     }
     result.__class__ = cls
     return result  # type: ignore[return-value]
-
-
-def _pair_to_native(layer: BPLinear) -> list[nn.Module]:
-    """nn.Linear, and the activation unless it is the identity."""
-    if type(layer) not in _NATIVE:
-        raise ValueError(
-            f"to_native: expected layers with a native counterpart, "
-            f"got {type(layer).__name__}"
-        )
-    activation = _NATIVE[type(layer)]
-    linear = _shallow(layer, nn.Linear)
-    return [linear] if activation is None else [linear, activation()]
-
-
-def _layer_to_native(module: nn.Module) -> nn.Module | None:
-    if not isinstance(module, BPLinear):
-        return None
-    pair = _pair_to_native(module)
-    return pair[0] if len(pair) == 1 else nn.Sequential(*pair)
-
-
-def _sequence_to_native(children: list[nn.Module]) -> list[nn.Module]:
-    result: list[nn.Module] = []
-    for child in children:
-        is_ours = isinstance(child, BPLinear)
-        result += _pair_to_native(child) if is_ours else [child]  # type: ignore[arg-type]
-    return result
-
-
-def _layer_from_native(module: nn.Module) -> nn.Module | None:
-    return _shallow(module, BPLinear) if type(module) is nn.Linear else None
-
-
-def _sequence_from_native(children: list[nn.Module]) -> list[nn.Module]:
-    result: list[nn.Module] = []
-    for child in children:
-        before = result[-1] if result else None
-        if type(before) is nn.Linear and type(child) in _OURS:
-            result[-1] = _shallow(before, _OURS[type(child)])
-        else:
-            result.append(child)
-    return result

@@ -89,18 +89,24 @@ class LinearFunction(TwoFormFunction):
         need_x, need_W, _ = ctx.needs_input_grad
         # grad_x reads W and grad_W reads x: what nobody asks for is not kept alive.
         ctx.save_for_backward(x_ if need_W else None, W_ if need_x else None, s)
+        ctx.set_materialize_grads(False)  # no zeros for a gradient that is not there
         return output
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         x, W, s = ctx.saved_tensors
         delta = cls.error(grads[0] if isinstance(grads[0], list) else list(grads), s)
+        if delta is None:
+            return None, None, None
         return gradients(delta, x, W, ctx.needs_input_grad)
 
     @classmethod
-    def error(cls, grads: list[Tensor], s: Any) -> Tensor:
-        """δ; takes the gradient out of the list, so that it is freed on return."""
-        return cls.gate(grads.pop(), s)  # BP2 (and BP1, at the last layer): ⊙ σ'(z)
+    def error(cls, grads: list[Any], s: Any) -> Tensor | None:
+        """δ; takes grad_a out of the list, so that it is freed on return."""
+        grad_a = grads.pop()
+        if grad_a is None:
+            return None
+        return cls.gate(grad_a, s)  # BP2 (and BP1, at the last layer): ⊙ σ'(z)
 
     @classmethod
     def push_forward(cls, ctx: Any, dx: Any, dW: Any, db: Any) -> Any:
@@ -133,9 +139,12 @@ class LayerFromWeightedInput(LinearFunction):
         return cls.sigma(z), z
 
     @classmethod
-    def error(cls, grads: list[Tensor], s: Any) -> Tensor:
-        grad_z = grads.pop()  # zero, but in second derivatives
-        return cls.gate(grads.pop(), s) + grad_z  # BP2, as above
+    def error(cls, grads: list[Any], s: Any) -> Tensor | None:
+        grad_z, grad_a = grads.pop(), grads.pop()  # grad_z in second derivatives only
+        if grad_a is None:
+            return grad_z
+        delta = cls.gate(grad_a, s)  # BP2, as above
+        return delta if grad_z is None else delta + grad_z
 
     @classmethod
     def push_forward(cls, ctx: Any, dx: Any, dW: Any, db: Any) -> Any:
@@ -144,10 +153,14 @@ class LayerFromWeightedInput(LinearFunction):
         return cls.gate(dz, z), dz
 
 
-def _dz(x: Tensor, W: Tensor, dx: Tensor, dW: Tensor, db: Tensor | None) -> Tensor:
-    """The change of z = x Wᵀ + b along the tangents of x, W and b."""
-    dz = dx @ W.t() + x @ dW.t()
-    return dz if db is None else dz + db
+def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
+    """The change of z = x Wᵀ + b along the tangents of x, W and b, None for none."""
+    terms = [] if dx is None else [dx @ W.t()]
+    if dW is not None:
+        terms.append(x @ dW.t())
+    if db is not None:
+        terms.append(db.expand(*x.shape[:-1], -1))
+    return sum(terms[1:], start=terms[0])
 
 
 def gradients(

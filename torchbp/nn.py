@@ -253,16 +253,24 @@ def check_takes(model: nn.Module, cost: Any) -> None:
     name = getattr(cost, "__name__", type(cost).__name__)
     if takes not in ("a", "z"):
         raise TypeError(f'{name}: expected a cost with takes "a" or "z", got {takes!r}')
-    last = [m for m in model.modules() if not list(m.children())][-1:]
-    gives_a = last and (
-        isinstance(last[0], (nn.Sigmoid, nn.Tanh, nn.ReLU))
-        or (isinstance(last[0], BPLinear) and type(last[0]).function is not _IDENTITY)
+    last = _last_layer(model)
+    gives_a = type(last).__module__ == nn.Sigmoid.__module__ or (
+        isinstance(last, BPLinear) and last.function is not functional.LinearFunction
     )
     if takes == "z" and gives_a:
         raise ValueError(
             f'{name}: expected a network that gives z (output="identity"), got one '
-            f"whose last layer is {type(last[0]).__name__}: σ would be applied twice"
+            f"whose last layer is {type(last).__name__}: σ would be applied twice"
         )
 
 
-_IDENTITY = functional.LinearFunction
+def _last_layer(model: nn.Module) -> nn.Module:
+    """The last module that computes something, as far as the order of definition
+    tells."""
+    passing = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+    leaves = [
+        module
+        for _, module in model.named_modules(remove_duplicate=False)
+        if not list(module.children()) and not isinstance(module, passing)
+    ]
+    return leaves[-1] if leaves else model

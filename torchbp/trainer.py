@@ -29,6 +29,7 @@ __all__ = [
     "Score",
     "Trainer",
     "batches",
+    "choose_device",
     "evaluate",
 ]
 
@@ -102,6 +103,25 @@ class AutogradSGD:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[name]:
+        found = ", ".join(key for key, value in there.items() if value)
+        raise ValueError(f"device: expected one that is there ({found}), got {name!r}")
+    return torch.device(name)
 
 
 class Score(NamedTuple):
