@@ -74,7 +74,7 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
-        return cls.sigma(F.linear(x, W, b))
+        return cls.sigma(_weighted_input(x, W, b))
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
@@ -135,7 +135,7 @@ class LayerFromWeightedInput(LinearFunction):
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
-        z = F.linear(x, W, b)
+        z = _weighted_input(x, W, b)
         return cls.sigma(z), z
 
     @classmethod
@@ -151,6 +151,16 @@ class LayerFromWeightedInput(LinearFunction):
         x, W, z = ctx.saved_tensors
         dz = _dz(x, W, dx, dW, db)
         return cls.gate(dz, z), dz
+
+
+def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """z = x Wᵀ + b, never a view: autograd lets nobody work in place on a Function's
+    output that is one, and some builds of torch compute three dimensions as a view of
+    two."""
+    z = F.linear(x, W, b)
+    if x.dim() > 2 and not torch.compiler.is_compiling() and z._is_view():
+        return torch.ops.aten._unsafe_view(z, z.shape)
+    return z
 
 
 def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
