@@ -5,10 +5,11 @@
                                                           batches, torch's own layers
     python experiments/mnist.py --sizes 784 100 10 --cost cross-entropy --lr 0.5
     python experiments/mnist.py --resume runs/NAME        go on where a run stopped
+    torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
     tensorboard --logdir runs                             the curves
 
 Exit status: 0 done, 1 --target-accuracy missed or the cost diverged, 2 bad arguments or
-data, 130 interrupted (resumable).
+data, 130 interrupted, 143 terminated (both can be resumed).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -34,14 +36,9 @@ import torchbp
 from torchbp import checkpoint, data
 from torchbp.dashboard import Dashboard, probe
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
+from torchbp.parallel import ParallelSGD, World, join
 from torchbp.progress import Progress
-from torchbp.trainer import (
-    AutogradSGD,
-    DivergedError,
-    EpochResult,
-    Trainer,
-    choose_device,
-)
+from torchbp.trainer import AutogradSGD, DivergedError, EpochResult, Trainer
 
 # The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
 # wants a sigmoid there, whatever the hidden layers are.
@@ -137,18 +134,21 @@ def main(settings: Settings) -> dict[str, Any]:
             run folder is left behind.
         DivergedError, KeyboardInterrupt: training stopped; the run can be resumed.
     """
-    device = choose_device(settings.device)
-    name = settings.name or default_name(settings)
-    folder = checkpoint.RunFolder.create(settings.logdir, name)
-    try:
-        splits, settings = load_data(settings)
-        trainer = assemble(settings, splits, device)
-        folder.write(settings=dataclasses.asdict(settings))
-    except BaseException:
-        folder.discard()
-        raise
-    with threads(settings):
-        return train(settings, trainer, folder, device)
+    with join(settings.device) as world:
+        folder = None
+        if world.rank == 0:
+            name = settings.name or default_name(settings)
+            folder = checkpoint.RunFolder.create(settings.logdir, name)
+        try:
+            splits, settings = load_data(settings)
+            trainer = assemble(settings, splits, world)
+            if folder is not None:
+                folder.write(settings=dataclasses.asdict(settings))
+        except BaseException:
+            if folder is not None:
+                folder.discard()
+            raise
+        return train(settings, trainer, folder, world)
 
 
 def resume(run: str, **changes: Any) -> dict[str, Any]:
@@ -181,25 +181,34 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
     settings = dataclasses.replace(settings, dataset=old["dataset"])
-    device = choose_device(settings.device)
-    splits, _ = load_data(settings)
-    trainer = assemble(settings, splits, device)
-    trainer.load_state_dict(state["trainer"])
-    with threads(settings):
-        return train(settings, trainer, folder, device, resumed=True)
+    with join(settings.device) as world:
+        splits, _ = load_data(settings)
+        trainer = assemble(settings, splits, world)
+        try:
+            trainer.load_state_dict(state["trainer"])
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise checkpoint.CheckpointError(
+                f"{folder.checkpoint}: expected the state of {settings.sizes}: {reason}"
+            ) from error
+        mine = folder if world.rank == 0 else None
+        return train(settings, trainer, mine, world, resumed=True)
 
 
 _AUTO = ("dataset", "auto")
 
 
-def assemble(settings: Settings, splits: data.Splits, device: torch.device) -> Trainer:
+def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
     """The network, its cost and its engine, joined to the data on the device."""
-    model = build(settings).to(device)
+    model = build(settings).to(world.device)
     cost = COSTS[settings.cost][0]()
-    engine = AutogradSGD(model, cost, settings.lr, settings.weight_decay)
+    if world.size == 1:
+        engine = AutogradSGD(model, cost, settings.lr, settings.weight_decay)
+    else:
+        engine = ParallelSGD(model, cost, settings.lr, settings.weight_decay, world)
     # The whole set in the device's memory: 55 MB for MNIST, still as uint8.
     on_device = data.Splits(
-        *(data.Split(*(t.to(device) for t in split)) for split in splits)
+        *(data.Split(*(t.to(world.device) for t in split)) for split in splits)
     )
     return Trainer(model, engine, cost, on_device, settings.batch_size, settings.seed)
 
@@ -263,15 +272,16 @@ def threads(settings: Settings) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe_versions(device: torch.device) -> dict[str, str]:
+def describe_versions(world: World) -> dict[str, str]:
     """What a reader needs to know to repeat the run."""
-    is_cuda = device.type == "cuda"
+    is_cuda = world.device.type == "cuda"
     return {
         "torchbp": torchbp.__version__,
         "torch": str(torch.__version__),  # a plain str: checkpoints hold no classes
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if is_cuda else device.type,
+        "device": torch.cuda.get_device_name() if is_cuda else world.device.type,
+        "processes": str(world.size),
         "threads": str(torch.get_num_threads()),
     }
 
@@ -279,12 +289,40 @@ def describe_versions(device: torch.device) -> dict[str, str]:
 def train(
     settings: Settings,
     trainer: Trainer,
-    folder: checkpoint.RunFolder,
-    device: torch.device,
+    folder: checkpoint.RunFolder | None,
+    world: World,
     resumed: bool = False,
 ) -> dict[str, Any]:
-    """Train with everything around it: events, checkpoints, progress, the summary."""
-    record, versions = dataclasses.asdict(settings), describe_versions(device)
+    """Train, with events, checkpoints and progress where there is a `folder`: in the
+    process of rank 0."""
+    started = time.perf_counter()
+    with threads(settings):
+        if folder is None:
+            trainer.fit(settings.epochs)
+        else:
+            train_and_log(settings, trainer, folder, world, resumed)
+    metrics = {
+        "epoch": trainer.epoch,
+        "test_accuracy": trainer.score()["test"].accuracy,
+        "target_accuracy": settings.target_accuracy,
+        "best": trainer.best,
+        "seconds": time.perf_counter() - started,
+        "run": None if folder is None else str(folder.path),
+    }
+    if folder is not None:
+        print(summary(metrics, len(trainer.data.test.labels)))
+    return metrics
+
+
+def train_and_log(
+    settings: Settings,
+    trainer: Trainer,
+    folder: checkpoint.RunFolder,
+    world: World,
+    resumed: bool,
+) -> None:
+    """Train with everything around it."""
+    record, versions = dataclasses.asdict(settings), describe_versions(world)
     folder.write(versions=versions)
     split = trainer.data.train
     images = data.scale(split.images[:PROBE])
@@ -303,8 +341,7 @@ def train(
         content = {"trainer": state, "settings": record, "versions": versions}
         checkpoint.save(folder.checkpoint, content)
 
-    print(headline(settings, trainer, versions["device"]), flush=True)
-    started = time.perf_counter()
+    print(headline(settings, trainer, versions), flush=True)
     try:
         trainer.fit(
             settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
@@ -316,24 +353,16 @@ def train(
     finally:
         progress.close()
         dashboard.close()
-    metrics = {
-        "epoch": trainer.epoch,
-        "test_accuracy": trainer.score()["test"].accuracy,
-        "best": trainer.best,
-        "seconds": time.perf_counter() - started,
-        "run": str(folder.path),
-    }
-    print(summary(metrics, len(trainer.data.test.labels)))
-    return metrics
 
 
-def headline(settings: Settings, trainer: Trainer, device: str) -> str:
+def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
     n = len(trainer.data.train.labels)
     return (
         f"{settings.dataset}: {n:,} images   network {list(settings.sizes)} "
         f"({settings.layers} layers, {settings.activation})   {settings.cost} cost   "
         f"batch {settings.batch_size}   lr {settings.lr:g}   seed {settings.seed}   "
-        f"{device}"
+        f"{versions['device']}"
+        + (f" x {versions['processes']}" if versions["processes"] != "1" else "")
     )
 
 
@@ -408,26 +437,45 @@ def command_line(arguments: list[str] | None = None) -> int:
         else:
             metrics = main(Settings(**given))
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except (
         ValueError, TypeError, OSError, data.DataError, checkpoint.CheckpointError
     ) as error:  # fmt: skip
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
-    target = given.get("target_accuracy")
-    if target is not None and metrics["test_accuracy"] < target:
-        print(
-            f"error: test accuracy: expected at least {target:.2%}, "
-            f"got {metrics['test_accuracy']:.2%}",
-            file=sys.stderr,
+    except RuntimeError as error:
+        if PROCESSES == 1:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        complain(f"error: another of the {PROCESSES} processes was lost ({reason})")
+        return 1
+    target, accuracy = metrics["target_accuracy"], metrics["test_accuracy"]
+    if target is not None and accuracy < target:
+        complain(
+            f"error: test accuracy: expected at least {target:.2%}, got {accuracy:.2%}"
         )
         return 1
     return 0
 
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def complain(message: str) -> None:
+    """One line on standard error, which names the process where there are several."""
+    who = "" if PROCESSES == 1 else f"process {os.environ['RANK']}: "
+    print(f"{who}{message}", file=sys.stderr)
+
+
+def terminate(*_: object) -> NoReturn:
+    """On SIGTERM: end as on Ctrl-C, with the events flushed and a checkpoint."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(command_line())

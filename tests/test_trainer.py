@@ -56,6 +56,9 @@ class Spy:
         self.targets.append(target)
         return torch.tensor(float(len(input)))
 
+    def collect(self, costs):
+        return costs
+
     def state_dict(self):
         return {}
 

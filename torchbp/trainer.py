@@ -54,6 +54,9 @@ class Engine(Protocol):
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         """One update; returns the mini-batch's cost before it, 0-d, detached."""
 
+    def collect(self, costs: Tensor) -> Tensor:
+        """What `step` returned for several mini-batches, as the mini-batches' costs."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -97,6 +100,9 @@ class AutogradSGD:
         C.backward()
         self.optimizer.step()
         return C.detach()
+
+    def collect(self, costs: Tensor) -> Tensor:
+        return costs
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -282,7 +288,8 @@ class Trainer:
             self.data.train, order, self.batch_size, self.classes, self.dtype
         ):
             costs = [self.engine.step(x, y) for x, y in zip(xs, ys, strict=True)]
-            values = torch.stack(costs).tolist()  # the only wait for the device
+            # The only wait for the device, and for other processes' costs.
+            values = self.engine.collect(torch.stack(costs)).tolist()
             self._check_finite(values, step)
             sizes = [len(x) for x in xs]
             step += len(xs)
