@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import platform
 import signal
@@ -48,6 +47,7 @@ COSTS = {
     "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
 }
 INPUTS, CLASSES = 784, 10
+LARGEST = torch.finfo(torch.float32).max
 PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
 
 # The settings that TensorBoard's HPARAMS tab compares runs by.
@@ -103,8 +103,10 @@ class Settings:
                 )
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+            if not 0 <= value <= LARGEST:
+                raise ValueError(
+                    f"{name}: expected a number from 0 to {LARGEST:.3g}, got {value}"
+                )
         if self.threads < 0:
             raise ValueError(
                 f"threads: expected 0 (automatic) or more, got {self.threads}"
@@ -135,20 +137,16 @@ def main(settings: Settings) -> dict[str, Any]:
         DivergedError, KeyboardInterrupt: training stopped; the run can be resumed.
     """
     with join(settings.device) as world:
-        folder = None
-        if world.rank == 0:
-            name = settings.name or default_name(settings)
-            folder = checkpoint.RunFolder.create(settings.logdir, name)
+        folder = make_folder(settings) if world.rank == 0 else None
         try:
             splits, settings = load_data(settings)
             trainer = assemble(settings, splits, world)
-            if folder is not None:
-                folder.write(settings=dataclasses.asdict(settings))
+            log = None if folder is None else open_log(folder, settings, world)
         except BaseException:
             if folder is not None:
                 folder.discard()
             raise
-        return train(settings, trainer, folder, world)
+        return train(settings, trainer, log)
 
 
 def resume(run: str, **changes: Any) -> dict[str, Any]:
@@ -168,6 +166,7 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
     state = checkpoint.load(folder.checkpoint)
     try:
         old = {**state["settings"], "sizes": tuple(state["settings"]["sizes"])}
+        dataset, done = old["dataset"], state["trainer"]["epoch"]
         settings = Settings(**{**old, **changes})
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(
@@ -180,7 +179,12 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
     ]
     if wrong:
         raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
-    settings = dataclasses.replace(settings, dataset=old["dataset"])
+    if settings.epochs < done:
+        raise ValueError(
+            f"epochs: expected at least the {done} that {run} has completed, got "
+            f"{settings.epochs}"
+        )
+    settings = dataclasses.replace(settings, dataset=dataset)
     with join(settings.device) as world:
         splits, _ = load_data(settings)
         trainer = assemble(settings, splits, world)
@@ -191,8 +195,10 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
             raise checkpoint.CheckpointError(
                 f"{folder.checkpoint}: expected the state of {settings.sizes}: {reason}"
             ) from error
-        mine = folder if world.rank == 0 else None
-        return train(settings, trainer, mine, world, resumed=True)
+        log = None
+        if world.rank == 0:
+            log = open_log(folder, settings, world, resumed_at=trainer.epoch)
+        return train(settings, trainer, log)
 
 
 _AUTO = ("dataset", "auto")
@@ -200,7 +206,14 @@ _AUTO = ("dataset", "auto")
 
 def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
     """The network, its cost and its engine, joined to the data on the device."""
-    model = build(settings).to(world.device)
+    try:
+        model = build(settings).to(world.device)
+    except RuntimeError as error:  # the allocator's
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"sizes: expected a network that fits into memory, got {settings.sizes}: "
+            f"{reason}"
+        ) from error
     cost = COSTS[settings.cost][0]()
     if world.size == 1:
         engine = AutogradSGD(model, cost, settings.lr, settings.weight_decay)
@@ -245,34 +258,46 @@ def build(settings: Settings) -> nn.Module:
     return model if settings.layers == "bp" else torchbp.to_native(model)
 
 
-def default_name(settings: Settings) -> str:
-    """Settings and time: 784-30-10_quadratic_bp_seed0_20260102-030405."""
-    sizes = "-".join(map(str, settings.sizes))
+def make_folder(settings: Settings) -> checkpoint.RunFolder:
+    """The run's folder: its name, or what distinguishes runs, and when they started:
+    784-30-10_quadratic_bp_seed0_20260102-030405."""
+    if settings.name is not None:
+        return checkpoint.RunFolder.create(settings.logdir, settings.name)
+    sizes = "-".join(map(str, settings.sizes))[:80]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{sizes}_{settings.cost}_{settings.layers}_seed{settings.seed}_{stamp}"
-    taken = {path.name for path in Path(settings.logdir).glob(f"{name}*")}
-    numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
-    return next(n for n in (name, *numbered) if n not in taken)
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        try:
+            return checkpoint.RunFolder.create(settings.logdir, name + suffix)
+        except ValueError:  # taken, by a run that started in the same second
+            continue
+    raise ValueError(f"name: expected a free one, got a thousand called {name}")
+
+
+def number_of_threads(settings: Settings) -> int:
+    """The settings' number of CPU threads; one, where they leave it open, below batches
+    of 128.
+
+    There a second thread costs more in hand-over than it gains: 3 to 10 % of the speed
+    at batch 10, and most of it when another program wants that core. One thread also
+    makes the bits independent of the machine's number of cores.
+    """
+    automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
+    return settings.threads or automatic
 
 
 @contextmanager
 def threads(settings: Settings) -> Iterator[None]:
-    """Run with the settings' number of CPU threads.
-
-    At small batches a second thread costs more in hand-over than it gains: 3 to 10 % of
-    the speed at batch 10, and most of it when another program wants that core. One
-    thread also makes the bits independent of the machine's number of cores.
-    """
+    """Run with the settings' number of CPU threads."""
     before = torch.get_num_threads()
-    automatic = 1 if settings.batch_size < 128 else before
-    torch.set_num_threads(settings.threads or automatic)
+    torch.set_num_threads(number_of_threads(settings))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def describe_versions(world: World) -> dict[str, str]:
+def describe_versions(settings: Settings, world: World) -> dict[str, str]:
     """What a reader needs to know to repeat the run."""
     is_cuda = world.device.type == "cuda"
     return {
@@ -282,77 +307,92 @@ def describe_versions(world: World) -> dict[str, str]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if is_cuda else world.device.type,
         "processes": str(world.size),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(number_of_threads(settings)),
     }
 
 
-def train(
+@dataclass(frozen=True)
+class Log:
+    """Where a run is written: by the process of rank 0, so the others have none."""
+
+    folder: checkpoint.RunFolder
+    dashboard: Dashboard
+    versions: dict[str, str]
+
+
+def open_log(
+    folder: checkpoint.RunFolder,
     settings: Settings,
-    trainer: Trainer,
-    folder: checkpoint.RunFolder | None,
     world: World,
-    resumed: bool = False,
-) -> dict[str, Any]:
-    """Train, with events, checkpoints and progress where there is a `folder`: in the
-    process of rank 0."""
+    resumed_at: int | None = None,
+) -> Log:
+    """The run's folder with its settings and versions, and its event file."""
+    record, versions = dataclasses.asdict(settings), describe_versions(settings, world)
+    folder.write(settings=record, versions=versions)
+    compared = {name: record[name] for name in COMPARED}
+    dashboard = Dashboard(folder.path, record, compared, versions, resumed_at)
+    return Log(folder, dashboard, versions)
+
+
+def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, Any]:
+    """Train, and say what came out."""
     started = time.perf_counter()
     with threads(settings):
-        if folder is None:
+        if log is None:
             trainer.fit(settings.epochs)
         else:
-            train_and_log(settings, trainer, folder, world, resumed)
+            train_and_log(settings, trainer, log)
+        accuracy = trainer.score()["test"].accuracy
     metrics = {
         "epoch": trainer.epoch,
-        "test_accuracy": trainer.score()["test"].accuracy,
+        "test_accuracy": accuracy,
         "target_accuracy": settings.target_accuracy,
         "best": trainer.best,
         "seconds": time.perf_counter() - started,
-        "run": None if folder is None else str(folder.path),
+        "run": None if log is None else str(log.folder.path),
     }
-    if folder is not None:
+    if log is not None:
         print(summary(metrics, len(trainer.data.test.labels)))
     return metrics
 
 
-def train_and_log(
-    settings: Settings,
-    trainer: Trainer,
-    folder: checkpoint.RunFolder,
-    world: World,
-    resumed: bool,
-) -> None:
-    """Train with everything around it."""
-    record, versions = dataclasses.asdict(settings), describe_versions(world)
-    folder.write(versions=versions)
+def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
+    """Train with events, checkpoints and progress."""
     split = trainer.data.train
     images = data.scale(split.images[:PROBE])
     targets = one_hot(split.labels[:PROBE], CLASSES).to(images.dtype)
-    resumed_at = trainer.epoch if resumed else None
-    compared = {name: record[name] for name in COMPARED}
-    dashboard = Dashboard(folder.path, record, compared, versions, resumed_at)
     progress = Progress(settings.epochs, len(split.labels), trainer.epoch)
 
     def on_epoch(result: EpochResult) -> None:
         records = probe(trainer.model, trainer.cost, images, targets)
-        dashboard.log(result, settings.lr, records)
+        log.dashboard.log(result, settings.lr, records)
         progress.epoch(result)
 
     def save(state: dict[str, Any]) -> None:
-        content = {"trainer": state, "settings": record, "versions": versions}
-        checkpoint.save(folder.checkpoint, content)
+        content = {
+            "trainer": state,
+            "settings": dataclasses.asdict(settings),
+            "versions": log.versions,
+        }
+        checkpoint.save(log.folder.checkpoint, content)
 
-    print(headline(settings, trainer, versions), flush=True)
+    print(headline(settings, trainer, log.versions), flush=True)
+    if trainer.epoch == settings.epochs:
+        print(f"already complete: {trainer.epoch} of {settings.epochs} epochs")
     try:
         trainer.fit(
             settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
         )
+    except DivergedError:
+        progress.close()
+        raise
     except BaseException:
         progress.close()
-        print(f"\nstopped; to go on: --resume {folder.path}", file=sys.stderr)
+        print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
         raise
     finally:
         progress.close()
-        dashboard.close()
+        log.dashboard.close()
 
 
 def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
@@ -443,7 +483,8 @@ def command_line(arguments: list[str] | None = None) -> int:
         complain(f"error: {error}")
         return 1
     except (
-        ValueError, TypeError, OSError, data.DataError, checkpoint.CheckpointError
+        ValueError, TypeError, OSError, ImportError,
+        data.DataError, checkpoint.CheckpointError,
     ) as error:  # fmt: skip
         complain(f"error: {error}")
         return 2

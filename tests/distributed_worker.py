@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs in every process: python distributed_worker.py NAME.
+"""What tests/test_distributed.py runs in every process, by name.
 
 Each function checks the sharded network against the whole one and raises where they
 differ.

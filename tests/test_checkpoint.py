@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 
 import pytest
@@ -111,3 +112,20 @@ def test_a_logdir_that_is_a_file(tmp_path):
     for logdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="logdir: "):
             RunFolder.create(logdir, "one")
+
+
+@pytest.mark.parametrize("odd", [range(3), torch.__version__, Evil()])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, odd):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"n": 1})
+    with pytest.raises(TypeError, match="expected tensors, numbers, strings"):
+        checkpoint.save(path, {"n": odd})
+    assert checkpoint.load(path) == {"n": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_files_have_the_permissions_of_other_files(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {})
+    (tmp_path / "other").touch()
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1

@@ -260,3 +260,38 @@ def test_an_mlp_with_a_forward_of_its_own_keeps_it():
     x = rand(5, 3)
     assert_close(to_native(model)(x), model(x))
     assert not any(isinstance(m, torchbp.BPLinear) for m in to_native(model).modules())
+
+
+def test_names_in_a_sequence_stay():
+    native = nn.Sequential()
+    native.fc, native.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+    native.out, native.act = nn.Linear(4, 2), nn.Sigmoid()
+    ours = from_native(native)
+    assert list(ours._modules) == ["fc", "norm", "out"]
+    back = to_native(ours)
+    assert list(back._modules) == ["fc", "norm", "out"]
+    x = torch.rand(5, 3)
+    assert_close(ours(x), native(x))
+    assert_close(back(x), native(x))
+    assert set(ours.state_dict()) == set(native.state_dict())
+
+
+def test_a_parametrized_neighbour_is_left_alone():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 1))
+    native = nn.Sequential(conv, nn.Flatten(), nn.Linear(6, 2), nn.Tanh())
+    x = torch.rand(4, 2, 3)
+    ours = from_native(native)
+    assert kinds(ours).count(torchbp.BPLinearTanh) == 1
+    assert_close(ours(x), native(x))
+
+
+def test_modes_of_new_modules():
+    model = nn.Sequential(torchbp.MLP([3, 4, 2]), nn.Dropout()).eval()
+    assert not any(m.training for m in to_native(model).modules())
+
+
+@pytest.mark.parametrize("convert", [to_native, from_native])
+def test_a_compiled_module_is_refused(convert):
+    compiled = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    with pytest.raises(ValueError, match="expected a module that is not compiled"):
+        convert(compiled)

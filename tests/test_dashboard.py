@@ -121,3 +121,40 @@ def test_native_and_hand_written_layers_show_the_same(network):
     for a, b in zip(ours, native, strict=True):
         torch.testing.assert_close(a.delta, b.delta)
         assert a.saturated == b.saturated
+
+
+def test_a_run_that_did_not_complete_its_first_epoch_has_epoch_0_once(
+    tmp_path, network
+):
+    write(tmp_path, network, [0], cost=0.5)
+    write(tmp_path, network, [0, 1], resumed_at=0, cost=0.25)
+    events = read(tmp_path).Scalars("cost/test")
+    assert [(e.step, e.value) for e in events] == [(0, 0.25), (1, 0.25)]
+
+
+def test_extreme_distributions_can_be_drawn(tmp_path, network):
+    """Where automatic bins would ask for terabytes."""
+    model, x, y = network
+    (record, _) = probe(model, torchbp.QuadraticCost(), x, y)
+    record.delta = torch.full((1000, 5), 1e-12)
+    record.delta[0, 0] = 1e3
+    dashboard = Dashboard(tmp_path, {}, {}, {})
+    dashboard.log(result(0), 3.0, [record])
+    dashboard.close()
+    (event,) = read(tmp_path).Histograms("distributions/delta_layer_1")
+    assert event.histogram_value.num == 5000
+
+
+def test_the_probe_draws_no_random_number_and_keeps_the_modes(network):
+    _, x, y = network
+    model = torch.nn.Sequential(
+        torchbp.BPLinearSigmoid(6, 5),
+        torch.nn.Dropout(),
+        torch.nn.BatchNorm1d(5),
+        torchbp.BPLinearSigmoid(5, 3),
+    )
+    rng, mean = torch.get_rng_state(), model[2].running_mean.clone()
+    probe(model, torchbp.QuadraticCost(), x, y)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(mean, model[2].running_mean)
+    assert all(m.training for m in model.modules())

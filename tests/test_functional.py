@@ -769,3 +769,25 @@ def test_z_layer_gives_one_output():
     out = Square(5, 2)(torch.ones(3, 5))
     assert isinstance(out, torch.Tensor)
     assert out.shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layer", "slope"),
+    [
+        (functional.linear_sigmoid, lambda a: a * (1 - a)),
+        (functional.linear_tanh, lambda a: (1 - a) * (1 + a)),
+    ],
+)
+def test_slopes_are_right_where_neurons_saturate(layer, slope, dtype):
+    """Entry by entry: beside the largest one, an error in the tail would not show."""
+    z = torch.linspace(-9, 9, 1001).to(dtype).unsqueeze(1)
+    one = torch.ones(1, 1, dtype=dtype)
+    x = z.requires_grad_()
+    a = layer(x, one)
+    for g in (1.0, 0.3):
+        (grad,) = torch.autograd.grad(a, x, torch.full_like(a, g), retain_graph=True)
+        expected = torch.tensor(g, dtype=dtype).double() * slope(a.detach().double())
+        error = (grad.double() - expected).abs()
+        # Below the smallest normal number there are no relative digits.
+        assert (error <= 4 * torch.finfo(dtype).eps * expected + 1e-7).all()

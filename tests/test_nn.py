@@ -404,3 +404,35 @@ def test_tables_agree():
     """Every name that MLP takes is in the table of layers under test."""
     tested = {layer.module for layer in LAYERS.values()}
     assert set(ACTIVATIONS.values()) <= tested
+
+
+def test_sizes_may_be_numpy_integers():
+    import numpy as np
+
+    assert torchbp.MLP(np.array([3, 4, 2])).sizes == (3, 4, 2)
+
+
+@pytest.mark.parametrize("init", ["scaled", "normal", "torch"])
+def test_a_layer_class_without_bias(init):
+    class Biasless(torchbp.BPLinearTanh):
+        def __init__(self, n_in, n_out, device=None, dtype=None):
+            super().__init__(n_in, n_out, bias=False, device=device, dtype=dtype)
+
+    model = torchbp.MLP([3, 4, 2], activation=Biasless, init=init)
+    assert [name for name, _ in model.named_parameters()] == [
+        "layers.0.weight",
+        "layers.1.weight",
+    ]
+
+
+def test_a_function_of_whole_rows_is_no_layer():
+    with pytest.raises(ValueError, match="entries depend on each other"):
+        torchbp.define_layer("N", lambda z: z.softmax(-1), lambda a: a * (1 - a))
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor(
+        [torch.rand(2, 3), torch.rand(4, 3)], layout=torch.jagged
+    )
+    with pytest.raises(TypeError, match="expected a dense Tensor, got a nested one"):
+        torchbp.BPLinearSigmoid(3, 2)(nested)

@@ -153,3 +153,66 @@ def test_refusals(network):
     ):
         torch.func.vmap(model)(x)
     assert functional.LinearTanhFunction.max_slope == 1
+
+
+def test_the_record_is_the_layer_s_whatever_other_hooks_return():
+    torch.manual_seed(0)
+    layer = torchbp.BPLinearSigmoid(4, 3).double()
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.rand(5, 4).double()
+    with torchbp.observe(layer) as trace:
+        layer(input=x).square().sum().backward()
+    record = trace[0]
+    torch.testing.assert_close(record.a, record.z.sigmoid())
+    torch.testing.assert_close(record.grad_weight, layer.weight.grad)
+
+
+def test_an_infinite_gradient_at_a_neuron_that_is_off():
+    layer = torchbp.BPLinearReLU(1, 1)
+    torch.nn.init.constant_(layer.weight, -1.0)
+    torch.nn.init.zeros_(layer.bias)
+    with torchbp.observe(layer) as trace:
+        layer(torch.ones(1, 1)).backward(torch.full((1, 1), torch.inf))
+    assert trace[0].delta.item() == 0
+    assert layer.weight.grad.item() == 0
+
+
+def test_saturation_of_a_layer_of_one_s_own():
+    Own = torchbp.define_layer("Own", torch.sigmoid, lambda a: a * (1 - a))
+    assert Own.function.max_slope == pytest.approx(0.25)
+    torch.manual_seed(0)
+    own, built_in = Own(4, 30), torchbp.BPLinearSigmoid(4, 30)
+    own.load_state_dict(built_in.state_dict())
+    shares = []
+    for layer in (own, built_in):
+        with torchbp.observe(layer) as trace:
+            layer(10 * torch.randn(50, 4))
+            torch.manual_seed(0)
+        shares.append(trace[0].saturated)
+    assert 0 < shares[0] < 1
+
+
+def test_parametrized_layers_have_gradients():
+    layer = nn.utils.parametrizations.weight_norm(torchbp.BPLinearTanh(4, 3))
+    with torchbp.observe(layer) as trace:
+        layer(torch.rand(5, 4)).sum().backward()
+    assert trace[0].grad_weight is not None and len(trace[0:1]) == 1
+
+
+def test_a_compiled_model_is_refused(network):
+    model, _, _ = network
+    for compiled in (torch.compile(model, backend="eager"), model):
+        if compiled is model:
+            model.compile(backend="eager")
+        with (
+            pytest.raises(ValueError, match="expected a model that is not compiled"),
+            torchbp.observe(compiled),
+        ):
+            pass
+
+
+def test_a_native_copy_made_within_the_block_can_be_called(network):
+    model, x, _ = network
+    with torchbp.observe(model):
+        native = torchbp.to_native(model)
+    torch.testing.assert_close(native(x), model(x))

@@ -193,7 +193,7 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one():
 def test_saving_every_two_epochs_and_at_the_end():
     trainer, saved = make_trainer(), []
     trainer.fit(5, save=lambda state: saved.append(state["epoch"]), save_every=2)
-    assert saved == [2, 4, 5]
+    assert saved == [0, 2, 4, 5]
 
 
 def test_an_interrupt_saves_the_last_complete_epoch():
@@ -211,8 +211,8 @@ def test_an_interrupt_saves_the_last_complete_epoch():
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(9, on_progress=progress, save=saved.append, save_every=10)
     assert calls == 3
-    assert [state["epoch"] for state in saved] == [2]
-    kept = torch.cat([t.flatten() for t in saved[0]["model"].values()])
+    assert [state["epoch"] for state in saved] == [0, 2]
+    kept = torch.cat([t.flatten() for t in saved[1]["model"].values()])
     assert torch.equal(kept, weights(undisturbed))
     assert not torch.equal(kept, weights(trainer))
 
@@ -284,3 +284,46 @@ def test_a_cost_that_takes_z_wants_an_identity_output():
         with pytest.raises(ValueError, match="σ would be applied twice"):
             AutogradSGD(m, torchbp.CrossEntropyCost(), 1.0)
     AutogradSGD(torchbp.MLP([6, 3], output="identity"), torchbp.CrossEntropyCost(), 1.0)
+
+
+def test_an_epoch_whose_last_step_breaks_the_network_is_not_complete():
+    trainer, saved = make_trainer(batch_size=23), []
+
+    def break_it(input, target):
+        with torch.no_grad():
+            trainer.model.layers[0].weight[0, 0] = math.inf
+        return torch.tensor(1.0)
+
+    trainer.engine.step = break_it
+    with pytest.raises(DivergedError, match=r"not finite after epoch 1: .*layers\.0"):
+        trainer.fit(3, save=saved.append)
+    assert [state["epoch"] for state in saved] == [0]
+
+
+def test_an_interrupt_while_an_epoch_is_logged_repeats_the_epoch():
+    trainer, saved = make_trainer(), []
+
+    def on_epoch(result):
+        if result.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(4, on_epoch, save=saved.append)
+    assert saved[-1]["epoch"] == 1
+
+
+def test_a_failing_cost_leaves_the_mode_as_it_was():
+    trainer = make_trainer()
+    trainer.model.train()
+    with pytest.raises(ValueError, match="target"):
+        evaluate(
+            trainer.model,
+            lambda output, target: torchbp.costs.quadratic_cost(output, output[0]),
+            DATA.train,
+        )
+    assert trainer.model.training
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match="validation: expected at least one example"):
+        make_trainer(data=DATA._replace(validation=split(0, 0)))

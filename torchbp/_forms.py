@@ -10,7 +10,7 @@ No single form of a hand-written Function can do everything:
 
 So a Function of this package is written once, in the lean form, from classmethods that
 both forms use; :class:`TwoFormFunction` derives the transformable form, and
-:func:`form_for_call` picks the one that the moment of the call needs.
+:func:`call` picks the one that the moment of the call needs.
 """
 
 from __future__ import annotations
@@ -110,17 +110,46 @@ class _Transformable:
         return cls.push_forward(ctx, *tangents)  # type: ignore[attr-defined]
 
 
-def form_for_call(cls: Any) -> Any:
-    """`cls`, or its transformable form where a torch.func transform or a forward-mode
-    level is active outside torch.compile."""
+def call(cls: Any, *inputs: Any) -> Any:
+    """Apply `cls`, in its transformable form where a torch.func transform or a forward-
+    mode level is active outside torch.compile."""
     if transforming() and not torch.compiler.is_compiling():
-        return cls.transformable
-    return cls
+        # Forward mode within forward mode: torch drops the derivatives of a jvp, in
+        # silence (zeros from jacfwd(jacfwd(f)), 2.8 to 2.15). So there, and only there,
+        # torch differentiates the forward operations themselves.
+        if _forward_levels() > 1:
+            return cls.evaluate(*inputs)
+        return cls.transformable.apply(*inputs)
+    return cls.apply(*inputs)
+
+
+def _forward_levels() -> int:
+    """How many torch.func forward-mode transforms are active, one in the other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(i.key() == torch._C._functorch.TransformType.Jvp for i in stack)
 
 
 def transforming() -> bool:
     """Whether a torch.func transform or a forward-mode level is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def times(own: Tensor, other: Tensor) -> Tensor:
+    """own * other for an `own` that the caller made; in place, which saves a buffer of
+    its size at the peak of a backward pass, where that is safe.
+
+    It is where nothing records the operation and no transform hides dimensions in
+    `other` that `own` has not: those of torch.func, or of ``autograd.grad(...,
+    is_grads_batched=True)``, which has a vmap of its own.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(other)
+    ):
+        return own * other
+    return own.mul_(other)
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

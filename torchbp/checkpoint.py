@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,18 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
+        TypeError: `state` holds something that :func:`load` would refuse.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            "state: expected tensors, numbers, strings, lists and dicts, got what "
+            f"cannot be loaded again: {' '.join(str(error).split())[-200:]}"
+        ) from error
     write_atomically(path, buffer.getbuffer())
 
 
@@ -72,7 +81,9 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
 def write_atomically(path: str | os.PathLike[str], data: Any) -> None:
     """Write bytes to a temporary file beside `path`, then rename it over `path`."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    # Not mkstemp: its files are for their owner alone, whatever the umask says.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

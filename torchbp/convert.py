@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -39,11 +39,12 @@ def to_native(model: nn.Module) -> nn.Module:
     Args:
         model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
             ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
-            each of our layers becomes two entries, elsewhere, or where it has hooks on
-            its output, a small ``nn.Sequential``.
+            each of our layers becomes two entries, elsewhere, or where it has a name or
+            hooks on its output, a small ``nn.Sequential``.
 
     Raises:
-        ValueError: a layer from ``define_layer``, which has no native counterpart.
+        ValueError: a layer from ``define_layer``, or one with parametrizations, which
+            has no native counterpart; a compiled module.
     """
     return _ToNative().convert(model)
 
@@ -56,6 +57,9 @@ def from_native(model: nn.Module) -> nn.Module:
             :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or
             ``nn.ReLU`` right behind it in the same ``nn.Sequential`` the two become one
             layer, unless hooks look at what lies between them.
+
+    Raises:
+        ValueError: a compiled module.
     """
     return _FromNative().convert(model)
 
@@ -86,16 +90,17 @@ class _Converter:
         if converted is not None:
             return [converted]
         if type(module) is MLP and isinstance(self, _ToNative):
-            children = self.sequence(list(module.layers))
-            return [nn.Sequential(*children)]
+            children = self.sequence(_numbered(module.layers))
+            return [nn.Sequential(children).train(module.training)]
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                "convert: expected a module that is not compiled, got one that is; "
+                "convert the module that was given to torch.compile"
+            )
         result = _shallow(module, type(module))
-        self.done[("rebuild", id(module))] = (
-            module,
-            [result],
-        )  # a module may contain itself
+        self.done[("rebuild", id(module))] = (module, [result])  # it may hold itself
         if type(module) is nn.Sequential:
-            children = self.sequence(list(module))
-            result._modules = {str(i): child for i, child in enumerate(children)}
+            result._modules = self.sequence(module._modules)  # type: ignore[assignment]
         else:
             for name, child in module._modules.items():
                 if child is not None:
@@ -106,8 +111,18 @@ class _Converter:
         """The counterpart of `module` by itself, or None if it is no layer."""
         raise NotImplementedError
 
-    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
-        """The counterparts of the children of an ``nn.Sequential``."""
+    def sequence(self, children: Mapping[str, Any]) -> OrderedDict[str, nn.Module]:
+        """The counterparts of the children of an ``nn.Sequential``, by name. Numbers
+        stay a count; a name that the user gave stays with its layer."""
+        named = OrderedDict[str, nn.Module]()
+        for name, module in self.counterparts(children):
+            named[str(len(named)) if name.isdigit() else name] = module
+        return named
+
+    def counterparts(
+        self, children: Mapping[str, Any]
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """What each child becomes; two may come under one number."""
         raise NotImplementedError
 
 
@@ -118,9 +133,10 @@ class _ToNative(_Converter):
         pair = self.once([module], self.pair)
         if len(pair) == 1:
             return pair[0]
-        container = nn.Sequential(*pair)
+        container = nn.Sequential(*pair).train(module.training)
         for name in _OUTPUT_HOOKS:
-            setattr(container, name, copy.copy(getattr(module, name)))
+            setattr(container, name, getattr(module, name).copy())
+        container._is_full_backward_hook = module._is_full_backward_hook
         return container
 
     def pair(self, layer: BPLinear) -> list[nn.Module]:
@@ -136,16 +152,17 @@ class _ToNative(_Converter):
             return [linear]
         for name in _OUTPUT_HOOKS:
             getattr(linear, name).clear()  # the container has them: they expect a
-        return [linear, activation()]
+        return [linear, activation().train(layer.training)]
 
-    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
-        result: list[nn.Module] = []
-        for child in children:
-            if isinstance(child, BPLinear) and not _watched(child):
-                result += self.once([child], self.pair)
+    def counterparts(
+        self, children: Mapping[str, Any]
+    ) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in children.items():
+            layer = isinstance(child, BPLinear) and not _watched(child)
+            if layer and name.isdigit():
+                yield from ((name, part) for part in self.once([child], self.pair))
             else:
-                result.append(self.convert(child))
-        return result
+                yield name, self.convert(child)
 
 
 class _FromNative(_Converter):
@@ -155,17 +172,21 @@ class _FromNative(_Converter):
     def fuse(self, linear: nn.Module, activation: nn.Module) -> list[nn.Module]:
         return [_shallow(linear, _OURS[type(activation)])]
 
-    def sequence(self, children: Sequence[nn.Module]) -> list[nn.Module]:
-        result: list[nn.Module] = []
-        before: nn.Module | None = None
-        for child in children:
-            if type(before) is nn.Linear and _fusible(before, child):
-                result[-1:] = self.once([before, child], self.fuse)
-                before = None
+    def counterparts(
+        self, children: Mapping[str, Any]
+    ) -> Iterator[tuple[str, nn.Module]]:
+        rest = list(children.items())
+        while rest:
+            name, child = rest.pop(0)
+            if rest and type(child) is nn.Linear and _fusible(child, rest[0][1]):
+                (layer,) = self.once([child, rest.pop(0)[1]], self.fuse)
+                yield name, layer
             else:
-                result.append(self.convert(child))
-                before = child
-        return result
+                yield name, self.convert(child)
+
+
+def _numbered(modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    return {str(i): module for i, module in enumerate(modules)}
 
 
 def _watched(module: nn.Module) -> bool:
@@ -185,10 +206,9 @@ def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
 def _shallow(module: nn.Module, cls: type[_M]) -> _M:
     """A module of class `cls` with the state of `module`: its parameters, buffers and
     children are the same objects, the dictionaries that hold them are not."""
-    result = copy.copy(module)
+    result = cls.__new__(cls)  # copy.copy is refused by parametrized modules
     result.__dict__ = {
         key: value.copy() if isinstance(value, (dict, set)) else value
         for key, value in module.__dict__.items()
     }
-    result.__class__ = cls
-    return result  # type: ignore[return-value]
+    return result

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from torchbp._forms import TwoFormFunction, autocast_dtype, form_for_call
+from torchbp._forms import TwoFormFunction, autocast_dtype, call
 from torchbp._naming import check_name, make_class, place
 
 __all__ = [
@@ -190,7 +190,7 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
     _check(input, target)
     if target.dtype is not input.dtype:
         target = _one_hot(target, input)
-    return form_for_call(function).apply(input, target)
+    return call(function, input, target)
 
 
 def _check(input: Tensor, target: Tensor) -> None:

@@ -45,7 +45,8 @@ class Dashboard:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resumed_at is None else resumed_at + 1
+        # Epoch 0 is logged anew by a run that did not complete its first.
+        purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
         self.writer: Any = SummaryWriter(str(folder), purge_step=purge)
         if resumed_at is None:
             self.writer.add_text("settings", _as_code(settings), 0)
@@ -110,7 +111,7 @@ class Dashboard:
         self.writer.add_scalar(tag, value, epoch)
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
-        self.writer.add_histogram(tag, values, epoch, bins="auto")
+        self.writer.add_histogram(tag, values, epoch, bins=64)
 
     def close(self) -> None:
         self.writer.close()
@@ -128,11 +129,15 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
     """
     # A native network is seen through a twin of our layers on the same parameters.
     twin = from_native(model)
+    was_training = {module: module.training for module in twin.modules()}
+    twin.eval()  # dropout would draw random numbers, batch norm would remember
     input = input.detach().requires_grad_()
     with torch.enable_grad(), observe(twin) as trace:
         # The gradient of the input alone: the sweep passes every layer on its way
         # there.
         torch.autograd.grad(cost(twin(input), target), input)
+    for module, training in was_training.items():
+        module.training = training
     return list(trace)
 
 

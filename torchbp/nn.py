@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -129,13 +130,15 @@ ACTIVATIONS: dict[str, type[BPLinear]] = {
 def _init_scaled(layer: BPLinear) -> None:
     """W ~ N(0, 1/n_in), b ~ N(0, 1): z of order 1 whatever n_in (book, chapter 3)."""
     nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
-    nn.init.normal_(layer.bias)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
 
 
 def _init_normal(layer: BPLinear) -> None:
     """W, b ~ N(0, 1): the book's first, chapter 1, which saturates wide layers."""
     nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.bias)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
 
 
 def _init_torch(layer: BPLinear) -> None:
@@ -214,9 +217,10 @@ def _check_sizes(sizes: Any) -> tuple[int, ...]:
         raise TypeError(
             f"sizes: expected a sequence of integers, got {sizes!r}"
         ) from None
-    for n in result:
-        if not isinstance(n, int) or isinstance(n, bool):
-            raise TypeError(f"sizes: expected integers, got {n!r} in {list(result)}")
+    for i, n in enumerate(result):
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
+            raise TypeError(f"sizes: expected integers, got {n!r} as number {i + 1}")
+    result = tuple(map(operator.index, result))  # NumPy's integers, too
     if len(result) < 2:
         raise ValueError(f"sizes: expected at least two, got {list(result)}")
     if min(result) < 1:
@@ -243,7 +247,8 @@ def check_takes(model: nn.Module, cost: Any) -> None:
 
     Whoever joins a model and a cost calls this: the mistake would apply σ twice, and
     train all the same, only worse. A cost that takes a fits every last layer, since the
-    identity layer's a is its z.
+    identity layer's a is its z. A model with a ``forward`` of its own is let through:
+    its structure does not tell what comes last.
 
     Raises:
         TypeError: `cost` does not say what it takes.
@@ -264,13 +269,17 @@ def check_takes(model: nn.Module, cost: Any) -> None:
         )
 
 
-def _last_layer(model: nn.Module) -> nn.Module:
-    """The last module that computes something, as far as the order of definition
-    tells."""
-    passing = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-    leaves = [
-        module
-        for _, module in model.named_modules(remove_duplicate=False)
-        if not list(module.children()) and not isinstance(module, passing)
-    ]
-    return leaves[-1] if leaves else model
+_PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    """The module whose output is the model's, where the structure tells: an MLP, an
+    ``nn.Sequential`` or a layer. None for a model with a forward of its own."""
+    if isinstance(model, BPLinear) or not list(model.children()):
+        return model
+    if type(model) is MLP:
+        return _last_layer(model.layers[-1])
+    if isinstance(model, nn.Sequential):
+        rest = [child for child in model if not isinstance(child, _PASSING)]
+        return _last_layer(rest[-1]) if rest else None
+    return None

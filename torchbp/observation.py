@@ -91,9 +91,9 @@ class Trace:
     @overload
     def __getitem__(self, key: int) -> Record: ...
     @overload
-    def __getitem__(self, key: str) -> list[Record]: ...
-    def __getitem__(self, key: int | str) -> Record | list[Record]:
-        if isinstance(key, int):
+    def __getitem__(self, key: str | slice) -> list[Record]: ...
+    def __getitem__(self, key: int | slice | str) -> Record | list[Record]:
+        if not isinstance(key, str):
             return self.records[key]
         found = [record for record in self.records if record.name == key]
         if not found:
@@ -115,7 +115,7 @@ def observe(model: nn.Module) -> Iterator[Trace]:
         backward pass of a call within it is.
 
     Raises:
-        ValueError: `model` has no layer of ours.
+        ValueError: `model` has no layer of ours, or is compiled.
         RuntimeError: in the forward pass, under torch.compile or a torch.func
             transform, where values cannot be looked at.
 
@@ -133,9 +133,17 @@ def observe(model: nn.Module) -> Iterator[Trace]:
             f"observe: expected a model with hand-written layers, got "
             f"{type(model).__name__} without any; from_native converts native ones"
         )
+    if _is_compiled(model):
+        raise ValueError(
+            "observe: expected a model that is not compiled, got one that is; observe "
+            "the module that was given to torch.compile"
+        )
     trace = Trace()
     handles = [
-        layer.register_forward_hook(_recorder(name, trace))
+        # First of all hooks: others may replace the output.
+        layer.register_forward_hook(
+            _recorder(name, trace), prepend=True, with_kwargs=True
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -145,21 +153,34 @@ def observe(model: nn.Module) -> Iterator[Trace]:
             handle.remove()
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    # By its attribute: the class would cost a second's import of torch._dynamo.
+    return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+
+
 def _recorder(name: str, trace: Trace) -> Any:
     """The forward hook of one layer."""
 
-    def hook(layer: BPLinear, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        if not isinstance(layer, BPLinear):  # a native copy, made within the block
+            return
         if torch.compiler.is_compiling() or functional.transforming():
             raise RuntimeError(
                 "observe: expected an eager forward pass, got one under torch.compile "
                 "or torch.func, where values cannot be looked at"
             )
-        record = _record(name, layer, args[0], output)
+        record = _record(name, layer, args[0] if args else kwargs["input"], output)
         trace.records.append(record)
         if output.requires_grad:
+            b = layer.bias
+            needs = (
+                False,
+                layer.weight.requires_grad,
+                b is not None and b.requires_grad,
+            )
             # On the tensor, not register_full_backward_hook on the module: that one
             # forbids in-place work on the outputs.
-            output.register_hook(lambda grad_a: _complete(record, layer, grad_a))
+            output.register_hook(lambda grad_a: _complete(record, needs, grad_a))
 
     return hook
 
@@ -178,11 +199,11 @@ def _record(name: str, layer: BPLinear, input: Tensor, output: Tensor) -> Record
 
 
 @torch.no_grad()
-def _complete(record: Record, layer: BPLinear, grad_a: Tensor) -> None:
+def _complete(record: Record, needs: tuple[bool, bool, bool], grad_a: Tensor) -> None:
     """Fill in the backward half, once grad_a has arrived."""
-    record.delta = grad_a.detach() * record.sigma_prime
-    b = layer.bias
-    needs = (False, layer.weight.requires_grad, b is not None and b.requires_grad)
+    function = record.function
+    s = function.choose(record.a, record.z)
+    record.delta = function.gate(grad_a.detach(), s).clone()
     _, record.grad_weight, record.grad_bias = functional.gradients(
         record.delta, record.x, record.weight, needs
     )

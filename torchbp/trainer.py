@@ -180,18 +180,20 @@ def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
     total = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     dtype = next(model.parameters()).dtype
-    was_training = model.training
-    model.eval()
     chunks = zip(
         split.images.split(EVALUATE_AT_ONCE),
         split.labels.split(EVALUATE_AT_ONCE),
         strict=True,
     )
-    for images, labels in chunks:
-        output = model(scale(images, dtype))
-        total += cost(output, labels).double() * len(labels)
-        right += (output.argmax(-1) == labels).sum()
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        for images, labels in chunks:
+            output = model(scale(images, dtype))
+            total += cost(output, labels).double() * len(labels)
+            right += (output.argmax(-1) == labels).sum()
+    finally:
+        model.train(was_training)
     n = len(split.labels)
     # In float64 both: a float32 share of 10,000 would print as 0.9542999863624573.
     return Score(total.item() / n, right.item() / n)
@@ -214,8 +216,8 @@ class Trainer:
             accuracy so far; of equals, the first.
 
     Raises:
-        ValueError: a batch size below 1 or above the training set's size, images or
-            labels that do not fit the model.
+        ValueError: a batch size below 1 or above the training set's size, an empty
+            split, images or labels that do not fit the model.
     """
 
     def __init__(
@@ -253,6 +255,8 @@ class Trainer:
             output = self.model(scale(self.data.train.images[:1], self.dtype))
         outputs = int(output.shape[-1])
         for name, split in zip(self.data._fields, self.data, strict=True):
+            if not len(split.labels):
+                raise ValueError(f"{name}: expected at least one example, got none")
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= outputs:
                 raise ValueError(
@@ -298,7 +302,9 @@ class Trainer:
                 on_progress(sum(sizes), sum(values) / len(values))
         seconds = time.perf_counter() - started
         self.epoch += 1
-        result = EpochResult(self.epoch, self.score(), total / n, seconds, n / seconds)
+        scores = self.score()
+        self._check_healthy(scores)
+        result = EpochResult(self.epoch, scores, total / n, seconds, n / seconds)
         self._keep_best(result)
         return result
 
@@ -317,9 +323,9 @@ class Trainer:
             on_epoch: called after every epoch, and before the first with the scores of
                 the untrained network.
             on_progress: see :meth:`run_epoch`.
-            save: called with :meth:`state_dict` every `save_every` epochs and after the
-                last one. If anything stops the training, Ctrl-C included, it is called
-                with the state that the last complete epoch left.
+            save: called with :meth:`state_dict` at the start, every `save_every` epochs
+                and after the last one. If anything stops the training, Ctrl-C included,
+                it is called with the state that the last complete epoch left.
 
         Raises:
             DivergedError: see :meth:`run_epoch`.
@@ -328,13 +334,16 @@ class Trainer:
         try:
             if self.epoch == 0 and on_epoch is not None:
                 on_epoch(EpochResult(0, self.score(), None, 0.0, 0.0))
+            if self.epoch == 0 and save is not None:
+                save(kept)  # from the first moment there is something to resume
+                saved_at = 0
             while self.epoch < epochs:
                 result = self.run_epoch(on_progress)
-                kept = self.state_dict()
-                # First the log, then the checkpoint: a run that dies in between repeats
-                # the epoch and replaces its points, where the other order loses them.
+                # First the log, then the state: a run that dies in between repeats the
+                # epoch and replaces its points, where the other order loses them.
                 if on_epoch is not None:
                     on_epoch(result)
+                kept = self.state_dict()
                 due = self.epoch % save_every == 0 or self.epoch == epochs
                 if save is not None and due:
                     save(kept)
@@ -351,6 +360,18 @@ class Trainer:
                     f"the cost became {value} in epoch {self.epoch + 1}, step "
                     f"{step + i + 1}, at lr {self.engine.lr:g}: try a smaller one"
                 )
+
+    def _check_healthy(self, scores: dict[str, Score]) -> None:
+        """Refuse an epoch whose last step left a network that is not finite."""
+        bad = [
+            f"{name} cost" for name, s in scores.items() if not math.isfinite(s.cost)
+        ]
+        bad += [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise DivergedError(
+                f"not finite after epoch {self.epoch}: {', '.join(bad)}, at lr "
+                f"{self.engine.lr:g}: try a smaller one"
+            )
 
     def _keep_best(self, result: EpochResult) -> None:
         accuracy = result.scores["validation"].accuracy
