@@ -791,3 +791,19 @@ def test_slopes_are_right_where_neurons_saturate(layer, slope, dtype):
         error = (grad.double() - expected).abs()
         # Below the smallest normal number there are no relative digits.
         assert (error <= 4 * torch.finfo(dtype).eps * expected + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [2, 200])
+def test_relu_passes_a_gradient_just_where_native_does(rows, dtype):
+    """Small and large layers take different ways; neither lets 0 · inf through."""
+    z = torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[0, :4] = torch.tensor([0.0, -0.0, torch.nan, torch.inf])
+    g = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g[:, 4:20] = torch.inf
+    for layout in (g, g.t().contiguous().t(), g[0, 4].expand(rows, 50)):
+        a = z.relu()
+        x = z.clone().requires_grad_()
+        x.relu().backward(layout)
+        delta = functional.LinearReLUFunction.gate(layout, a)
+        torch.testing.assert_close(delta, x.grad, rtol=0, atol=0, equal_nan=True)

@@ -134,22 +134,25 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def times(own: Tensor, other: Tensor) -> Tensor:
-    """own * other for an `own` that the caller made; in place, which saves a buffer of
-    its size at the peak of a backward pass, where that is safe.
+def may_overwrite(other: Tensor) -> bool:
+    """Whether a backward may work in place, with `other`, on tensors it made itself.
 
-    It is where nothing records the operation and no transform hides dimensions in
-    `other` that `own` has not: those of torch.func, or of ``autograd.grad(...,
+    It may where nothing records the operations and no transform hides dimensions in
+    `other` that those tensors have not: those of torch.func, or of ``autograd.grad(...,
     is_grads_batched=True)``, which has a vmap of its own.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(other)
-    ):
-        return own * other
-    return own.mul_(other)
+    )
+
+
+def times(own: Tensor, other: Tensor) -> Tensor:
+    """own * other for an `own` that the caller made; in place where that is safe, which
+    saves a buffer of its size at the peak of a backward pass."""
+    return own.mul_(other) if may_overwrite(other) else own * other
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
