@@ -798,10 +798,10 @@ def test_slopes_are_right_where_neurons_saturate(layer, slope, dtype):
 def test_relu_passes_a_gradient_just_where_native_does(rows, dtype):
     """Small and large layers take different ways; neither lets 0 · inf through."""
     z = torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
-    z[0, :4] = torch.tensor([0.0, -0.0, torch.nan, torch.inf])
+    z[0, :5] = torch.tensor([0.0, -0.0, torch.nan, -torch.nan, torch.inf])
     g = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
-    g[:, 4:20] = torch.inf
-    for layout in (g, g.t().contiguous().t(), g[0, 4].expand(rows, 50)):
+    g[:, 5:20] = torch.inf
+    for layout in (g, g.t().contiguous().t(), g[0, 5].expand(rows, 50)):
         a = z.relu()
         x = z.clone().requires_grad_()
         x.relu().backward(layout)

@@ -59,3 +59,11 @@ def test_there_are_two_commands():
 def test_files_that_are_named_exist():
     for name in re.findall(r"`((?:torchbp|tests|experiments)/[\w/]+\.py)`", README):
         assert (ROOT / name).is_file(), name
+
+
+def test_each_row_of_what_works_names_a_test_that_exists():
+    rows = re.findall(r"^\|.*`(tests/\w+\.py)::(\w+)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 15
+    for file, name in rows:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", code, flags=re.MULTILINE), f"{file}::{name}"

@@ -65,12 +65,12 @@ class LinearFunction(TwoFormFunction):
 
     @staticmethod
     def gate(grad_a: Tensor, s: Any) -> Tensor:
-        """grad_a ⊙ σ'(z), from s = `choose(a, z)`. Changes neither argument."""
+        """grad_a ⊙ σ'(z), from the `s` that is saved. Changes neither argument."""
         return grad_a
 
     @staticmethod
-    def choose(a: Tensor, z: Tensor) -> Tensor | None:
-        """What σ' is computed from, and so what is saved: a, z or nothing."""
+    def saved(output: Any) -> Tensor | None:
+        """What σ' is computed from, of what `evaluate` returned: a, z or nothing."""
         # The identity layer must not save its output: an in-place operation on it, as
         # in Sequential(BPLinear, ReLU(inplace=True)), would then break the graph.
         return None
@@ -82,16 +82,16 @@ class LinearFunction(TwoFormFunction):
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         x, W, _ = inputs
-        a, z = output if isinstance(output, tuple) else (output, output)
-        return x, W, cls.choose(a, z)
+        return x, W, cls.saved(output)
 
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
         output = cls.evaluate(x, W, b)
-        x_, W_, s = cls.tensors_to_save((x, W, b), output)
         need_x, need_W, _ = ctx.needs_input_grad
         # grad_x reads W and grad_W reads x: what nobody asks for is not kept alive.
-        ctx.save_for_backward(x_ if need_W else None, W_ if need_x else None, s)
+        ctx.save_for_backward(
+            x if need_W else None, W if need_x else None, cls.saved(output)
+        )
         ctx.set_materialize_grads(False)  # no zeros for a gradient that is not there
         return output
 
@@ -126,8 +126,8 @@ class LayerFromOutput(LinearFunction):
     """A layer whose σ' is given in terms of a, so that z need not be kept."""
 
     @staticmethod
-    def choose(a: Tensor, z: Tensor) -> Tensor | None:
-        return a
+    def saved(output: Any) -> Tensor | None:
+        return output
 
 
 class LayerFromWeightedInput(LinearFunction):
@@ -138,8 +138,8 @@ class LayerFromWeightedInput(LinearFunction):
     """
 
     @staticmethod
-    def choose(a: Tensor, z: Tensor) -> Tensor | None:
-        return z
+    def saved(output: Any) -> Tensor | None:
+        return output[1]
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
@@ -249,6 +249,8 @@ class LinearReLUFunction(LayerFromOutput):
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
         # Not a product: 0 · inf would be NaN at a neuron that is off.
+        if torch.compiler.is_compiling():  # this way it fuses best
+            return torch.where(a <= 0, torch.zeros_like(grad_a), grad_a)
         large = a.is_cpu and type(a) is Tensor and a.numel() > _LARGE
         if large and may_overwrite(grad_a):
             return _masked(grad_a, a)
@@ -265,7 +267,8 @@ def _masked(grad_a: Tensor, a: Tensor) -> Tensor:
     them wrong."""
     bits = _BITS[a.itemsize]
     # As an integer a positive float is positive; from 1 and 0 come all bits and none.
-    mask = a.view(bits).clamp(0, 1).neg_()
+    # abs takes the sign off -0.0, which is off, and off NaN, where native is on.
+    mask = a.abs().view(bits).clamp_(max=1).neg_()
     return mask.bitwise_and_(grad_a.view(bits)).view(a.dtype)
 
 
@@ -296,8 +299,11 @@ def layer(
     native layers do); the gradients come back in the parameters' own dtype.
     """
     try:
-        if (dtype := autocast_dtype(input)) is not None:
-            return _layer_autocast(function, dtype, input, weight, bias)
+        # The cheap test first: these run at every call.
+        if torch._C._is_any_autocast_enabled():
+            dtype = autocast_dtype(input)
+            if dtype is not None:
+                return _layer_autocast(function, dtype, input, weight, bias)
         if _fits(input, weight, bias):
             output = call(function, input, weight, bias)
             return output[0] if type(output) is tuple else output  # (a, z), σ' from z

@@ -194,15 +194,21 @@ def _record(name: str, layer: BPLinear, input: Tensor, output: Tensor) -> Record
     x, a, W = copied(input), copied(output), copied(layer.weight)
     b = None if layer.bias is None else copied(layer.bias)
     z = F.linear(x, W, b)
-    sigma_prime = function.gate(torch.ones_like(a), function.choose(a, z))
+    sigma_prime = function.gate(torch.ones_like(a), _saved(function, a, z))
     return Record(name, function, x, W, b, z, a, sigma_prime)
+
+
+def _saved(function: type[functional.LinearFunction], a: Tensor, z: Tensor) -> Any:
+    """What the layer saves for σ', which is from a or from z."""
+    gives_z = issubclass(function, functional.LayerFromWeightedInput)
+    return function.saved((a, z) if gives_z else a)
 
 
 @torch.no_grad()
 def _complete(record: Record, needs: tuple[bool, bool, bool], grad_a: Tensor) -> None:
     """Fill in the backward half, once grad_a has arrived."""
     function = record.function
-    s = function.choose(record.a, record.z)
+    s = _saved(function, record.a, record.z)
     record.delta = function.gate(grad_a.detach(), s).clone()
     _, record.grad_weight, record.grad_bias = functional.gradients(
         record.delta, record.x, record.weight, needs
