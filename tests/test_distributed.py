@@ -48,7 +48,7 @@ def train(tmp_path, name, *options, processes=2):
     """The main job on the digits in several processes; its output."""
     job = [ROOT / "experiments" / "mnist.py", *small(tmp_path, name), *options]
     process = launch(*job, processes=processes)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out
 
@@ -102,7 +102,7 @@ def test_resume_in_another_number_of_processes(tmp_path):
     train_alone(tmp_path, "two", "--epochs", 1)
     job = ROOT / "experiments" / "mnist.py"
     process = launch(job, "--resume", tmp_path / "two", "--epochs", "3")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     (two, state), (one, _) = weights(tmp_path, "two"), weights(tmp_path, "one")
     assert state["epoch"] == 3
@@ -119,8 +119,8 @@ def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(tmp_path):
     (victim,) = workers(process.pid, rank=1)
     os.kill(victim, signal.SIGKILL)
     started = time.monotonic()
-    _, err = process.communicate(timeout=90)
-    assert time.monotonic() - started < 60
+    _, err = process.communicate(timeout=150)
+    assert time.monotonic() - started < 120
     assert process.returncode != 0
     assert "process 0: error: another of the 2 processes was lost" in err or (
         "stopped; to go on: --resume" in err
@@ -149,5 +149,5 @@ def workers(parent: int, rank: int) -> list[int]:
 @pytest.mark.parametrize("name", ["fsdp", "colwise", "rowwise"])
 def test_sharded_networks_have_the_gradients_of_whole_ones(name):
     process = launch(ROOT / "tests" / "distributed_worker.py", name)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
