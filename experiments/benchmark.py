@@ -261,7 +261,7 @@ def command_line(arguments: list[str] | None = None) -> int:
         if file is not None:
             with open(file, "w", encoding="utf-8") as stream:
                 json.dump([asdict(row) for row in rows], stream, indent=2)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

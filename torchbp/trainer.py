@@ -124,7 +124,7 @@ def choose_device(name: str) -> torch.device:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there[name]:
+    if not there.get(name):
         found = ", ".join(key for key, value in there.items() if value)
         raise ValueError(f"device: expected one that is there ({found}), got {name!r}")
     return torch.device(name)
