@@ -16,8 +16,8 @@ MODULES = sorted((ROOT / "torchbp").glob("*.py"))
 
 # A module may import those to its left; nothing runs back up.
 ORDER = (
-    "_version _naming _forms functional costs data checkpoint nn convert observation "
-    "dashboard trainer parallel progress __init__"
+    "_version _naming _checks _forms functional costs data checkpoint nn convert "
+    "observation dashboard trainer parallel progress __init__"
 ).split()
 
 

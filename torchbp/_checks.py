@@ -1,0 +1,71 @@
+"""What is wrong with arguments, said in full; none of it runs while nothing is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def explain(x: Any, W: Any, b: Any) -> Exception | None:
+    """What is wrong with the arguments, in the order in which a reader would look."""
+    named = [("input", x), ("weight", W), *([] if b is None else [("bias", b)])]
+    for name, t in named:
+        if not isinstance(t, Tensor):
+            return TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.is_nested:
+            return TypeError(f"{name}: expected a dense Tensor, got a nested one")
+    for name, t in named:
+        if not t.is_floating_point():
+            return TypeError(f"{name}: expected a real floating dtype, got {t.dtype}")
+    if W.dim() != 2:
+        return ValueError(
+            f"weight: expected 2 dimensions (n_out, n_in), got shape {tuple(W.shape)}"
+        )
+    if x.dim() == 0:
+        return ValueError("input: expected shape (*, n_in), got a 0-d tensor")
+    if x.shape[-1] != W.shape[1]:
+        return ValueError(
+            f"input: expected last dimension {W.shape[1]} to fit weight "
+            f"{tuple(W.shape)}, got shape {tuple(x.shape)}"
+        )
+    if b is not None and tuple(b.shape) != (W.shape[0],):
+        return ValueError(f"bias: expected shape ({W.shape[0]},), got {tuple(b.shape)}")
+    for name, t in named[1:]:
+        if t.dtype != x.dtype:
+            return TypeError(f"{name}: expected the input's {x.dtype}, got {t.dtype}")
+    for name, t in named[1:]:
+        if t.device != x.device:
+            return ValueError(
+                f"{name}: expected the input's device {x.device}, got {t.device}"
+            )
+    return None
+
+
+def check_entrywise(role: str, f: Any) -> bool:
+    """Try σ or σ' on five numbers that lie in the range of every usual σ; whether the
+    result shares memory with the argument."""
+    if not callable(f):
+        raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
+    probe = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    argument = probe.clone()
+    with torch.no_grad():
+        result = f(argument)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{role}: expected it to return a Tensor, got {result!r}")
+    if result.shape != probe.shape or result.dtype != probe.dtype:
+        raise ValueError(
+            f"{role}: expected an entrywise function, (5,) float64 -> (5,) float64, "
+            f"got {tuple(result.shape)} {result.dtype}"
+        )
+    with torch.no_grad():
+        singly = torch.cat([f(probe[i : i + 1].clone()) for i in range(5)])
+    if not torch.allclose(singly, result, equal_nan=True):
+        raise ValueError(
+            f"{role}: expected an entrywise function, got one whose entries depend on "
+            "each other"
+        )
+    if not torch.equal(argument, probe):
+        raise ValueError(f"{role}: expected its argument unchanged, got it overwritten")
+    return result.data_ptr() == argument.data_ptr()
