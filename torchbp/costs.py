@@ -181,19 +181,43 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
 
     Under autocast the cost is computed in float32, as native losses are.
     """
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
-        got = f"{type(input).__name__} and {type(target).__name__}"
-        raise TypeError(f"input, target: expected two Tensors, got {got}")
+    check_tensors(input, target)
     if input.dtype != torch.float64 and autocast_dtype(input) is not None:
         input = input.float()
         target = target.float() if target.is_floating_point() else target
-    _check(input, target)
-    if target.dtype is not input.dtype:
-        target = _one_hot(target, input)
-    return call(function, input, target)
+    return call(function, input, target_rows(input, target))
 
 
-def _check(input: Tensor, target: Tensor) -> None:
+def check_tensors(input: Any, target: Any) -> None:
+    """Raise TypeError unless both are tensors."""
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        got = f"{type(input).__name__} and {type(target).__name__}"
+        raise TypeError(f"input, target: expected two Tensors, got {got}")
+
+
+def target_rows(input: Tensor, target: Tensor) -> Tensor:
+    """The target as rows (*, K) of the dtype of `input`, checked as :func:`cost`
+    says."""
+    check(input, target)
+    return target if target.dtype is input.dtype else _one_hot(target, input)
+
+
+def function_of(cost: Any) -> type[CostFunction]:
+    """The Function behind one of our costs, module or function.
+
+    Raises:
+        TypeError: `cost` is something else.
+    """
+    function = getattr(cost, "function", None)
+    if isinstance(function, type) and issubclass(function, CostFunction):
+        return function
+    raise TypeError(
+        "cost: expected one of torchbp's, or one from define_cost, got "
+        f"{getattr(cost, '__name__', type(cost).__name__)}"
+    )
+
+
+def check(input: Tensor, target: Tensor) -> None:
     """Raise what :func:`cost` says it raises, but for labels out of range."""
     if not input.is_floating_point():
         raise TypeError(f"input: expected a real floating dtype, got {input.dtype}")
@@ -227,13 +251,17 @@ def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
         return torch.zeros_like(like).scatter(-1, labels.long().unsqueeze(-1), 1)
     except (RuntimeError, IndexError) as error:
         if labels.device.type == "cpu" and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= like.shape[-1]:
-                raise ValueError(
-                    f"target: expected labels in 0..{like.shape[-1] - 1}, "
-                    f"got {low if low < 0 else high}"
-                ) from error
+            check_labels(labels, like.shape[-1], error)
         raise
+
+
+def check_labels(labels: Tensor, K: int, cause: BaseException | None = None) -> None:
+    """Raise ValueError, from `cause`, unless all labels are in 0..K-1."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= K:
+        raise ValueError(
+            f"target: expected labels in 0..{K - 1}, got {low if low < 0 else high}"
+        ) from cause
 
 
 def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
@@ -259,9 +287,12 @@ def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
     return cost(LogLikelihoodFunction, input, target)
 
 
-quadratic_cost.takes = "a"  # type: ignore[attr-defined]
-cross_entropy_cost.takes = "z"  # type: ignore[attr-defined]
-log_likelihood_cost.takes = "z"  # type: ignore[attr-defined]
+for _f, _function, _takes in (
+    (quadratic_cost, QuadraticFunction, "a"),
+    (cross_entropy_cost, CrossEntropyFunction, "z"),
+    (log_likelihood_cost, LogLikelihoodFunction, "z"),
+):
+    _f.function, _f.takes = _function, _takes  # type: ignore[attr-defined]
 
 
 class _Cost(nn.Module):
