@@ -1,6 +1,8 @@
 """Train a network of hand-written layers on MNIST, and watch it in TensorBoard.
 
     python experiments/mnist.py                           the book's first network
+    python experiments/mnist.py --engine explicit         the same, without autograd and
+                                                          several times as fast
     python experiments/mnist.py --layers native           the control: same start, same
                                                           batches, torch's own layers
     python experiments/mnist.py --sizes 784 100 10 --cost cross-entropy --lr 0.5
@@ -37,7 +39,13 @@ from torchbp.dashboard import Dashboard, probe
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 from torchbp.parallel import ParallelSGD, World, join
 from torchbp.progress import Progress
-from torchbp.trainer import AutogradSGD, DivergedError, EpochResult, Trainer
+from torchbp.trainer import (
+    AutogradSGD,
+    DivergedError,
+    Engine,
+    EpochResult,
+    Trainer,
+)
 
 # The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
 # wants a sigmoid there, whatever the hidden layers are.
@@ -46,17 +54,22 @@ COSTS = {
     "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
     "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
 }
+# How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
+# whole algorithm at once.
+ENGINES = ("autograd", "explicit")
 INPUTS, CLASSES = 784, 10
 LARGEST = torch.finfo(torch.float32).max
 PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
 
 # The settings that TensorBoard's HPARAMS tab compares runs by.
 COMPARED = (
-    "layers", "sizes", "activation", "cost", "init", "lr", "batch_size",
+    "layers", "engine", "sizes", "activation", "cost", "init", "lr", "batch_size",
     "weight_decay", "seed", "dataset",
 )  # fmt: skip
 # What --resume may change; the rest decides which weights come out.
-CHANGEABLE = {"checkpoint_every", "data", "device", "epochs", "target_accuracy"}
+CHANGEABLE = {
+    "checkpoint_every", "data", "device", "engine", "epochs", "target_accuracy",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class Settings:
     device: str = "auto"
     threads: int = 0
     layers: str = "bp"
+    engine: str = "autograd"
     logdir: str = "runs"
     name: str | None = None
     target_accuracy: float | None = None
@@ -90,12 +104,18 @@ class Settings:
             "init": tuple(INITIALISATIONS),
             "device": ("auto", "cpu", "cuda", "mps"),
             "layers": ("bp", "native"),
+            "engine": ENGINES,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 names = ", ".join(allowed)
                 raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+        if (self.engine, self.layers) == ("explicit", "native"):
+            raise ValueError(
+                "engine: expected autograd for native layers, got 'explicit', which "
+                "works on hand-written ones"
+            )
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -215,10 +235,19 @@ def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
             f"{reason}"
         ) from error
     cost = COSTS[settings.cost][0]()
-    if world.size == 1:
-        engine = AutogradSGD(model, cost, settings.lr, settings.weight_decay)
+    rates = settings.lr, settings.weight_decay
+    engine: Engine
+    if settings.engine == "explicit":
+        if world.size > 1:
+            raise ValueError(
+                "engine: expected autograd for several processes, got 'explicit' and "
+                f"{world.size} processes"
+            )
+        engine = torchbp.ExplicitSGD(model, cost, *rates)
+    elif world.size > 1:
+        engine = ParallelSGD(model, cost, *rates, world)
     else:
-        engine = ParallelSGD(model, cost, settings.lr, settings.weight_decay, world)
+        engine = AutogradSGD(model, cost, *rates)
     # The whole set in the device's memory: 55 MB for MNIST, still as uint8.
     on_device = data.Splits(
         *(data.Split(*(t.to(world.device) for t in split)) for split in splits)
@@ -265,7 +294,8 @@ def make_folder(settings: Settings) -> checkpoint.RunFolder:
         return checkpoint.RunFolder.create(settings.logdir, settings.name)
     sizes = "-".join(map(str, settings.sizes))[:80]
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{sizes}_{settings.cost}_{settings.layers}_seed{settings.seed}_{stamp}"
+    how = settings.layers if settings.engine == "autograd" else settings.engine
+    name = f"{sizes}_{settings.cost}_{how}_seed{settings.seed}_{stamp}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         try:
             return checkpoint.RunFolder.create(settings.logdir, name + suffix)
@@ -399,7 +429,8 @@ def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> 
     n = len(trainer.data.train.labels)
     return (
         f"{settings.dataset}: {n:,} images   network {list(settings.sizes)} "
-        f"({settings.layers} layers, {settings.activation})   {settings.cost} cost   "
+        f"({settings.layers} layers, {settings.activation}, {settings.engine})   "
+        f"{settings.cost} cost   "
         f"batch {settings.batch_size}   lr {settings.lr:g}   seed {settings.seed}   "
         f"{versions['device']}"
         + (f" x {versions['processes']}" if versions["processes"] != "1" else "")
@@ -456,6 +487,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     add("--seed", "of initial weights and batches", type=int)
     add("--device", "auto: CUDA if there is one", choices=devices)
     add("--threads", "0: one for batches below 128, else all cores", type=int)
+    add("--engine", "of the steps; explicit is the fast one", choices=ENGINES)
     add("--layers", "hand-written, or torch's own", choices=("bp", "native"))
     add("--logdir", "where run folders are made")
     add("--name", "of the run folder; default from settings and time")

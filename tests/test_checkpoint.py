@@ -58,7 +58,7 @@ def damaged():
         return buffer.getvalue()
 
     newer = {"format": checkpoint.FORMAT, "version": 99, "state": {}}
-    no_state = {"format": checkpoint.FORMAT, "version": 1, "state": 3}
+    no_state = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "state": 3}
     return {
         "empty": (b"", "expected a whole checkpoint"),
         "truncated": (whole[: len(whole) // 2], "expected a whole checkpoint"),
@@ -67,7 +67,7 @@ def damaged():
         "torch code": (saved({"state": Evil()}), "expected a whole checkpoint"),
         "another program's": (saved({"model": {}}), "got another kind of file"),
         "a tensor": (saved(torch.ones(2)), "got another kind of file"),
-        "newer": (saved(newer), "expected version 1, got 99"),
+        "newer": (saved(newer), "expected version 2, got 99"),
         "no state": (saved(no_state), "expected a state inside"),
     }
 

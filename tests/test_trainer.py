@@ -43,12 +43,13 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-class Spy:
+class Spy(AutogradSGD):
     """An engine that only looks."""
 
     lr = 1.0
 
-    def __init__(self):
+    def __init__(self, model):
+        self.model = model
         self.inputs, self.targets = [], []
 
     def step(self, input, target):
@@ -56,20 +57,11 @@ class Spy:
         self.targets.append(target)
         return torch.tensor(float(len(input)))
 
-    def collect(self, costs):
-        return costs
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 22, 23])
 def test_every_example_comes_once_an_epoch(batch_size):
     trainer = make_trainer(batch_size=batch_size)
-    spy = trainer.engine = Spy()
+    spy = trainer.engine = Spy(trainer.model)
     trainer.run_epoch()
     sizes = [len(x) for x in spy.inputs]
     full, rest = divmod(23, batch_size)
@@ -87,7 +79,7 @@ def test_the_order_is_new_each_epoch_and_the_seed_s():
     orders = []
     for seed in (0, 0, 1):
         trainer = make_trainer(seed)
-        spy = trainer.engine = Spy()
+        spy = trainer.engine = Spy(trainer.model)
         trainer.run_epoch()
         trainer.run_epoch()
         orders.append(torch.cat(spy.inputs))
@@ -98,7 +90,7 @@ def test_the_order_is_new_each_epoch_and_the_seed_s():
 
 def test_the_running_cost_weighs_batches_by_their_size():
     trainer = make_trainer(batch_size=5)
-    trainer.engine = Spy()  # costs 5, 5, 5, 5 and 3
+    trainer.engine = Spy(trainer.model)  # costs 5, 5, 5, 5 and 3
     result = trainer.run_epoch()
     assert result.running_cost == pytest.approx((4 * 5 * 5 + 3 * 3) / 23)
 
@@ -239,7 +231,7 @@ def test_the_best_epoch_is_that_of_the_validation_set():
 @pytest.mark.parametrize(("bad", "word"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_a_cost_that_is_not_finite_stops_the_run(bad, word):
     trainer = make_trainer()
-    spy = trainer.engine = Spy()
+    spy = trainer.engine = Spy(trainer.model)
     original = spy.step
     spy.step = lambda x, y: original(x, y) * (bad if len(spy.inputs) == 8 else 1)
     trainer.run_epoch()

@@ -16,7 +16,7 @@ import torch
 __all__ = ["CheckpointError", "RunFolder", "load", "save", "write_atomically"]
 
 FORMAT = "torchbp-checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(RuntimeError):

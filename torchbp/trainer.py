@@ -3,6 +3,7 @@
 The trainer draws the mini-batches, watches the cost, evaluates, and says what happened;
 how a step is taken is the engine's business. The engine of this module is
 :class:`AutogradSGD`: our layers (or native ones), a backward pass, ``torch.optim.SGD``.
+:class:`torchbp.ExplicitSGD` is another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from torchbp.data import Split, Splits, scale
+from torchbp.explicit import check_rates
 from torchbp.nn import check_takes
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "Trainer",
     "batches",
     "choose_device",
+    "count_outputs",
     "evaluate",
 ]
 
@@ -37,6 +41,7 @@ __all__ = [
 # 2.4 µs a batch, where indexing for each batch takes 15.
 BATCHES_AT_ONCE = 50
 EVALUATE_AT_ONCE = 2000
+LOOK_EVERY = 0.05  # seconds between looks at the costs of an epoch
 # The training set's score is that of its first images, so that it costs what the test
 # set's costs.
 TRAIN_SCORED = 10_000
@@ -47,15 +52,20 @@ class DivergedError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Whatever takes a step: updates its model's parameters from one mini-batch."""
+    """Whatever takes steps: updates its model's parameters, mini-batch by mini-batch.
+
+    Once an iterator that `steps` returned is exhausted or closed, the model's own
+    parameters are up to date.
+    """
 
     lr: float
 
-    def step(self, input: Tensor, target: Tensor) -> Tensor:
-        """One update; returns the mini-batch's cost before it, 0-d, detached."""
-
-    def collect(self, costs: Tensor) -> Tensor:
-        """What `step` returned for several mini-batches, as the mini-batches' costs."""
+    def steps(
+        self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
+    ) -> Iterator[Tensor]:
+        """One update for each mini-batch of the examples `order`, the last one as large
+        as what is left; yields the mini-batches' costs before their updates, a few at
+        a time, 1-d, detached."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -79,15 +89,17 @@ class AutogradSGD:
     def __init__(
         self, model: nn.Module, cost: Any, lr: float, weight_decay: float = 0.0
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
         check_takes(model, cost)
-        self.model, self.cost, self.lr = model, cost, lr
-        groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+        self.model, self.cost = model, cost
+        self._set_rates(lr, weight_decay)
+
+    def _set_rates(self, lr: float, weight_decay: float) -> None:
+        check_rates(lr, weight_decay)
+        self.lr, self.weight_decay = lr, weight_decay
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         if weight_decay:
-            weights = [p for p in model.parameters() if p.dim() > 1]
-            biases = [p for p in model.parameters() if p.dim() <= 1]
+            weights = [p for p in self.model.parameters() if p.dim() > 1]
+            biases = [p for p in self.model.parameters() if p.dim() <= 1]
             groups = [
                 {"params": weights, "weight_decay": weight_decay},
                 {"params": biases},
@@ -95,20 +107,40 @@ class AutogradSGD:
         self.optimizer = torch.optim.SGD(groups, lr=lr)
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
+        """One update; returns the mini-batch's cost before it, 0-d, detached."""
         self.optimizer.zero_grad()
         C: Tensor = self.cost(self.model(input), target)
         C.backward()
         self.optimizer.step()
         return C.detach()
 
+    def steps(
+        self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
+    ) -> Iterator[Tensor]:
+        dtype = next(self.model.parameters()).dtype
+        classes = count_outputs(self.model, images)
+        split = Split(images, labels)
+        for xs, ys in batches(split, order, batch_size, classes, dtype):
+            costs = [self.step(x, y) for x, y in zip(xs, ys, strict=True)]
+            yield self.collect(torch.stack(costs))
+
     def collect(self, costs: Tensor) -> Tensor:
+        """What `step` returned for several mini-batches, as the mini-batches' costs."""
         return costs
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The rates: plain SGD has no other state, whichever engine takes the steps."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        self._set_rates(state["lr"], state["weight_decay"])
+
+
+def count_outputs(model: nn.Module, images: Tensor) -> int:
+    """K, the number of outputs of `model`, tried on one of the images (n, n_in)."""
+    dtype = next(model.parameters()).dtype
+    with torch.inference_mode():
+        return int(model(scale(images[:1], dtype)).shape[-1])
 
 
 def choose_device(name: str) -> torch.device:
@@ -241,19 +273,16 @@ class Trainer:
         self.best: tuple[int, float, float] | None = None
         # On the CPU whatever the device: the same seed gives the same batches anywhere.
         self.generator = torch.Generator().manual_seed(seed)
-        self.dtype = next(model.parameters()).dtype
-        self.classes = self._count_outputs()
+        self._check_data()
         self.scored = {
             "train": Split(*(t[:TRAIN_SCORED] for t in data.train)),
             "validation": data.validation,
             "test": data.test,
         }
 
-    def _count_outputs(self) -> int:
-        """The number of outputs; refuses data that do not fit the model."""
-        with torch.inference_mode():
-            output = self.model(scale(self.data.train.images[:1], self.dtype))
-        outputs = int(output.shape[-1])
+    def _check_data(self) -> None:
+        """Refuse data that do not fit the model."""
+        outputs = count_outputs(self.model, self.data.train.images)
         for name, split in zip(self.data._fields, self.data, strict=True):
             if not len(split.labels):
                 raise ValueError(f"{name}: expected at least one example, got none")
@@ -263,7 +292,6 @@ class Trainer:
                     f"{name} labels: expected 0..{outputs - 1} for {outputs} outputs, "
                     f"got {low}..{high}"
                 )
-        return outputs
 
     def score(self) -> dict[str, Score]:
         return {
@@ -283,23 +311,22 @@ class Trainer:
         Raises:
             DivergedError: the cost is NaN or infinite.
         """
-        n = len(self.data.train.labels)
-        order = torch.randperm(n, generator=self.generator)
-        order = order.to(self.data.train.labels.device)
-        started = time.perf_counter()
-        total, step = 0.0, 0
-        for xs, ys in batches(
-            self.data.train, order, self.batch_size, self.classes, self.dtype
-        ):
-            costs = [self.engine.step(x, y) for x, y in zip(xs, ys, strict=True)]
-            # The only wait for the device, and for other processes' costs.
-            values = self.engine.collect(torch.stack(costs)).tolist()
-            self._check_finite(values, step)
-            sizes = [len(x) for x in xs]
-            step += len(xs)
-            total += sum(c * m for c, m in zip(values, sizes, strict=True))
-            if on_progress is not None:
-                on_progress(sum(sizes), sum(values) / len(values))
+        images, labels = self.data.train
+        n, m = len(labels), self.batch_size
+        order = torch.randperm(n, generator=self.generator).to(labels.device)
+        started = looked = time.perf_counter()
+        total, seen = 0.0, 0
+        waiting: list[Tensor] = []
+        with closing(self.engine.steps(images, labels, order, m)) as steps:  # type: ignore[type-var]
+            for costs in steps:
+                waiting.append(costs)
+                # To look at a cost is to wait for the device, so not at every one.
+                now = time.perf_counter()
+                if now - looked < LOOK_EVERY:
+                    continue
+                looked = now
+                total, seen = self._look(waiting, total, seen, on_progress)
+            total, seen = self._look(waiting, total, seen, on_progress)
         seconds = time.perf_counter() - started
         self.epoch += 1
         scores = self.score()
@@ -307,6 +334,28 @@ class Trainer:
         result = EpochResult(self.epoch, scores, total / n, seconds, n / seconds)
         self._keep_best(result)
         return result
+
+    def _look(
+        self,
+        waiting: list[Tensor],
+        total: float,
+        seen: int,
+        on_progress: Callable[[int, float], None] | None,
+    ) -> tuple[float, int]:
+        """Take the costs that are waiting: check them, tell of them, and return the sum
+        of all examples' costs and their number so far."""
+        if not waiting:
+            return total, seen
+        values = torch.cat(waiting).tolist()
+        waiting.clear()
+        self._check_finite(values, seen // self.batch_size)
+        n = len(self.data.train.labels)
+        images = min(len(values) * self.batch_size, n - seen)
+        last = images - (len(values) - 1) * self.batch_size
+        total += sum(values[:-1]) * self.batch_size + values[-1] * last
+        if on_progress is not None:
+            on_progress(images, sum(values) / len(values))
+        return total, seen + images
 
     def fit(
         self,
