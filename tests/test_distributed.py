@@ -132,6 +132,15 @@ def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(tmp_path):
     assert resumed["epoch"] == state["epoch"] + 1
 
 
+def test_the_explicit_engine_is_for_one_process(tmp_path):
+    job = [ROOT / "experiments" / "mnist.py", *small(tmp_path, "two")]
+    process = launch(*job, "--engine", "explicit")
+    _, err = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert "error: engine: expected autograd for several processes" in err
+    assert not list(tmp_path.iterdir())
+
+
 def workers(parent: int, rank: int) -> list[int]:
     """The children of torchrun that have this rank in their environment."""
     found = []

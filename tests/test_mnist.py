@@ -22,6 +22,9 @@ SCRIPT = Path(mnist.__file__)
 SMALL = ["--dataset", "digits", "--sizes", "784", "12", "10", "--epochs", "2"]
 
 
+engines = pytest.mark.parametrize("engine", mnist.ENGINES)
+
+
 def run(capsys, tmp_path, *options, small=SMALL):
     """Exit status, output, errors of the program in this process."""
     arguments = [*small, "--logdir", str(tmp_path / "runs"), *options]
@@ -63,12 +66,13 @@ def test_piped_output_is_a_line_per_epoch(capsys, tmp_path):
     assert "\r" not in out and "\x1b" not in out
 
 
+@engines
 @pytest.mark.parametrize("cost", list(mnist.COSTS))
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
-def test_every_cost_and_activation_learns(tmp_path, cost, activation):
+def test_every_cost_and_activation_learns(tmp_path, cost, activation, engine):
     lr = {"quadratic": 1.0, "cross-entropy": 0.1, "log-likelihood": 0.1}[cost]
     chosen = {"cost": cost, "activation": activation, "lr": lr, "init": "torch"}
-    metrics = mnist.main(settings(tmp_path, epochs=5, **chosen))
+    metrics = mnist.main(settings(tmp_path, epochs=5, engine=engine, **chosen))
     assert metrics["test_accuracy"] > 0.8
 
 
@@ -80,23 +84,73 @@ def test_bp_and_native_layers_start_and_train_alike(tmp_path):
     torch.testing.assert_close(*map(final_weights, runs))
 
 
-def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+@engines
+def test_same_seed_same_bits_and_another_seed_others(tmp_path, engine):
     a, b, c = (
-        final_weights(mnist.main(settings(tmp_path, seed=seed))) for seed in (5, 5, 6)
+        final_weights(mnist.main(settings(tmp_path, seed=seed, engine=engine)))
+        for seed in (5, 5, 6)
     )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
-def test_resume_ends_with_the_bits_of_an_undisturbed_run(tmp_path):
-    whole = mnist.main(settings(tmp_path, epochs=4, name="whole"))
-    part = mnist.main(settings(tmp_path, epochs=2, name="part"))
+@engines
+def test_resume_ends_with_the_bits_of_an_undisturbed_run(tmp_path, engine):
+    whole = mnist.main(settings(tmp_path, epochs=4, name="whole", engine=engine))
+    part = mnist.main(settings(tmp_path, epochs=2, name="part", engine=engine))
     resumed = mnist.resume(part["run"], epochs=4)
     assert torch.equal(final_weights(whole), final_weights(resumed))
     assert resumed["best"] == whole["best"]
     events = EventAccumulator(part["run"])
     events.Reload()
     assert [e.step for e in events.Scalars("cost/test")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("autograd", "explicit"), ("explicit", "autograd")]
+)
+def test_resume_across_engines(capsys, tmp_path, first, second):
+    """The other engine goes on from the weights, the batches and the best so far."""
+    options = {"lr": 0.5, "weight_decay": 1e-3}
+    whole = mnist.main(settings(tmp_path, epochs=4, name="whole", **options))
+    part = mnist.main(settings(tmp_path, name="part", engine=first, **options))
+    capsys.readouterr()
+    command = ["--resume", part["run"], "--epochs", "4", "--engine", second]
+    assert mnist.command_line(command) == 0
+    assert second in capsys.readouterr().out.splitlines()[0]
+    torch.testing.assert_close(final_weights(part), final_weights(whole))
+    saved = json.loads((Path(part["run"]) / "settings.json").read_text())
+    assert saved["engine"] == second
+    events = EventAccumulator(part["run"])
+    events.Reload()
+    assert [e.step for e in events.Scalars("cost/running")] == [1, 2, 3, 4]
+
+
+def test_both_engines_leave_the_same_things(tmp_path):
+    """Tags, steps and files; and, at a small rate, the same weights."""
+    runs = [
+        mnist.main(settings(tmp_path, engine=engine, lr=0.1, name=engine))
+        for engine in mnist.ENGINES
+    ]
+    torch.testing.assert_close(*map(final_weights, runs))
+    seen = []
+    for metrics in runs:
+        events = EventAccumulator(metrics["run"])
+        events.Reload()
+        tags = events.Tags()
+        steps = {t: [e.step for e in events.Scalars(t)] for t in tags["scalars"]}
+        files = {p.name.split(".")[0] for p in Path(metrics["run"]).iterdir()}
+        seen.append((steps, sorted(tags["histograms"]), files))
+    assert seen[0] == seen[1]
+
+
+def test_native_layers_have_no_explicit_engine(capsys, tmp_path):
+    status, _, err = run(capsys, tmp_path, "--layers", "native", "--engine", "explicit")
+    assert status == 2
+    assert "engine: expected autograd for native layers, got 'explicit'" in err
+    assert not list((tmp_path / "runs").glob("*"))
+    native = mnist.main(settings(tmp_path, layers="native", epochs=1))
+    assert mnist.command_line(["--resume", native["run"], "--engine", "explicit"]) == 2
 
 
 def test_resuming_a_complete_run_only_says_its_results(capsys, tmp_path):
@@ -171,8 +225,10 @@ def test_a_device_that_is_not_there(capsys, tmp_path):
     assert "device: expected one that is there (cpu" in err and "'cuda'" in err
 
 
-def test_a_cost_that_diverges_stops_the_run(capsys, tmp_path):
+@engines
+def test_a_cost_that_diverges_stops_the_run(capsys, tmp_path, engine):
     options = ("--activation", "relu", "--cost", "log-likelihood", "--lr", "1e30")
+    options = (*options, "--engine", engine)
     status, _, err = run(capsys, tmp_path, *options, "--name", "one")
     assert status == 1
     assert "the cost became nan in epoch 1, step " in err or "became inf" in err
@@ -248,9 +304,10 @@ def test_a_torchvision_that_does_not_fit(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path):
+@engines
+def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, engine):
     options = ["--dataset", "digits", "--epochs", "5000", "--checkpoint-every", "4000"]
-    command = [sys.executable, str(SCRIPT), *options]
+    command = [sys.executable, str(SCRIPT), *options, "--engine", engine]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     process = subprocess.Popen(
         [*command, "--logdir", str(tmp_path), "--name", "one"],
@@ -309,8 +366,10 @@ def test_bp_and_native_gradients_agree_on_real_batches(mnist_root):
         optimizer.step()
 
 
-def test_mnist_in_full_for_one_epoch(mnist_root, tmp_path, capsys):
+@engines
+def test_mnist_in_full_for_one_epoch(mnist_root, tmp_path, capsys, engine):
     options = ["--dataset", "mnist", "--data", str(mnist_root), "--epochs", "1"]
+    options += ["--engine", engine]
     status, out, _ = run(capsys, tmp_path, "--target-accuracy", "0.92", small=options)
     assert status == 0, out
     assert "of all 10,000 images" in out
