@@ -1,61 +1,90 @@
-"""How fast the hand-written layers are beside native ones, and what memory they take.
+"""How fast: training loops, layers, and how the cost of a step grows.
 
-    python experiments/benchmark.py                    every size and layer, eager
-    python experiments/benchmark.py --compiled         torch.compile on both sides, too
+    python experiments/benchmark.py                    training loops, then layers
+    python experiments/benchmark.py --what networks    the training loops alone
+    python experiments/benchmark.py --what layers      the layers alone
+    python experiments/benchmark.py --what sweeps      over batch size, width and depth
     python experiments/benchmark.py --device cuda      on a GPU
     python experiments/benchmark.py --quick            under a minute
 
-A row is one layer, forward and backward, against Sequential(nn.Linear, nn.<σ>) on the
-same parameters in the same process. The variants take turns, so that whatever slows the
-machine down slows both; a ratio is the median over the turns of ours / native, and min
-is the ratio of the two shortest times. Peak bytes are counted from the allocator's own
-events over one forward and backward, parameters and input left out.
+Everything runs in one process; the variants take turns, in changing order, so that what
+slows the machine down meets them all. x native is the median over the turns of the time
+beside native PyTorch's in the same turn, and min the ratio of the two shortest times. A
+training loop whose weights are not native's after a short run is printed as WRONG, not
+as fast. The table, as JSON and for TensorBoard, goes to a folder in runs/.
 
-Exit status: 0, or 2 for bad arguments.
+Exit status: 0, 1 if a loop was wrong, 2 for bad arguments or data.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import torchbp
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+
+from experiments import layer_benchmark
+from experiments.timing import machine, ratios, synchronize, take_turns, threads
+from experiments.training_loops import (
+    COMPILED,
+    EXPLICIT,
+    LOOPS,
+    NATIVE,
+    ON_ANY_DEVICE,
+    Loop,
+    Task,
+    UnavailableError,
+    Workload,
+)
+from torchbp import data
+from torchbp.checkpoint import RunFolder
 from torchbp.trainer import choose_device
 
-# rows, n_in, n_out
-SIZES = ((10, 784, 30), (128, 512, 512), (1024, 512, 512), (1024, 4096, 4096))
-LAYERS = {
-    "linear": torchbp.BPLinear,
-    "sigmoid": torchbp.BPLinearSigmoid,
-    "tanh": torchbp.BPLinearTanh,
-    "relu": torchbp.BPLinearReLU,
-}
+WORKLOADS = (
+    Workload("nielsen", (784, 30, 10), 10, 3.0),
+    Workload("h100", (784, 100, 10), 10, 3.0),
+    Workload("wide-128", (784, 512, 512, 10), 128, 0.5),
+    Workload("wide-1024", (784, 512, 512, 10), 1024, 0.5),
+)
+EXAMPLES = 10_240  # in a turn: ten to a thousand steps
+# Beside native after a short run; float32 runs part by some 1e-6 of their weights then.
+AGREEMENT, SHORT_RUN = 1e-4, 100
+# What is swept, with the others as in [784, 100, 10] at batches of 10.
+BATCHES = (1, 4, 16, 64, 256, 1024)
+WIDTHS = (16, 64, 256, 1024)
+DEPTHS = (1, 2, 4, 8, 16)
+SWEPT = (NATIVE, "BP layers", EXPLICIT)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is measured, and how often."""
 
-    what: str = "layers"
+    what: str = "all"
     device: str = "cpu"
     threads: int = 1
-    compiled: bool = False
-    repeats: int = 15
-    seconds: float = 0.05  # of one turn of one variant, at the least
+    compiled: bool = True
+    repeats: int = 7
+    seconds: float = 0.05  # of one turn of one layer, at the least
     quick: bool = False
+    data: str | None = None
+    logdir: str = "runs"
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        if self.what not in WHAT:
+            raise ValueError(f"what: expected one of {WHAT}, got {self.what!r}")
         if self.repeats < 1 or self.threads < 1:
             raise ValueError(
                 f"repeats, threads: expected at least 1, got {self.repeats} and "
@@ -63,180 +92,263 @@ class Settings:
             )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One layer at one size; times in microseconds, memory in bytes."""
+WHAT = ("all", "networks", "layers", "sweeps")
 
-    layer: str
-    size: str
-    mode: str
-    native: float
-    ours: float
+
+@dataclass(frozen=True)
+class Result:
+    """One training loop on one workload; times in microseconds a step.
+
+    `agrees` is the relative distance of its weights from native's after a short run,
+    None where it cannot be compared.
+    """
+
+    workload: str
+    loop: str
+    median: float
+    shortest: float
     median_ratio: float
     min_ratio: float
-    native_bytes: int | None
-    our_bytes: int | None
+    agrees: float | None
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.agrees is not None and not self.agrees < AGREEMENT
 
 
-def main(settings: Settings) -> list[Row]:
-    """Measure, print the table as it grows, and return its rows."""
+def main(settings: Settings) -> dict[str, Any]:
+    """Measure, print the tables as they grow, and return what is in results.json."""
     device = choose_device(settings.device)
-    print(
-        f"torchbp {torchbp.__version__}   torch {torch.__version__}   "
-        f"python {platform.python_version()}   {platform.machine()}   {device}   "
-        f"{settings.threads} thread(s)   {settings.repeats} repeats   float32"
+    described = machine(device, settings.threads)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = RunFolder.create(settings.logdir, settings.name or f"benchmark_{stamp}")
+    results: dict[str, Any] = {"machine": described, "settings": asdict(settings)}
+    try:
+        split = training_set(settings)
+        print("   ".join(f"{key} {value}" for key, value in described.items()))
+        with threads(settings.threads):
+            if settings.what in ("all", "networks"):
+                results["networks"] = networks(settings, split, device)
+            if settings.what in ("all", "layers"):
+                results["layers"] = layers(settings, device)
+            if settings.what == "sweeps":
+                results["sweeps"] = sweeps(settings, split, device)
+    except BaseException:
+        folder.discard()
+        raise
+    folder.write(results=results)
+    write_events(folder.path, results)
+    print(f"\nwritten to {folder.path}")
+    return results
+
+
+def training_set(settings: Settings) -> data.Split:
+    """MNIST's training set or, where it is not, as many random bytes, and says so."""
+    try:
+        root = settings.data or os.environ.get("TORCHBP_DATA")
+        return data.load("mnist", root, download=False).train
+    except data.DataError as error:
+        print(f"NOTE: random bytes instead of MNIST: {error}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50_000, 784), generator=generator)
+    labels = torch.randint(0, 10, (50_000,), generator=generator)
+    return data.Split(images.to(torch.uint8), labels)
+
+
+def networks(
+    settings: Settings, split: data.Split, device: torch.device
+) -> list[dict[str, Any]]:
+    """The table of training loops."""
+    repeats = 3 if settings.quick else settings.repeats
+    peak = measured_peak(device)
+    print(f"\n{peak / 1e9:.0f} GFLOP/s in a product of 1024 x 1024 matrices, float32")
+    results = []
+    for workload in WORKLOADS[:1] if settings.quick else WORKLOADS:
+        task = on_device(workload, split, device, settings.threads)
+        floor = workload.flops / peak * 1e6
+        print(
+            f"\n{workload.name}: {list(workload.sizes)}, batch {workload.batch_size}, "
+            f"lr {workload.lr:g}; {workload.flops / 1e6:.2f} MFLOP a step, "
+            f"{floor:.1f} µs at that speed\n"
+            f"{'':24}{'µs/step':>10}{'min':>10}{'x native':>10}{'min':>8}  agrees"
+        )
+        loops = available(settings, task)
+        for result in compare(task, loops, repeats):
+            results.append(result)
+            print(line(result), flush=True)
+    return [asdict(r) | {"is_wrong": r.is_wrong} for r in results]
+
+
+def on_device(
+    workload: Workload, split: data.Split, device: torch.device, number: int
+) -> Task:
+    moved = data.Split(*(t.to(device) for t in split))
+    return Task(workload, moved, device, number)
+
+
+def available(settings: Settings, task: Task) -> dict[str, Loop]:
+    """The loops that can run here; says which cannot, and why."""
+    loops = {}
+    for name, make in LOOPS.items():
+        if task.device.type != "cpu" and name not in ON_ANY_DEVICE:
+            continue
+        if name in COMPILED and (settings.quick or not settings.compiled):
+            continue
+        try:
+            loops[name] = make(task)
+        except UnavailableError as reason:
+            print(f"{name:24}skipped: {reason}")
+    return loops
+
+
+def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result]:
+    """Check the loops against native on the same batches, then time them in turns."""
+    m, device = task.workload.batch_size, task.device
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(task.data.labels), generator=generator).to(device)
+    steps = min(SHORT_RUN, len(order) // m)
+    for loop in loops.values():
+        loop.run(order[: steps * m])
+    expected = loops[NATIVE].weights()
+    assert expected is not None
+    agrees = {name: distance(loop.weights(), expected) for name, loop in loops.items()}
+    steps = max(1, min(EXAMPLES, len(order)) // m)
+    calls: dict[str, Callable[[], None]] = {
+        name: lambda loop=loop: loop.run(order[: steps * m])  # type: ignore[misc]
+        for name, loop in loops.items()
+    }
+    times = take_turns(calls, repeats, 0, device)
+    for name in loops:
+        yield Result(
+            task.workload.name,
+            name,
+            statistics.median(times[name]) / steps * 1e6,
+            min(times[name]) / steps * 1e6,
+            *ratios(times[name], times[NATIVE]),
+            agrees[name],
+        )
+
+
+def distance(actual: list[Tensor] | None, expected: list[Tensor]) -> float | None:
+    """The relative distance of all weights and biases together."""
+    if actual is None:
+        return None
+    a, b = (torch.cat([t.cpu().flatten() for t in ts]) for ts in (actual, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def line(result: Result) -> str:
+    if result.is_wrong:
+        return f"{result.loop:24}WRONG: its weights are off by {result.agrees:.0e}"
+    agrees = "other cost" if result.agrees is None else f"{result.agrees:.0e}"
+    if result.loop == NATIVE:
+        agrees = ""
+    return (
+        f"{result.loop:24}{result.median:10.1f}{result.shortest:10.1f}"
+        f"{result.median_ratio:10.3f}{result.min_ratio:8.3f}  {agrees}"
     )
-    print(
-        f"{'layer':9}{'rows x n_in -> n_out':24}{'mode':10}{'native µs':>11}"
-        f"{'ours µs':>11}{'ratio':>8}{'min':>8}{'bytes':>8}"
-    )
+
+
+def measured_peak(device: torch.device) -> float:
+    """FLOP/s of a large float32 product."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
+    out = torch.empty_like(a)
+    shortest = math.inf
+    for _ in range(10):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        shortest = min(shortest, time.perf_counter() - started)
+    return 2 * n**3 / shortest
+
+
+def layers(settings: Settings, device: torch.device) -> list[dict[str, Any]]:
+    """The table of single layers."""
+    sizes = layer_benchmark.SIZES[:2] if settings.quick else layer_benchmark.SIZES
+    compiled = settings.compiled and not settings.quick
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    repeats = settings.repeats if settings.quick else 2 * settings.repeats + 1
+    print(f"\n{layer_benchmark.HEADER}")
     rows = []
-    sizes = SIZES[:2] if settings.quick else SIZES
-    modes = ("eager", "compiled") if settings.compiled else ("eager",)
-    with threads(settings.threads):
-        for mode in modes:
-            for size in sizes:
-                for name in LAYERS:
-                    row = measure(settings, name, size, mode, device)
-                    rows.append(row)
-                    print(line(row), flush=True)
+    for row in layer_benchmark.measure_all(
+        sizes, modes, repeats, settings.seconds, device
+    ):
+        rows.append(asdict(row))
+        print(layer_benchmark.line(row), flush=True)
     return rows
 
 
-def measure(
-    settings: Settings,
-    name: str,
-    size: tuple[int, int, int],
-    mode: str,
-    device: torch.device,
-) -> Row:
-    """One row of the table."""
-    n, n_in, n_out = size
-    torch.manual_seed(0)
-    ours: nn.Module = LAYERS[name](n_in, n_out, device=device)
-    native = torchbp.to_native(ours)
-    x, g = torch.rand(n, n_in, device=device), torch.rand(n, n_out, device=device)
-    check_agreement(ours, native, x, g)
-    parameters = list(ours.parameters())
-    variants = {"native": native, "ours": ours}
-    peaks: dict[str, int | None] = dict.fromkeys(variants)
-    if mode == "compiled":
-        variants = {key: torch.compile(m) for key, m in variants.items()}  # type: ignore[misc]
-    elif device.type == "cpu":
-        peaks = {key: peak_bytes(m, x, g) for key, m in variants.items()}
-    steps = {key: step(m, x, g, parameters) for key, m in variants.items()}
-    times = take_turns(steps, settings.repeats, settings.seconds, device)
-    pairs = zip(times["ours"], times["native"], strict=True)
-    return Row(
-        name,
-        f"{n} x {n_in} -> {n_out}",
-        mode,
-        statistics.median(times["native"]) * 1e6,
-        statistics.median(times["ours"]) * 1e6,
-        statistics.median(a / b for a, b in pairs),
-        min(times["ours"]) / min(times["native"]),
-        peaks["native"],
-        peaks["ours"],
-    )
+def sweeps(
+    settings: Settings, split: data.Split, device: torch.device
+) -> dict[str, Any]:
+    """How the time of a step grows with batch size, width and depth: the exponents p
+    of time ~ size^p between neighbours, and over the upper half of the sizes."""
+    repeats = 3 if settings.quick else settings.repeats
+    swept: dict[str, list[tuple[int, Workload]]] = {
+        "batch size": [
+            (m, Workload("", (784, 100, 10), m, 0.5))
+            for m in (BATCHES[::2] if settings.quick else BATCHES)
+        ],
+        "hidden neurons": [
+            (n, Workload("", (784, n, 10), 10, 0.5))
+            for n in (WIDTHS[::2] if settings.quick else WIDTHS)
+        ],
+        "hidden layers": [
+            (k, Workload("", (784, *[100] * k, 10), 10, 0.5))
+            for k in (DEPTHS[::2] if settings.quick else DEPTHS)
+        ],
+    }
+    results: dict[str, Any] = {}
+    for what, cases in swept.items():
+        times: dict[str, list[float]] = {name: [] for name in SWEPT}
+        print(f"\nµs/step{what:>17}" + "".join(f"{size:>10}" for size, _ in cases))
+        for _, workload in cases:
+            task = on_device(workload, split, device, settings.threads)
+            loops = {name: LOOPS[name](task) for name in SWEPT}
+            for result in compare(task, loops, repeats):
+                times[result.loop].append(result.median)
+        sizes = [size for size, _ in cases]
+        slopes = {name: slope(sizes, t) for name, t in times.items()}
+        for name, values in times.items():
+            shown = "".join(f"{value:10.1f}" for value in values)
+            print(f"{name:24}{shown}   ~ size^{slopes[name]:.2f} at the end")
+        results[what] = {"sizes": sizes, "times": times, "slopes": slopes}
+    return results
 
 
-def step(
-    module: Any, x: Tensor, g: Tensor, parameters: list[nn.Parameter]
-) -> Callable[[], None]:
-    """Forward and backward, with fresh gradients."""
-
-    def run() -> None:
-        for p in parameters:
-            p.grad = None
-        module(x).backward(g)
-
-    return run
+def slope(sizes: list[int], times: list[float]) -> float:
+    """p of time ~ size^p over the upper half of the sizes, by least squares."""
+    half = len(sizes) // 2
+    x, y = ([math.log(v) for v in values[half:]] for values in (sizes, times))
+    if len(x) < 2:
+        x, y = ([math.log(v) for v in values[-2:]] for values in (sizes, times))
+    mx, my = statistics.mean(x), statistics.mean(y)
+    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mx) ** 2 for a in x)
 
 
-def check_agreement(ours: nn.Module, native: nn.Module, x: Tensor, g: Tensor) -> None:
-    """A variant that computes something else would not be worth timing."""
-    results = []
-    for module in (ours, native):
-        y = module(x)
-        grads = torch.autograd.grad(y, list(module.parameters()), g)
-        results.append((y.detach(), *grads))
-    for a, b in zip(*results, strict=True):
-        error = ((a - b).norm() / b.norm()).item()
-        if not error < 1e-5:
-            raise AssertionError(f"ours and native differ by {error:.1e} (relative)")
+def write_events(folder: Path, results: dict[str, Any]) -> None:
+    """The same figures for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
 
-
-def take_turns(
-    steps: dict[str, Callable[[], None]],
-    repeats: int,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, list[float]]:
-    """Seconds a call, of every variant, in each of `repeats` turns."""
-
-    def timed(run: Callable[[], None], calls: int) -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize(device)
-        return (time.perf_counter() - started) / calls
-
-    slowest = 0.0
-    for run in steps.values():
-        run()  # compiles, allocates
-        slowest = max(slowest, min(timed(run, 1) for _ in range(3)))
-    calls = max(1, round(seconds / slowest))
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    for turn in range(repeats):
-        # The order changes every turn: whoever comes second finds warm caches.
-        for key in list(steps)[:: 1 if turn % 2 else -1]:
-            times[key].append(timed(steps[key], calls))
-    return times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def peak_bytes(module: nn.Module, x: Tensor, g: Tensor) -> int:
-    """The most that one forward and backward holds at once beyond what was there."""
-    for p in module.parameters():
-        p.grad = None
-    module(x).backward(g)  # whatever is allocated once and for all
-    for p in module.parameters():
-        p.grad = None
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        module(x).backward(g)
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def line(row: Row) -> str:
-    memory = ""
-    if row.our_bytes and row.native_bytes:
-        memory = f"{row.our_bytes / row.native_bytes:.3f}"
-    return (
-        f"{row.layer:9}{row.size:24}{row.mode:10}{row.native:11.1f}{row.ours:11.1f}"
-        f"{row.median_ratio:8.3f}{row.min_ratio:8.3f}{memory:>8}"
-    )
+    with SummaryWriter(str(folder)) as writer:
+        described = "\n".join(f"    {k}: {v}" for k, v in results["machine"].items())
+        writer.add_text("machine", described, 0)
+        for row in results.get("networks", []):
+            if not row["is_wrong"]:
+                tag = f"{row['workload']}/{row['loop']}"
+                writer.add_scalar(f"us_per_step/{tag}", row["median"], 0)
+                writer.add_scalar(f"x_native/{tag}", row["median_ratio"], 0)
+        for row in results.get("layers", []):
+            tag = f"{row['size']}/{row['layer']} {row['mode']}"
+            writer.add_scalar(f"layer_x_native/{tag}", row["median_ratio"], 0)
+        for what, sweep in results.get("sweeps", {}).items():
+            for name, times in sweep["times"].items():
+                for size, value in zip(sweep["sizes"], times, strict=True):
+                    tag = f"us_per_step_over_{what.replace(' ', '_')}/{name}"
+                    writer.add_scalar(tag, value, size)
 
 
 def command_line(arguments: list[str] | None = None) -> int:
@@ -246,25 +358,25 @@ def command_line(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Settings()
-    parser.add_argument("--what", choices=("layers",), default=default.what)
+    parser.add_argument("--what", choices=WHAT, default=default.what)
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--repeats", type=int, default=default.repeats)
     parser.add_argument("--seconds", type=float, default=default.seconds)
+    parser.add_argument(
+        "--no-compile", dest="compiled", action="store_false",
+        help="leave out what torch.compile makes, which takes most of the time",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
-    given = vars(parser.parse_args(arguments))
-    file = given.pop("json")
+    parser.add_argument("--data", help="folder of MNIST; also TORCHBP_DATA")
+    parser.add_argument("--logdir", default=default.logdir)
+    parser.add_argument("--name", help="of the folder there")
     try:
-        rows = main(Settings(**given))
-        if file is not None:
-            with open(file, "w", encoding="utf-8") as stream:
-                json.dump([asdict(row) for row in rows], stream, indent=2)
-    except (ValueError, OSError) as error:
+        results = main(Settings(**vars(parser.parse_args(arguments))))
+    except (ValueError, OSError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(any(row["is_wrong"] for row in results.get("networks", [])))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ class Unit(NamedTuple):
     updates_weight: bool
     updates_bias: bool
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Whatever the calls are bound to. Memory that calls are bound to is theirs,
+        so that no other tensor can have its address."""
+        W, b = self.W, self.b
+        trains = self.updates_weight, self.updates_bias
+        place_of_b = None if b is None else (b.data_ptr(), b.stride())
+        return (W.data_ptr(), W.stride(), W.dtype, place_of_b, *trains)
+
 
 class Fast(NamedTuple):
     """σ and σ' of a layer as calls that allocate nothing. `one` is a z with σ(z) = 1

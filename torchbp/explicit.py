@@ -28,8 +28,8 @@ from torchbp.nn import MLP, BPLinear, check_takes
 __all__ = ["ExplicitSGD", "backprop", "layers_of"]
 
 # What is gathered at once: 25 batches of ten, whose 800 kB stay in a core's cache.
-EXAMPLES_AT_ONCE = 500
-GATHERED_PER_YIELD = 10
+EXAMPLES_AT_ONCE = 250
+GATHERED_PER_YIELD = 20
 SIZES_KEPT = 8  # batch sizes whose buffers are kept
 
 
@@ -115,17 +115,12 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
         TypeError: `model` is not an MLP, a layer of ours or an ``nn.Sequential`` of
             them, or a layer's parameters are computed from others (parametrizations,
             pruning).
+        ValueError, TypeError: layers that do not fit together.
     """
     layers = list(_chain(model))
     if not layers:
         raise TypeError("model: expected at least one hand-written layer, got none")
-    for layer in layers:
-        if set(layer._parameters) != {"weight", "bias"} or layer._forward_pre_hooks:
-            raise TypeError(
-                f"model: expected layers with a weight and a bias of their own, got "
-                f"{type(layer).__name__} whose parameters are computed (a "
-                f"parametrization, pruning)"
-            )
+    _check_layers(layers)
     return layers
 
 
@@ -149,7 +144,6 @@ def _check_batch(
     layers: list[BPLinear], input: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The input (examples, n_in) and the target's rows (examples, K), once checked."""
-    _check_layers(layers)
     reason = explain(input, layers[0].weight, layers[0].bias)
     if reason is not None:
         raise reason
@@ -160,7 +154,9 @@ def _check_batch(
 
 
 def _check_layers(layers: list[BPLinear]) -> None:
-    """That each layer fits the one before it."""
+    """That each layer's parameters are its own, and fit the layer before it."""
+    for layer in layers:
+        _check_own(layer)
     for before, layer in itertools.pairwise(layers):
         a = before.weight.new_empty(()).expand(1, before.weight.shape[0])
         reason = explain(a, layer.weight, layer.bias)
@@ -226,6 +222,16 @@ def _trains(layer: BPLinear) -> tuple[bool, bool]:
     return layer.weight.requires_grad, b is not None and b.requires_grad
 
 
+def _check_own(layer: BPLinear) -> None:
+    """Raise TypeError unless W and b are the layer's own, not computed from others."""
+    if layer._parameters.keys() != {"weight", "bias"} or layer._forward_pre_hooks:
+        raise TypeError(
+            f"model: expected layers with a weight and a bias of their own, got "
+            f"{type(layer).__name__} whose parameters are computed (a parametrization, "
+            f"pruning)"
+        )
+
+
 class ExplicitSGD:
     """Mini-batch SGD by explicit backpropagation: W ← W - η ∂C/∂W without a gradient.
 
@@ -242,6 +248,9 @@ class ExplicitSGD:
         TypeError: a model or a cost of another kind.
         ValueError: a negative or non-finite lr or weight decay, a cost that takes z on
             a network that gives a, or a parameter that two layers share.
+
+    The network's structure is that of the moment of construction; the parameters'
+    values, memory, dtype and device may change between calls.
 
     Whenever a call has returned or raised, the model's own parameters are up to date;
     they are the same objects in the same memory as before. Parameters that do not
@@ -268,15 +277,10 @@ class ExplicitSGD:
     ) -> None:
         layers = layers_of(model)
         check_takes(model, cost)
-        self._function = costs.function_of(cost)
-        self.model, self.cost, self.lr, self.weight_decay = (
-            model,
-            cost,
-            lr,
-            weight_decay,
-        )
-        check_rates(self.lr, self.weight_decay)
-        _check_layers(layers)
+        check_rates(lr, weight_decay)
+        self.model, self.cost = model, cost
+        self.lr, self.weight_decay = lr, weight_decay
+        self._layers, self._function = layers, costs.function_of(cost)
         parameters = [p for layer in layers for p in layer.parameters()]
         if len(set(parameters)) < len(parameters):
             raise ValueError(
@@ -307,22 +311,11 @@ class ExplicitSGD:
         """
         self._check_idle()
         check_rates(self.lr, self.weight_decay)
-        layers = layers_of(self.model)
-        x, y = _check_batch(layers, input, target)
+        x, y = _check_batch(self._layers, input, target)
         if not len(x):
             raise ValueError(f"input: expected an example, got {tuple(input.shape)}")
-        units = [
-            Unit(
-                layer.function,
-                layer.weight.detach(),
-                None if layer.bias is None else layer.bias.detach(),
-                None,
-                *_trains(layer),
-            )
-            for layer in layers
-        ]
         with self._mode(x):
-            steps = self._steps(units, len(x), 1, labels=False)
+            steps = self._steps(self._direct(), len(x), 1, labels=False)
             steps.x.copy_(x)
             steps.y.copy_(y)
             C = steps.run(1)
@@ -351,7 +344,7 @@ class ExplicitSGD:
         Raises:
             TypeError, ValueError: arguments that do not fit; nothing has changed then.
         """
-        targets = _check_set(layers_of(self.model), images, targets, batch_size)
+        targets = _check_set(self._layers, images, targets, batch_size)
         n = len(images)
         device = "cpu" if generator is None else generator.device
         order = torch.randperm(n, generator=generator, device=device)
@@ -379,19 +372,13 @@ class ExplicitSGD:
             RuntimeError: another such iterator of this engine is not finished.
         """
         check_rates(self.lr, self.weight_decay)
-        layers = layers_of(self.model)
-        targets = _check_set(layers, images, targets, batch_size)
+        targets = _check_set(self._layers, images, targets, batch_size)
         _check_order(order, len(images))
         order = order.to(images.device)
-        return self._sweep(layers, images.detach(), targets, order, batch_size)
+        return self._sweep(images.detach(), targets, order, batch_size)
 
     def _sweep(
-        self,
-        layers: list[BPLinear],
-        images: Tensor,
-        targets: Tensor,
-        order: Tensor,
-        m: int,
+        self, images: Tensor, targets: Tensor, order: Tensor, m: int
     ) -> Iterator[Tensor]:
         """The generator behind :meth:`steps`. No mode may be set around a yield: it
         would be set for the consumer, too."""
@@ -399,7 +386,7 @@ class ExplicitSGD:
         count = max(1, min(EXAMPLES_AT_ONCE // m, len(order) // m))
         labels = not targets.is_floating_point()
         with self._mode(images):
-            units = self._pack(layers)
+            units = self._pack()
         whole = len(order) // m * m
         parts = ((m, count, order[:whole]), (len(order) - whole, 1, order[whole:]))
         try:
@@ -419,7 +406,7 @@ class ExplicitSGD:
         finally:
             self._is_sweeping = False
             with torch.no_grad():
-                self._unpack(layers)
+                self._unpack()
 
     @staticmethod
     def _take(steps: Steps, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -444,14 +431,10 @@ class ExplicitSGD:
 
     def _steps(self, units: list[Unit], m: int, count: int, labels: bool) -> Steps:
         """The steps for batches of m, made once and kept."""
-        where = [t for u in units for t in (u.W, u.b) if t is not None]
-        key = (
-            m, count, labels,
-            *((t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in where),
-            *((u.function, u.updates_weight, u.updates_bias) for u in units),
-        )  # fmt: skip
+        key = (m, count, labels, *(unit.key for unit in units))
         steps = self._made.pop(key, None)
         if steps is None:
+            _check_layers(self._layers)
             steps = Steps(units, self._function, m, count, labels)
             while len(self._made) >= SIZES_KEPT:
                 self._made.popitem(last=False)
@@ -459,11 +442,25 @@ class ExplicitSGD:
         steps.bind(self.lr, self.weight_decay)
         return steps
 
-    def _pack(self, layers: list[BPLinear]) -> list[Unit]:
-        """The parameters in matrices whose last column is b, aligned row by row."""
+    def _direct(self) -> list[Unit]:
+        """The layers with the parameters themselves."""
+        return [
+            Unit(
+                layer.function,
+                layer.weight.detach(),
+                None if layer.bias is None else layer.bias.detach(),
+                None,
+                *_trains(layer),
+            )
+            for layer in self._layers
+        ]
+
+    def _pack(self) -> list[Unit]:
+        """The layers with their parameters in matrices whose last column is b."""
+        _check_layers(self._layers)
         wanted = [
             ((len(W), padded(W.shape[1] + 1, W.dtype)), W.dtype, W.device)
-            for W in (layer.weight for layer in layers)
+            for W in (layer.weight for layer in self._layers)
         ]
         if wanted != [(tuple(M.shape), M.dtype, M.device) for M in self._packed]:
             self._packed = [
@@ -471,7 +468,7 @@ class ExplicitSGD:
                 for shape, dtype, device in wanted
             ]
         units = []
-        for matrix, layer in zip(self._packed, layers, strict=True):
+        for matrix, layer in zip(self._packed, self._layers, strict=True):
             n_in = layer.weight.shape[1]
             W, b, folded = matrix[:, :n_in], matrix[:, n_in], matrix[:, : n_in + 1]
             W.copy_(layer.weight)
@@ -479,9 +476,9 @@ class ExplicitSGD:
             units.append(Unit(layer.function, W, b, folded, *_trains(layer)))
         return units
 
-    def _unpack(self, layers: list[BPLinear]) -> None:
+    def _unpack(self) -> None:
         """The trained parameters back to where they belong."""
-        for matrix, layer in zip(self._packed, layers, strict=True):
+        for matrix, layer in zip(self._packed, self._layers, strict=True):
             n_in = layer.weight.shape[1]
             updates_weight, updates_bias = _trains(layer)
             if updates_weight:

@@ -1,0 +1,355 @@
+"""One epoch of the same training, written the ways people write it.
+
+Every loop trains the same network from the same start on the same mini-batches by plain
+SGD, and can be asked for its weights, so that a loop that computes something else is
+found out. They are what experiments/benchmark.py times; this file is no program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, one_hot
+
+import torchbp
+from torchbp.data import Split, scale
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network, its mini-batches and its learning rate; sigmoid, quadratic cost."""
+
+    name: str
+    sizes: tuple[int, ...]
+    batch_size: int
+    lr: float
+
+    @property
+    def flops(self) -> int:
+        """Additions and multiplications of a step's matrix products: forward, BP4, and
+        BP2 but for the first layer, which passes nothing on."""
+        products = [a * b for a, b in zip(self.sizes, self.sizes[1:], strict=False)]
+        return 2 * self.batch_size * (3 * sum(products) - products[0])
+
+
+class Loop(Protocol):
+    """A way to train. `run` takes one step for each mini-batch of `order`."""
+
+    def run(self, order: Tensor) -> None: ...
+
+    def weights(self) -> list[Tensor] | None:
+        """W and b of each layer, or None where they cannot be those of the others."""
+
+
+class UnavailableError(RuntimeError):
+    """A loop whose library, compiler or device is not here; the message says which."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every loop is given."""
+
+    workload: Workload
+    data: Split
+    device: torch.device
+    threads: int
+
+    def network(self) -> torchbp.MLP:
+        """The start, the same for all."""
+        torch.manual_seed(0)
+        return torchbp.MLP(self.workload.sizes).to(self.device)
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Images and one-hot targets, float32, in memory as a whole."""
+        images, labels = self.data
+        classes = self.workload.sizes[-1]
+        return scale(images), one_hot(labels, classes).to(torch.float32)
+
+
+def quadratic(output: Tensor, target: Tensor) -> Tensor:
+    """The cost in torch's own operations."""
+    return mse_loss(output, target, reduction="sum") / (2 * len(target))
+
+
+class Autograd:
+    """A backward pass and ``torch.optim.SGD`` a batch, the whole set in memory."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        cost: Callable[[Tensor, Tensor], Tensor],
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.batch_size = model, task.workload.batch_size
+        self.x, self.y = task.numbers()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=task.workload.lr)
+
+        def forward(x: Tensor, y: Tensor) -> Tensor:
+            return cost(model(x), y)
+
+        self.forward: Any = torch.compile(forward) if compiled else forward
+
+    def run(self, order: Tensor) -> None:
+        for rows in order.split(self.batch_size):
+            self.train(self.x[rows], self.y[rows])
+
+    def train(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.forward(x, y).backward()
+        self.optimizer.step()
+
+    def weights(self) -> list[Tensor] | None:
+        return [p.detach() for p in self.model.parameters()]
+
+
+class Tutorial(Autograd):
+    """As tutorials have it: pictures one by one through a DataLoader and ToTensor."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, torchbp.to_native(task.network()), quadratic)
+        if importlib.util.find_spec("torchvision") is None:
+            raise UnavailableError("torchvision is not installed")
+        self.pictures = _Pictures(task.data)
+        self.classes = task.workload.sizes[-1]
+
+    def run(self, order: Tensor) -> None:
+        loader = torch.utils.data.DataLoader(
+            self.pictures, self.batch_size, sampler=order.tolist()
+        )
+        for pictures, labels in loader:
+            y = one_hot(labels, self.classes).to(torch.float32)
+            self.train(pictures.flatten(1), y)
+
+
+class _Pictures(torch.utils.data.Dataset[Any]):
+    """What torchvision's MNIST does for an item."""
+
+    def __init__(self, data: Split) -> None:
+        from torchvision.transforms import ToTensor
+
+        self.images = data.images.view(len(data.images), 28, -1).numpy()
+        self.labels = data.labels
+        self.transform = ToTensor()
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+
+
+class ExplicitEpochs:
+    """:meth:`torchbp.ExplicitSGD.epoch`, on batches of a given order."""
+
+    def __init__(self, task: Task) -> None:
+        self.model, self.data = task.network(), task.data
+        self.batch_size = task.workload.batch_size
+        self.engine = torchbp.ExplicitSGD(
+            self.model, torchbp.QuadraticCost(), task.workload.lr
+        )
+
+    def run(self, order: Tensor) -> None:
+        for _ in self.engine.steps(*self.data, order, self.batch_size):
+            pass
+
+    def weights(self) -> list[Tensor] | None:
+        return [p.detach() for p in self.model.parameters()]
+
+
+class ExplicitSteps(ExplicitEpochs):
+    """:meth:`torchbp.ExplicitSGD.step`, batch by batch."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.x, self.y = task.numbers()
+
+    def run(self, order: Tensor) -> None:
+        for rows in order.split(self.batch_size):
+            self.engine.step(self.x[rows], self.y[rows])
+
+
+class NumPy:
+    """The four equations on whole mini-batches, in NumPy."""
+
+    def __init__(self, task: Task) -> None:
+        if importlib.util.find_spec("threadpoolctl") is None:
+            raise UnavailableError(
+                "threadpoolctl, which holds NumPy to its threads, is not"
+            )
+        self.batch_size, self.lr = task.workload.batch_size, task.workload.lr
+        self.threads = task.threads
+        self.x, self.y = (t.numpy() for t in task.numbers())
+        start = [p.detach().clone().numpy() for p in task.network().parameters()]
+        self.W, self.b = start[::2], start[1::2]
+
+    def run(self, order: Tensor) -> None:
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(self.threads):
+            for rows in order.split(self.batch_size):
+                self.step(self.x[rows.numpy()], self.y[rows.numpy()])
+
+    def step(self, x: Any, y: Any) -> None:
+        import numpy as np
+
+        a = [x]
+        for W, b in zip(self.W, self.b, strict=True):
+            a.append(1 / (1 + np.exp(-(a[-1] @ W.T + b))))
+        grad_a = (a[-1] - y) / np.float32(len(x))
+        for ell in reversed(range(len(self.W))):
+            delta = grad_a * a[ell + 1] * (1 - a[ell + 1])
+            grad_a = delta @ self.W[ell] if ell else None
+            self.W[ell] -= self.lr * (delta.T @ a[ell])
+            self.b[ell] -= self.lr * delta.sum(0)
+
+    def weights(self) -> list[Tensor] | None:
+        pairs = zip(self.W, self.b, strict=True)
+        return [torch.from_numpy(t) for pair in pairs for t in pair]
+
+
+class JAX:
+    """``jit`` of a ``lax.scan`` over all the steps, the gradients by ``jax.grad``."""
+
+    def __init__(self, task: Task) -> None:
+        jax = _import_jax(task.threads)
+        jnp = jax.numpy
+        self.batch_size, lr = task.workload.batch_size, task.workload.lr
+        x, y = (jnp.asarray(t.numpy()) for t in task.numbers())
+        start = [jnp.asarray(p.detach().numpy()) for p in task.network().parameters()]
+        self.values = list(zip(start[::2], start[1::2], strict=True))
+
+        def cost(values: Any, x: Any, y: Any) -> Any:
+            for W, b in values:
+                x = jax.nn.sigmoid(x @ W.T + b)
+            return ((x - y) ** 2).sum() / (2 * len(y))
+
+        def step(values: Any, rows: Any) -> tuple[Any, None]:
+            grads = jax.grad(cost)(values, x[rows], y[rows])
+            return jax.tree.map(lambda p, g: p - lr * g, values, grads), None
+
+        self.scan = jax.jit(lambda v, rows: jax.lax.scan(step, v, rows)[0])
+        self.asarray, self.ready = jnp.asarray, jax.block_until_ready
+
+    def run(self, order: Tensor) -> None:
+        whole = order[: len(order) // self.batch_size * self.batch_size]
+        rows = self.asarray(whole.view(-1, self.batch_size).numpy())
+        self.values = self.ready(self.scan(self.values, rows))
+
+    def weights(self) -> list[Tensor] | None:
+        import numpy as np
+
+        return [torch.tensor(np.asarray(t)) for pair in self.values for t in pair]
+
+
+def _import_jax(threads: int) -> Any:
+    """JAX, held to one thread where one is asked for: it decides at its first use."""
+    if importlib.util.find_spec("jax") is None:
+        raise UnavailableError('jax is not installed: pip install ".[peers]"')
+    with _one_core() if threads == 1 else contextlib.nullcontext():
+        if threads == 1:
+            flags = "--xla_cpu_multi_thread_eigen=false"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        import jax
+
+        jax.devices("cpu")
+    jax.config.update("jax_platforms", "cpu")
+    return jax
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """What starts its threads in here sees a machine of one core."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+class SklearnMLP:
+    """``MLPClassifier``: it has no quadratic cost of a sigmoid output, so it minimises
+    the log-likelihood of a softmax, a few operations more."""
+
+    def __init__(self, task: Task) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise UnavailableError("scikit-learn is not installed")
+        from sklearn.neural_network import MLPClassifier
+
+        workload = task.workload
+        self.threads = task.threads
+        self.x, self.y = scale(task.data.images).numpy(), task.data.labels.numpy()
+        self.classifier = MLPClassifier(
+            workload.sizes[1:-1], activation="logistic", solver="sgd", alpha=0,
+            batch_size=workload.batch_size, learning_rate_init=workload.lr / 10,
+            momentum=0, max_iter=1, shuffle=False, warm_start=True,
+        )  # fmt: skip
+
+    def run(self, order: Tensor) -> None:
+        import warnings
+
+        from threadpoolctl import threadpool_limits
+
+        rows = order.numpy()
+        with warnings.catch_warnings(), threadpool_limits(self.threads):
+            warnings.simplefilter("ignore")  # one pass has not converged
+            self.classifier.fit(self.x[rows], self.y[rows])
+
+    def weights(self) -> list[Tensor] | None:
+        return None
+
+
+def _compiler() -> None:
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        raise UnavailableError("torch.compile needs a C++ compiler")
+
+
+def _native(task: Task) -> Loop:
+    return Autograd(task, torchbp.to_native(task.network()), quadratic)
+
+
+def _native_compiled(task: Task) -> Loop:
+    _compiler()
+    return Autograd(task, torchbp.to_native(task.network()), quadratic, compiled=True)
+
+
+def _ours(task: Task) -> Loop:
+    return Autograd(task, task.network(), torchbp.QuadraticCost())
+
+
+def _ours_compiled(task: Task) -> Loop:
+    _compiler()
+    return Autograd(task, task.network(), torchbp.QuadraticCost(), compiled=True)
+
+
+NATIVE, EXPLICIT = "native", "ExplicitSGD.epoch"
+
+# In the order in which the table has them.
+LOOPS: dict[str, Callable[[Task], Loop]] = {
+    "DataLoader, native": Tutorial,
+    NATIVE: _native,
+    "native, compiled": _native_compiled,
+    "BP layers": _ours,
+    "BP layers, compiled": _ours_compiled,
+    "ExplicitSGD.step": ExplicitSteps,
+    EXPLICIT: ExplicitEpochs,
+    "NumPy": NumPy,
+    "JAX, jit + scan": JAX,
+    "scikit-learn": SklearnMLP,
+}
+COMPILED = {name for name in LOOPS if name.endswith("compiled")}
+ON_ANY_DEVICE = {
+    NATIVE, "native, compiled", "BP layers", "BP layers, compiled",
+    "ExplicitSGD.step", EXPLICIT,
+}  # fmt: skip
