@@ -91,23 +91,18 @@ class Dashboard:
         self.writer.flush()
 
     def _layer(self, layer: str, record: Record, epoch: int) -> None:
-        W, b = record.weight, record.bias
-        assert record.delta is not None
-        # δ carries the 1/n of the mean, so the sum over the probe's examples is the
-        # mean of their own δ: the "speed at which the layer learns" of the book's
-        # chapter 5.
-        mean_delta = record.delta.sum(0)
-        self._scalar(f"delta_norm/{layer}", mean_delta.norm().item(), epoch)
+        self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
-        self._scalar(f"norm_weight/{layer}", W.norm().item(), epoch)
-        if b is not None:
-            self._scalar(f"norm_bias/{layer}", b.norm().item(), epoch)
-            self._histogram(f"distributions/b_{layer}", b, epoch)
-        self._histogram(f"distributions/W_{layer}", W, epoch)
+        self._scalar(f"norm_weight/{layer}", record.norm("weight"), epoch)
+        if record.bias is not None:
+            self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
+            self._histogram(f"distributions/b_{layer}", record.bias, epoch)
+        assert record.delta is not None
+        self._histogram(f"distributions/W_{layer}", record.weight, epoch)
         self._histogram(f"distributions/a_{layer}", record.a, epoch)
         self._histogram(f"distributions/delta_{layer}", record.delta, epoch)
 
-    def _scalar(self, tag: str, value: float, epoch: int) -> None:
+    def _scalar(self, tag: str, value: float | None, epoch: int) -> None:
         self.writer.add_scalar(tag, value, epoch)
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:

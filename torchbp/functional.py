@@ -162,6 +162,12 @@ class LayerFromWeightedInput(LinearFunction):
         return cls.gate(dz, z), dz
 
 
+def saved_of(function: type[LinearFunction], a: Tensor, z: Tensor) -> Any:
+    """What a layer saves for σ', of its a and z."""
+    gives_z = issubclass(function, LayerFromWeightedInput)
+    return function.saved((a, z) if gives_z else a)
+
+
 def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """z = x Wᵀ + b, never a view: autograd lets nobody work in place on a Function's
     output that is one, and some builds of torch compute three dimensions as a view of

@@ -1,8 +1,14 @@
-"""z, a, δ and the gradients of every layer, as they come by."""
+"""z, a, δ and the gradients of every layer, as they come by.
+
+Every number that the package shows of a layer at work has its home here: the table of
+a :class:`Trace`, the dashboard and ``torchbp.compare`` read them from a
+:class:`Record`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -10,6 +16,7 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from torchbp import functional
 from torchbp.nn import BPLinear
@@ -32,9 +39,12 @@ class Record:
         z, a: (*, n_out).
         sigma_prime: σ'(z), (*, n_out).
         delta: ∂C/∂z, (*, n_out); None until a backward pass reaches the call. After
-            several backward passes, that of the last.
+            several backward passes (``retain_graph=True``), that of the last: unlike
+            ``.grad``, a record does not add them up.
         grad_weight, grad_bias: ∂C/∂W and ∂C/∂b of this call alone; None as above, and
             for parameters that do not require grad.
+        grad_a: ∂C/∂a as it arrived, before σ', (*, n_out): ∇_a C at the last layer.
+            None as above.
     """
 
     name: str
@@ -48,13 +58,56 @@ class Record:
     delta: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
+    grad_a: Tensor | None = None
+    # Whether the call's own output has the hook that fills in the backward half, and
+    # how often checkpointing has run the call again because it has not.
+    hooked: bool = False
+    reruns: int = 0
+
+    def __repr__(self) -> str:
+        passed = "forward" if self.delta is None else "forward and backward"
+        return f"<Record of {self.name!r}: {self.shapes}, {passed}>"
+
+    @property
+    def shapes(self) -> str:
+        """Rows, n_in and n_out: "10 x 784 → 30"."""
+        return f"{' x '.join(map(str, self.x.shape))} → {self.weight.shape[0]}"
 
     @property
     def saturated(self) -> float:
         """The share of neurons, over all examples, whose σ' is below 5 % of its largest
         value: BP1 and BP2 multiply by it, so these hardly learn."""
         threshold = SATURATED * self.function.max_slope
-        return (self.sigma_prime.abs() < threshold).double().mean().item()
+        return (self.sigma_prime.abs() < threshold).float().mean().item()
+
+    def norm(self, quantity: str) -> float | None:
+        """The root of the sum of squares of one of the record's tensors, say "a" or
+        "grad_weight", over all its entries; None where the record has none.
+
+        Raises:
+            ValueError: `quantity` names no tensor of a record.
+        """
+        if quantity not in _QUANTITIES:
+            raise ValueError(
+                f"quantity: expected one of {', '.join(_QUANTITIES)}, got {quantity!r}"
+            )
+        t: Tensor | None = getattr(self, quantity)
+        return None if t is None else _norm(t)
+
+    @property
+    def mean_delta(self) -> Tensor | None:
+        """The mean over the examples of their own δ, ∂C_x/∂z, (n_out): the sum of
+        `delta`, which carries the 1/n. It is ∂C/∂b, and its norm the "speed at which
+        the layer learns" of the book's chapter 5. None without a backward pass."""
+        return None if self.delta is None else functional.as_rows(self.delta).sum(0)
+
+    def update_ratio(self, lr: float = 1.0) -> float | None:
+        """η‖∂C/∂W‖/‖W‖: how far a step of plain gradient descent moves W, relative to
+        W; None without ∂C/∂W."""
+        if self.grad_weight is None:
+            return None
+        step, size = lr * _norm(self.grad_weight), _norm(self.weight)
+        return step / size if size else math.inf if step else 0.0
 
     @property
     def example_gradient_norms(self) -> Tensor:
@@ -75,12 +128,58 @@ class Record:
         return n * torch.linalg.vector_norm(self.delta, dim=-1) * inputs
 
 
+_QUANTITIES = (
+    "x weight bias z a sigma_prime delta mean_delta grad_weight grad_bias grad_a"
+).split()
+
+
+def _norm(t: Tensor) -> float:
+    # In float16 a norm overflows at 65504.
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(t, dtype=wide).item()
+
+
 @dataclass(eq=False)
 class Trace:
     """The records of every call, in order: ``trace[i]``, or ``trace["layers.0"]`` for
-    the calls of one layer."""
+    the calls of one layer. ``print(trace)`` is :meth:`table`."""
 
     records: list[Record] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"<Trace of {len(self)} calls>"
+
+    def table(self, lr: float | None = None) -> str:
+        """A line for each call: its shapes, ‖a‖, the share of saturated neurons, ‖δ‖,
+        ‖∂C/∂W‖, ‖∂C/∂b‖ and the update-to-weight ratio; "—" where there is none.
+
+        Args:
+            lr: η, for η‖∂C/∂W‖/‖W‖. Without it, as in ``print(trace)``, the column is
+                ‖∂C/∂W‖/‖W‖, which is the ratio at η = 1.
+
+        Norms are over all entries, examples included.
+        """
+        if not self.records:
+            return (
+                "no calls: none was made in the block, or a function compiled before "
+                "it made them unseen"
+            )
+        titles = "layer|shapes|‖a‖|saturated|‖δ‖|‖∂C/∂W‖|‖∂C/∂b‖".split("|")
+        titles.append("‖∂C/∂W‖/‖W‖" if lr is None else "η‖∂C/∂W‖/‖W‖")
+        lines = [titles]
+        for record in self.records:
+            cells = [
+                _number(record.norm("a")),
+                "—" if record.a.numel() == 0 else f"{100 * record.saturated:.1f} %",
+                *map(_number, map(record.norm, ("delta", "grad_weight", "grad_bias"))),
+                _number(record.update_ratio(1.0 if lr is None else lr)),
+            ]
+            lines.append([record.name or "(model)", record.shapes, *cells])
+        table = aligned(lines, left=2)
+        return table if lr is None else f"{table}\nη = {lr:g}"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -102,6 +201,22 @@ class Trace:
         return found
 
 
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """The cells as a table: the first `left` columns flush left, the rest right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
+    )
+
+
 @contextmanager
 def observe(model: nn.Module) -> Iterator[Trace]:
     """Record what every layer of ours in `model` computes, forward and backward.
@@ -112,12 +227,19 @@ def observe(model: nn.Module) -> Iterator[Trace]:
     Yields:
         the :class:`Trace`, which fills as the layers are called and as backward passes
         come by. It stays readable after the block; calls after it are not recorded, the
-        backward pass of a call within it is.
+        backward pass of a call within it is. A second backward pass through the same
+        call writes over what the first left in the record.
 
     Raises:
-        ValueError: `model` has no layer of ours, or is compiled.
+        ValueError: `model` has no layer of ours, or it or a part of it is compiled.
         RuntimeError: in the forward pass, under torch.compile or a torch.func
             transform, where values cannot be looked at.
+
+    Each call is one record, also where activation checkpointing runs it again in the
+    backward pass; with ``use_reentrant=True`` the backward pass must then be within the
+    block. Copies of the model are not observed. A function that was compiled around
+    the model before the block runs as it was compiled: the trace stays empty, and says
+    so when printed.
 
     >>> import torch, torchbp
     >>> model = torchbp.MLP([4, 3, 2])
@@ -133,7 +255,7 @@ def observe(model: nn.Module) -> Iterator[Trace]:
             f"observe: expected a model with hand-written layers, got "
             f"{type(model).__name__} without any; from_native converts native ones"
         )
-    if _is_compiled(model):
+    if any(map(_is_compiled, model.modules())):
         raise ValueError(
             "observe: expected a model that is not compiled, got one that is; observe "
             "the module that was given to torch.compile"
@@ -142,7 +264,7 @@ def observe(model: nn.Module) -> Iterator[Trace]:
     handles = [
         # First of all hooks: others may replace the output.
         layer.register_forward_hook(
-            _recorder(name, trace), prepend=True, with_kwargs=True
+            _recorder(name, layer, trace), prepend=True, with_kwargs=True
         )
         for name, layer in layers.items()
     ]
@@ -158,24 +280,33 @@ def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 
-def _recorder(name: str, trace: Trace) -> Any:
+def _recorder(name: str, observed: BPLinear, trace: Trace) -> Any:
     """The forward hook of one layer."""
 
     def hook(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        if not isinstance(layer, BPLinear):  # a native copy, made within the block
+        if layer is not observed:  # a copy made within the block takes the hook along
             return
         if torch.compiler.is_compiling() or functional.transforming():
             raise RuntimeError(
                 "observe: expected an eager forward pass, got one under torch.compile "
                 "or torch.func, where values cannot be looked at"
             )
-        record = _record(name, layer, args[0] if args else kwargs["input"], output)
-        trace.records.append(record)
+        record = _record(name, observed, args[0] if args else kwargs["input"], output)
+        in_backward = torch._C._current_graph_task_id() != -1
+        earlier = _call_run_again(record, trace) if in_backward else None
+        if earlier is None:
+            trace.records.append(record)
+            record.hooked = output.requires_grad
+        elif earlier.hooked:
+            return
+        else:
+            record = earlier
+            record.reruns += 1
         if output.requires_grad:
-            b = layer.bias
+            b = observed.bias
             needs = (
                 False,
-                layer.weight.requires_grad,
+                observed.weight.requires_grad,
                 b is not None and b.requires_grad,
             )
             # On the tensor, not register_full_backward_hook on the module: that one
@@ -185,31 +316,65 @@ def _recorder(name: str, trace: Trace) -> Any:
     return hook
 
 
+def _call_run_again(rerun: Record, trace: Trace) -> Record | None:
+    """The call that activation checkpointing repeats, from the bits that went in: of
+    several, the last of those that were repeated least, since a backward pass comes by
+    from the last to the first."""
+    calls = [
+        record
+        for record in trace.records
+        if record.name == rerun.name
+        and record.x.shape == rerun.x.shape
+        and torch.equal(record.x, rerun.x)
+        and torch.equal(record.weight, rerun.weight)
+    ]
+    return min(reversed(calls), key=lambda record: record.reruns, default=None)
+
+
 @torch.no_grad()
 def _record(name: str, layer: BPLinear, input: Tensor, output: Tensor) -> Record:
     def copied(t: Tensor) -> Tensor:
         return t.detach().to(output.dtype, copy=True)
 
     function = type(layer).function
-    x, a, W = copied(input), copied(output), copied(layer.weight)
-    b = None if layer.bias is None else copied(layer.bias)
+    with _reading(layer):
+        x, a, W = copied(input), copied(output), copied(layer.weight)
+        b = None if layer.bias is None else copied(layer.bias)
     z = F.linear(x, W, b)
-    sigma_prime = function.gate(torch.ones_like(a), _saved(function, a, z))
+    sigma_prime = function.gate(torch.ones_like(a), functional.saved_of(function, a, z))
     return Record(name, function, x, W, b, z, a, sigma_prime)
 
 
-def _saved(function: type[functional.LinearFunction], a: Tensor, z: Tensor) -> Any:
-    """What the layer saves for σ', which is from a or from z."""
-    gives_z = issubclass(function, functional.LayerFromWeightedInput)
-    return function.saved((a, z) if gives_z else a)
+@contextmanager
+def _reading(layer: BPLinear) -> Iterator[None]:
+    """Parametrizations in eval mode: in training mode spectral_norm takes a step each
+    time that the weight is read."""
+    modules = (
+        list(layer.parametrizations.modules())  # type: ignore[union-attr, operator]
+        if parametrize.is_parametrized(layer)
+        else []
+    )
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 @torch.no_grad()
-def _complete(record: Record, needs: tuple[bool, bool, bool], grad_a: Tensor) -> None:
+def _complete(
+    record: Record, needs: tuple[bool, bool, bool], grad_a: Tensor | None
+) -> None:
     """Fill in the backward half, once grad_a has arrived."""
+    if grad_a is None:  # from a Function above that gives no gradient
+        return
     function = record.function
-    s = _saved(function, record.a, record.z)
-    record.delta = function.gate(grad_a.detach(), s).clone()
+    s = functional.saved_of(function, record.a, record.z)
+    record.grad_a = grad_a.detach().clone()
+    record.delta = function.gate(record.grad_a, s).clone()
     _, record.grad_weight, record.grad_bias = functional.gradients(
         record.delta, record.x, record.weight, needs
     )
