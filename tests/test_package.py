@@ -16,8 +16,11 @@ MODULES = sorted((ROOT / "torchbp").glob("*.py"))
 
 # A module may import those to its left; nothing runs back up.
 ORDER = (
-    "_version _naming _checks _forms functional costs data checkpoint nn convert "
-    "observation dashboard trainer parallel progress __init__"
+    "_version _naming _checks _exam_tools _exam_subject _exam_verdicts "
+    "_exam_derivatives _exam_layouts _exam_backward _exam_transforms _exam_costs "
+    "examination _wording _forms functional costs data checkpoint nn _steps explicit "
+    "convert observation _sweeps comparison dashboard trainer parallel progress "
+    "__init__ __main__"
 ).split()
 
 
@@ -61,7 +64,7 @@ def test_imports_run_one_way(path):
 def test_no_native_backward_stands_behind_a_hand_written_one():
     """Neither aten's *_backward kernels nor autograd may compute a first derivative."""
     allowed = {"save_for_backward"}
-    for name in ("functional.py", "costs.py", "_forms.py"):
+    for name in ("functional.py", "costs.py", "_forms.py", "explicit.py", "_steps.py"):
         for node in ast.walk(ast.parse((ROOT / "torchbp" / name).read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func).split(".")[-1]

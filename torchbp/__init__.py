@@ -43,6 +43,7 @@ For layers ℓ = 1 ... L, σ entrywise, ⊙ elementwise, C = (1/n) Σ_x C_x::
 
 from torchbp import costs, functional
 from torchbp._version import __version__
+from torchbp.comparison import compare
 from torchbp.convert import from_native, to_native
 from torchbp.costs import (
     CrossEntropyCost,
@@ -50,6 +51,8 @@ from torchbp.costs import (
     QuadraticCost,
     define_cost,
 )
+from torchbp.examination import examine
+from torchbp.explicit import ExplicitSGD, backprop
 from torchbp.nn import (
     MLP,
     BPLinear,
@@ -67,12 +70,16 @@ __all__ = [
     "BPLinearSigmoid",
     "BPLinearTanh",
     "CrossEntropyCost",
+    "ExplicitSGD",
     "LogLikelihoodCost",
     "QuadraticCost",
     "__version__",
+    "backprop",
+    "compare",
     "costs",
     "define_cost",
     "define_layer",
+    "examine",
     "from_native",
     "functional",
     "observe",

@@ -1,0 +1,238 @@
+"""python -m torchbp COMMAND: what the package can do, from a terminal.
+
+Each command is a pair of functions here, one that says what it takes and one that runs
+it; what they need is imported when they run. Exit status: 0 all well, 1 findings, 2
+what was asked for cannot be done, with one line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+EXAMINE = """\
+Examine the derivatives of an autograd.Function, a function of tensors or a module, and
+print a finding for each check.
+
+An --input is
+  SHAPE           3,4 or () for none: normally distributed numbers
+  SHAPE:KIND      numbers that are normal, uniform (0 to 1), simplex (rows that sum to
+                  1), bool, or int<10 (0 to 9, for labels; quote it: "3:int<10")
+  =LITERAL        what is no tensor: =0.5, =None, =True
+
+Exit status: 0 nothing failed, 1 something did, 2 it could not be asked.
+"""
+
+
+def add_examine(commands: Any) -> None:
+    """The options of `examine`."""
+    parser = commands.add_parser(
+        "examine",
+        help="examine an autograd.Function, a function or a module",
+        description=EXAMINE,
+        epilog="python -m torchbp examine torchbp:BPLinear(4,5) --input 3,4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target",
+        help="package.module:Name; with literals, what it makes: ...:Name(4, 3)",
+    )
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="SPEC", help="once for each"
+    )
+    parser.add_argument(
+        "--reference", metavar="TARGET", help="what is right, of the same arguments"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--cost",
+        action=argparse.BooleanOptionalAction,
+        help="whether it is a cost, held to A1 and A2 (as it looks)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BACKEND",
+        help="compile it, too (aot_eager if none is named)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.set_defaults(run=run_examine)
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def run_examine(arguments: argparse.Namespace) -> int:
+    """`examine`: the report on one function; 1 if it has failures."""
+    import torch
+
+    from torchbp._wording import draw, find
+    from torchbp.examination import examine
+
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules of the current folder
+    generator = torch.Generator().manual_seed(arguments.seed)
+    torch.manual_seed(arguments.seed)  # of what a module starts from
+    dtype = getattr(torch, arguments.dtype)
+    inputs = [draw(text, dtype, generator) for text in arguments.input]
+    fn = find(arguments.target)
+    reference = find(arguments.reference) if arguments.reference else None
+    if isinstance(fn, torch.nn.Module):
+        fn = fn.to(dtype)
+    try:
+        report = examine(
+            fn,
+            *inputs,
+            reference=reference,
+            cost=arguments.cost,
+            compile=arguments.compile,
+            seed=arguments.seed,
+        )
+    except TypeError as error:
+        raise ValueError(error) from error
+    print(report)
+    return 0 if report.ok else 1
+
+
+OBSERVE = """\
+Look at one backward pass of a small network and, where MNIST is at hand, of [784, 30,
+10] on its first batch: what each layer computed, forward and backward, and each of
+BP1-BP4 beside native autograd and finite differences.
+
+Exit status: 0 all equations agree, 1 one does not, 2 it could not be asked.
+"""
+COSTS = ("quadratic", "cross-entropy", "log-likelihood")
+
+
+def add_observe(commands: Any) -> None:
+    """The options of `observe`."""
+    parser = commands.add_parser(
+        "observe",
+        help="look at a backward pass, layer by layer and equation by equation",
+        description=OBSERVE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[2, 3, 1],
+        metavar="N",
+        help="of the small network's layers, inputs first (2 3 1)",
+    )
+    parser.add_argument("--cost", choices=COSTS, default="quadratic")
+    parser.add_argument("--lr", type=float, default=3.0, help="η (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="where MNIST is (TORCHBP_DATA, else the cache of downloads)",
+    )
+    parser.set_defaults(run=run_observe)
+
+
+def run_observe(arguments: argparse.Namespace) -> int:
+    """`observe`: two networks looked at; 1 if an equation disagrees."""
+    import torch
+
+    from torchbp import data
+
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    if not 0 < arguments.lr < float("inf"):
+        raise ValueError(f"--lr: expected a positive number, got {arguments.lr:g}")
+    torch.manual_seed(arguments.seed)
+    sizes, examples = arguments.sizes, 5
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"--sizes: expected two or more, all positive, got {sizes}")
+    target = (
+        torch.randint(sizes[-1], (examples,))
+        if arguments.cost == "log-likelihood"
+        else torch.rand(examples, sizes[-1])
+    )
+    ok = _look_at(sizes, arguments, torch.rand(examples, sizes[0]), target, "random")
+
+    root = arguments.data or os.environ.get("TORCHBP_DATA") or data.default_root()
+    print()
+    if data.find("mnist", root):
+        try:
+            train = data.load("mnist", root, download=False)[0]
+        except data.DataError as error:
+            raise ValueError(error) from error
+        images, labels = data.scale(train.images[:10]), train.labels[:10]
+        ok = _look_at([784, 30, 10], arguments, images, labels, "MNIST") and ok
+    else:
+        print(f"MNIST is not in {root}, so nothing of it (--data FOLDER)")
+    return 0 if ok else 1
+
+
+def _look_at(
+    sizes: Sequence[int], arguments: Any, input: Any, target: Any, kind: str
+) -> bool:
+    """Print the trace and the comparison of one batch; whether all agree."""
+    import torchbp
+
+    cost: Any = {
+        "quadratic": torchbp.QuadraticCost,
+        "cross-entropy": torchbp.CrossEntropyCost,
+        "log-likelihood": torchbp.LogLikelihoodCost,
+    }[arguments.cost]()
+    output = "identity" if cost.takes == "z" else "sigmoid"
+    model = torchbp.MLP(sizes, output=output)
+    with torchbp.observe(model) as trace:
+        C = cost(model(input), target)
+        C.backward()
+    report = torchbp.compare(model, cost, input, target)
+    print(
+        f"{list(sizes)}, {arguments.cost} cost, {len(input)} {kind} examples: "
+        f"C = {C.item():.4g}\n\n{trace.table(arguments.lr)}\n\n{report}"
+    )
+    return report.ok
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = Parser(prog="python -m torchbp", description=__doc__)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
+    add_observe(commands)
+    add_examine(commands)
+    arguments = parser.parse_args(argv)
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="replace")  # a terminal without σ
+    try:
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
