@@ -43,6 +43,14 @@ def test_each_equation_points_at_the_line_that_implements_it():
             assert code.strip()
 
 
+def test_each_link_to_an_equation_ends_at_it():
+    links = re.findall(r"\[(BP[1-4])\]\(([\w/]+\.py)#L(\d+)\)", README)
+    assert {equation for equation, _, _ in links} == {"BP1", "BP2", "BP3", "BP4"}
+    for equation, target, line in links:
+        text = (ROOT / target).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert equation in text.partition("# ")[2], f"{target}:{line} is {text!r}"
+
+
 def test_there_are_two_commands():
     commands = [
         line

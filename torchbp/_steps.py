@@ -164,7 +164,7 @@ class Layer:
             return [partial(torch.mul, grad_a, self.wide_slope, out=self.wide_delta)]
         function = self.unit.function
         grad_a = grad_a[:, : self.delta.shape[1]]
-        s = self.z if _reads_z(function) else self.a
+        s = functional.saved_of(function, self.a, self.z)
         return [lambda: self.delta.copy_(function.gate(grad_a, s))]  # BP2
 
     def update(self, x: Tensor, lr: float, decay: float) -> list[Op]:
@@ -186,10 +186,6 @@ class Layer:
             ops.append(partial(torch.sum, self.delta, 0, out=total))  # BP3
             ops.append(partial(unit.b.add_, total, alpha=rate))
         return ops
-
-
-def _reads_z(function: type[LinearFunction]) -> bool:
-    return issubclass(function, functional.LayerFromWeightedInput)
 
 
 class Steps:
@@ -240,7 +236,7 @@ class Steps:
         self.selected: dict[torch.dtype, Tensor] = {}
         self.graph: Any = None
         self.warm = False
-        self.capturable = first.is_cuda and has_ones
+        self.capturable = first.is_cuda
 
     def _place(self) -> list[Op]:
         """Lay the activations of all layers one behind the other, their σ' likewise;

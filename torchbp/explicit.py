@@ -93,7 +93,8 @@ def backprop(
             delta = layer.function.gate(grad_a, s[ell])  # BP1, BP2
             _add(grads, layer.bias, delta.sum(0))  # BP3
             _add(grads, layer.weight, delta.t() @ a[ell])  # BP4
-            grad_a = delta @ layer.weight  # BP2
+            if ell:
+                grad_a = delta @ layer.weight  # BP2
     return C, {n: grads[p] for n, p in model.named_parameters() if p in grads}
 
 
