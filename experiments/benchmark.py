@@ -161,9 +161,10 @@ def networks(
     """The table of training loops."""
     repeats = 3 if settings.quick else settings.repeats
     peak = measured_peak(device)
-    print(f"\n{peak / 1e9:.0f} GFLOP/s in a product of 1024 x 1024 matrices, float32")
+    print(f"\n{peak / 1e9:.0f} GFLOP/s in a product of large matrices, float32")
     results = []
     for workload in WORKLOADS[:1] if settings.quick else WORKLOADS:
+        torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
         task = on_device(workload, split, device, settings.threads)
         floor = workload.flops / peak * 1e6
         print(
@@ -283,8 +284,8 @@ def layers(settings: Settings, device: torch.device) -> list[dict[str, Any]]:
 def sweeps(
     settings: Settings, split: data.Split, device: torch.device
 ) -> dict[str, Any]:
-    """How the time of a step grows with batch size, width and depth: the exponents p
-    of time ~ size^p between neighbours, and over the upper half of the sizes."""
+    """How the time of a step grows with batch size, width and depth: the exponent p of
+    time ~ size^p over the upper half of the sizes."""
     repeats = 3 if settings.quick else settings.repeats
     swept: dict[str, list[tuple[int, Workload]]] = {
         "batch size": [
@@ -308,11 +309,15 @@ def sweeps(
             task = on_device(workload, split, device, settings.threads)
             loops = {name: LOOPS[name](task) for name in SWEPT}
             for result in compare(task, loops, repeats):
-                times[result.loop].append(result.median)
+                time_ = math.nan if result.is_wrong else result.median
+                times[result.loop].append(time_)
         sizes = [size for size, _ in cases]
         slopes = {name: slope(sizes, t) for name, t in times.items()}
         for name, values in times.items():
-            shown = "".join(f"{value:10.1f}" for value in values)
+            shown = "".join(
+                f"{'WRONG' if math.isnan(value) else f'{value:.1f}':>10}"
+                for value in values
+            )
             print(f"{name:24}{shown}   ~ size^{slopes[name]:.2f} at the end")
         results[what] = {"sizes": sizes, "times": times, "slopes": slopes}
     return results
@@ -376,7 +381,18 @@ def command_line(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return int(any(row["is_wrong"] for row in results.get("networks", [])))
+    except AssertionError as error:
+        print(f"error: a layer is wrong: {error}", file=sys.stderr)
+        return 1
+    return int(has_wrong(results))
+
+
+def has_wrong(results: dict[str, Any]) -> bool:
+    """Whether a training loop computed something else."""
+    swept = [t for s in results.get("sweeps", {}).values() for t in s["times"].values()]
+    return any(row["is_wrong"] for row in results.get("networks", [])) or any(
+        math.isnan(value) for times in swept for value in times
+    )
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def measure(
     variants = {"native": native, "ours": ours}
     peaks: dict[str, int | None] = dict.fromkeys(variants)
     if mode == "compiled":
+        # Else the second size is compiled with dynamic shapes, and from the eighth
+        # recompilation on everything runs eagerly.
+        torch.compiler.reset()
         variants = {key: torch.compile(m) for key, m in variants.items()}  # type: ignore[misc]
     elif device.type == "cpu":
         peaks = {key: peak_bytes(m, x, g) for key, m in variants.items()}

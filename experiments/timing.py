@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
 import torchbp
+
+PEERS = ("numpy", "jax", "sklearn", "torchvision")
 
 
 def take_turns(
@@ -78,9 +83,15 @@ def machine(device: torch.device, number_of_threads: int) -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "processor": processor(),
+        **{name: version(name) for name in PEERS if find_spec(name) is not None},
+        "cores": str(os.cpu_count()),
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
         "threads": str(number_of_threads),
     }
+
+
+def version(module: str) -> str:
+    return str(getattr(importlib.import_module(module), "__version__", "?"))
 
 
 def processor() -> str:

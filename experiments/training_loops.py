@@ -181,9 +181,7 @@ class NumPy:
 
     def __init__(self, task: Task) -> None:
         if importlib.util.find_spec("threadpoolctl") is None:
-            raise UnavailableError(
-                "threadpoolctl, which holds NumPy to its threads, is not"
-            )
+            raise UnavailableError("threadpoolctl is not installed")
         self.batch_size, self.lr = task.workload.batch_size, task.workload.lr
         self.threads = task.threads
         self.x, self.y = (t.numpy() for t in task.numbers())
@@ -254,9 +252,12 @@ def _import_jax(threads: int) -> Any:
     if importlib.util.find_spec("jax") is None:
         raise UnavailableError('jax is not installed: pip install ".[peers]"')
     with _one_core() if threads == 1 else contextlib.nullcontext():
-        if threads == 1:
-            flags = "--xla_cpu_multi_thread_eigen=false"
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        flag, flags = (
+            "--xla_cpu_multi_thread_eigen=false",
+            os.environ.get("XLA_FLAGS", ""),
+        )
+        if threads == 1 and flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
         import jax
 
         jax.devices("cpu")
@@ -310,8 +311,12 @@ class SklearnMLP:
         return None
 
 
+def has_compiler() -> bool:
+    return any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
+
+
 def _compiler() -> None:
-    if not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+    if not has_compiler():
         raise UnavailableError("torch.compile needs a C++ compiler")
 
 

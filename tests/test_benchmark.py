@@ -128,6 +128,33 @@ def test_sweeps_show_how_the_cost_grows(tmp_path, capsys):
     assert out.count("~ size^") == 9
 
 
+def test_a_wrong_loop_is_wrong_in_a_sweep_too(tmp_path, capsys, monkeypatch):
+    class Lazy(training_loops.ExplicitEpochs):
+        def run(self, order):
+            super().run(order[:1])
+
+    monkeypatch.setitem(benchmark.LOOPS, benchmark.EXPLICIT, Lazy)
+    options = "--what sweeps --repeats 1 --name one --logdir".split()
+    assert benchmark.command_line([*options, str(tmp_path)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not training_loops.has_compiler(), reason="needs a C++ compiler")
+def test_every_compiled_layer_is_compiled_for_its_own_shape(monkeypatch):
+    """More shapes than Dynamo recompiles for before it gives up and runs eagerly."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    modes = {"backend": "eager"}
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compile_(m, **modes))
+    sizes = [(8, n, 16) for n in range(14, 17)]
+    rows = list(layer_benchmark.measure_all(sizes, ["compiled"], 1, 0.0, CPU))
+    assert len(rows) == 3 * len(layer_benchmark.LAYERS)
+    assert counters["frames"]["ok"] >= 2 * len(rows)
+    torch.compiler.reset()
+
+
 def test_slopes_are_exponents():
     sizes = [1, 2, 4, 8, 16]
     assert benchmark.slope(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)

@@ -120,6 +120,18 @@ def test_a_step_is_the_step_of_native_layers():
     assert a.running_cost == pytest.approx(b.running_cost)
 
 
+def test_the_rate_may_be_changed_between_steps():
+    trainer, other = make_trainer(lr=0.5), make_trainer(lr=0.1)
+    trainer.engine.lr = 0.1
+    x, y = scale(DATA.train.images[:4]), torch.rand(4, 3)
+    for t in (trainer, other):
+        t.engine.step(x, y)
+    assert trainer.engine.lr == 0.1
+    assert torch.equal(weights(trainer), weights(other))
+    with pytest.raises(ValueError, match="lr: expected a number >= 0, got -1"):
+        trainer.engine.lr = -1.0
+
+
 def test_weight_decay_is_on_weights_alone():
     trainer = make_trainer(lr=0.5, weight_decay=0.1)
     x, y = scale(DATA.train.images[:4]), torch.rand(4, 3)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def backprop(
 
         # Output error, then the sweep back through the layers.
         grads: dict[nn.Parameter, Tensor] = {}
-        grad_a = function.nabla(a[-1], y) / len(x)
+        grad_a = (function.nabla(a[-1], y) / len(x)).to(x.dtype)
         for ell in reversed(range(len(layers))):
             layer = layers[ell]
             delta = layer.function.gate(grad_a, s[ell])  # BP1, BP2
@@ -169,7 +170,7 @@ def _check_set(
     layers: list[BPLinear], images: Tensor, targets: Tensor, batch_size: int
 ) -> Tensor:
     """The targets of a whole set of examples, labels as int64, once all is checked."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__"):
         raise TypeError(f"batch_size: expected an integer, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -192,8 +193,9 @@ def _check_set(
     costs.check(outputs, targets)
     if targets.is_floating_point():
         return targets
+    targets = targets.long()
     costs.check_labels(targets, outputs.shape[1])
-    return targets.long()
+    return targets
 
 
 def _check_order(order: Tensor, n: int) -> None:
@@ -208,6 +210,11 @@ def _check_order(order: Tensor, n: int) -> None:
         raise ValueError(
             f"order: expected indices in 0..{n - 1}, got {low if low < 0 else high}"
         )
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many examples are made in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_rates(lr: float, weight_decay: float) -> None:
@@ -225,12 +232,25 @@ def _trains(layer: BPLinear) -> tuple[bool, bool]:
 
 def _check_own(layer: BPLinear) -> None:
     """Raise TypeError unless W and b are the layer's own, not computed from others."""
-    if layer._parameters.keys() != {"weight", "bias"} or layer._forward_pre_hooks:
+    if layer._parameters.keys() != {"weight", "bias"}:
         raise TypeError(
             f"model: expected layers with a weight and a bias of their own, got "
             f"{type(layer).__name__} whose parameters are computed (a parametrization, "
             f"pruning)"
         )
+
+
+def _check_separate(layers: list[BPLinear]) -> None:
+    """Raise ValueError unless every number of every parameter has its own memory."""
+    seen = set()
+    for p in (p for layer in layers for p in layer.parameters()):
+        strided = zip(p.shape, p.stride(), strict=True)
+        if p.data_ptr() in seen or any(n > 1 and not step for n, step in strided):
+            raise ValueError(
+                "model: expected every parameter in one layer only and with memory of "
+                f"its own, got one of shape {tuple(p.shape)} that shares it"
+            )
+        seen.add(p.data_ptr())
 
 
 class ExplicitSGD:
@@ -257,9 +277,11 @@ class ExplicitSGD:
     they are the same objects in the same memory as before. Parameters that do not
     require grad stay as they are; hooks do not run, and autocast has no say.
 
-    Once two batches of a size have been seen, a step allocates next to nothing: its
-    buffers hold some 500 examples, or one batch where that is larger. On CUDA the steps
-    of a chunk are captured as one graph, and an epoch never waits for the device.
+    After the first batch of a size a step allocates next to nothing. Beside a copy of
+    the parameters, the buffers hold some 250 examples, or one batch where that is
+    larger, for each of the last 8 batch sizes. On CUDA some 250 examples' steps are
+    captured as one graph, and after its checks an epoch does not wait for the device;
+    a Python number that a σ or a cost of your own reads is then the one it was.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
 
@@ -282,12 +304,7 @@ class ExplicitSGD:
         self.model, self.cost = model, cost
         self.lr, self.weight_decay = lr, weight_decay
         self._layers, self._function = layers, costs.function_of(cost)
-        parameters = [p for layer in layers for p in layer.parameters()]
-        if len(set(parameters)) < len(parameters):
-            raise ValueError(
-                "model: expected every parameter in one layer only, got one that "
-                "several share"
-            )
+        _check_separate(layers)
         self._is_built_in = self._function in BUILT_IN and all(
             layer.function is LinearFunction or layer.function in FAST
             for layer in layers
@@ -345,18 +362,21 @@ class ExplicitSGD:
         Raises:
             TypeError, ValueError: arguments that do not fit; nothing has changed then.
         """
+        check_rates(self.lr, self.weight_decay)
         targets = _check_set(self._layers, images, targets, batch_size)
         n = len(images)
+        m = min(operator.index(batch_size), n)
         device = "cpu" if generator is None else generator.device
         order = torch.randperm(n, generator=generator, device=device)
-        C = torch.cat(list(self.steps(images, targets, order, batch_size))).double()
-        # The last mini-batch counts for as many examples as it has.
-        missing = len(C) * batch_size - n
-        return ((C.sum() * batch_size - C[-1] * missing) / n).to(self._packed[0].dtype)
+        order = order.to(images.device)
+        C = torch.cat(list(self._sweep(images.detach(), targets, order, m)))
+        wide = C.to(summing_dtype(C.device))
+        last = n - (len(C) - 1) * m  # examples in the last mini-batch
+        return ((wide[:-1].sum() * m + wide[-1] * last) / n).to(C.dtype)
 
     def steps(
         self, images: Tensor, targets: Tensor, order: Tensor, batch_size: int
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """One update for each mini-batch of `order`.
 
         Args:
@@ -365,22 +385,23 @@ class ExplicitSGD:
 
         Yields:
             the costs of the mini-batches, some 5,000 examples at a time, 1-d. From the
-            first until the iterator is exhausted or closed, the updated parameters are
-            the iterator's, and the model has those of the start.
+            first until the generator is exhausted or closed, the updated parameters
+            are the generator's, and the model has those of the start; the rates, and
+            what is frozen, are those of that moment, too.
 
         Raises:
             TypeError, ValueError: as :meth:`epoch`, at once.
-            RuntimeError: another such iterator of this engine is not finished.
+            RuntimeError: another such generator of this engine is not finished.
         """
         check_rates(self.lr, self.weight_decay)
         targets = _check_set(self._layers, images, targets, batch_size)
         _check_order(order, len(images))
-        order = order.to(images.device)
-        return self._sweep(images.detach(), targets, order, batch_size)
+        m = min(operator.index(batch_size), len(order))
+        return self._sweep(images.detach(), targets, order.to(images.device), m)
 
     def _sweep(
         self, images: Tensor, targets: Tensor, order: Tensor, m: int
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """The generator behind :meth:`steps`. No mode may be set around a yield: it
         would be set for the consumer, too."""
         self._check_idle()
@@ -389,14 +410,16 @@ class ExplicitSGD:
         with self._mode(images):
             units = self._pack()
         whole = len(order) // m * m
-        parts = ((m, count, order[:whole]), (len(order) - whole, 1, order[whole:]))
+        parts = [(m, count, order[:whole]), (len(order) - whole, 1, order[whole:])]
+        parts = [part for part in parts if len(part[2])]
         try:
             self._is_sweeping = True
-            for size, at_once, part in parts:
-                if not len(part):
-                    continue
-                with self._mode(images):
-                    steps = self._steps(units, size, at_once, labels)
+            with self._mode(images):
+                made = [
+                    self._steps(units, size, at_once, labels)
+                    for size, at_once, _ in parts
+                ]
+            for (size, at_once, part), steps in zip(parts, made, strict=True):
                 for rows in part.split(size * at_once * GATHERED_PER_YIELD):
                     with self._mode(images):
                         C = [
@@ -406,8 +429,7 @@ class ExplicitSGD:
                     yield torch.cat(C)
         finally:
             self._is_sweeping = False
-            with torch.no_grad():
-                self._unpack()
+            self._unpack(units)
 
     @staticmethod
     def _take(steps: Steps, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -418,7 +440,7 @@ class ExplicitSGD:
     def _check_idle(self) -> None:
         if self._is_sweeping:
             raise RuntimeError(
-                "ExplicitSGD: expected the iterator of steps() to be exhausted or "
+                "ExplicitSGD: expected the generator of steps() to be exhausted or "
                 "closed first, got another call while it has the parameters"
             )
 
@@ -436,6 +458,7 @@ class ExplicitSGD:
         steps = self._made.pop(key, None)
         if steps is None:
             _check_layers(self._layers)
+            _check_separate(self._layers)
             steps = Steps(units, self._function, m, count, labels)
             while len(self._made) >= SIZES_KEPT:
                 self._made.popitem(last=False)
@@ -477,20 +500,23 @@ class ExplicitSGD:
             units.append(Unit(layer.function, W, b, folded, *_trains(layer)))
         return units
 
-    def _unpack(self) -> None:
+    def _unpack(self, units: list[Unit]) -> None:
         """The trained parameters back to where they belong."""
-        for matrix, layer in zip(self._packed, self._layers, strict=True):
-            n_in = layer.weight.shape[1]
-            updates_weight, updates_bias = _trains(layer)
-            if updates_weight:
-                layer.weight.copy_(matrix[:, :n_in])
-            if updates_bias:
-                layer.bias.copy_(matrix[:, n_in])
+        for unit, layer in zip(units, self._layers, strict=True):
+            with torch.inference_mode(layer.weight.is_inference()), torch.no_grad():
+                if unit.updates_weight:
+                    layer.weight.copy_(unit.W)
+                if unit.updates_bias and unit.b is not None:
+                    layer.bias.copy_(unit.b)
 
     def state_dict(self) -> dict[str, Any]:
         """The rates: plain SGD has no other state."""
         return {"lr": self.lr, "weight_decay": self.weight_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_rates(state["lr"], state["weight_decay"])
         self.lr, self.weight_decay = state["lr"], state["weight_decay"]
-        check_rates(self.lr, self.weight_decay)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the buffers, and the calls that are bound to them."""
+        return {**self.__dict__, "_made": OrderedDict(), "_packed": []}

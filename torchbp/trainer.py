@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from torchbp.data import Split, Splits, scale
-from torchbp.explicit import check_rates
+from torchbp.explicit import check_rates, summing_dtype
 from torchbp.nn import check_takes
 
 __all__ = [
@@ -54,7 +54,7 @@ class DivergedError(RuntimeError):
 class Engine(Protocol):
     """Whatever takes steps: updates its model's parameters, mini-batch by mini-batch.
 
-    Once an iterator that `steps` returned is exhausted or closed, the model's own
+    Once a generator that `steps` returned is exhausted or closed, the model's own
     parameters are up to date.
     """
 
@@ -62,7 +62,7 @@ class Engine(Protocol):
 
     def steps(
         self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """One update for each mini-batch of the examples `order`, the last one as large
         as what is left; yields the mini-batches' costs before their updates, a few at
         a time, 1-d, detached."""
@@ -95,7 +95,7 @@ class AutogradSGD:
 
     def _set_rates(self, lr: float, weight_decay: float) -> None:
         check_rates(lr, weight_decay)
-        self.lr, self.weight_decay = lr, weight_decay
+        self.weight_decay = weight_decay
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         if weight_decay:
             weights = [p for p in self.model.parameters() if p.dim() > 1]
@@ -105,6 +105,17 @@ class AutogradSGD:
                 {"params": biases},
             ]
         self.optimizer = torch.optim.SGD(groups, lr=lr)
+
+    @property
+    def lr(self) -> float:
+        """η; it may be changed between steps."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        check_rates(value, self.weight_decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         """One update; returns the mini-batch's cost before it, 0-d, detached."""
@@ -116,7 +127,7 @@ class AutogradSGD:
 
     def steps(
         self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         dtype = next(self.model.parameters()).dtype
         classes = count_outputs(self.model, images)
         split = Split(images, labels)
@@ -209,7 +220,8 @@ def batches(
 @torch.inference_mode()
 def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
     """The score of `model` on `split`; changes nothing, and draws no random number."""
-    total = torch.zeros((), dtype=torch.float64, device=split.labels.device)
+    wide = summing_dtype(split.labels.device)
+    total = torch.zeros((), dtype=wide, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     dtype = next(model.parameters()).dtype
     chunks = zip(
@@ -222,7 +234,7 @@ def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
     try:
         for images, labels in chunks:
             output = model(scale(images, dtype))
-            total += cost(output, labels).double() * len(labels)
+            total += cost(output, labels).to(wide) * len(labels)
             right += (output.argmax(-1) == labels).sum()
     finally:
         model.train(was_training)
@@ -317,7 +329,7 @@ class Trainer:
         started = looked = time.perf_counter()
         total, seen = 0.0, 0
         waiting: list[Tensor] = []
-        with closing(self.engine.steps(images, labels, order, m)) as steps:  # type: ignore[type-var]
+        with closing(self.engine.steps(images, labels, order, m)) as steps:
             for costs in steps:
                 waiting.append(costs)
                 # To look at a cost is to wait for the device, so not at every one.
