@@ -662,6 +662,8 @@ def test_parameters_that_share_memory_are_refused():
     model = nn.Sequential(torchbp.BPLinear(3, 3), torchbp.BPLinear(3, 3))
     cost, x, y = torchbp.QuadraticCost(), torch.rand(6, 3), torch.rand(6, 3)
     engine = ExplicitSGD(model, cost, 0.5)
+    engine.step(x, y)
+    engine.epoch(x, y, 2)
     model[1].weight.data = model[0].weight.data
     before = parameters(model)
     for call in (lambda: engine.step(x, y), lambda: engine.epoch(x, y, 2)):

@@ -254,7 +254,7 @@ def _check_separate(layers: list[BPLinear]) -> None:
 
 
 class ExplicitSGD:
-    """Mini-batch SGD by explicit backpropagation: W ← W - η ∂C/∂W without a gradient.
+    """Mini-batch SGD by explicit backpropagation: W ← W - η ∂C/∂W, fast.
 
     Args:
         model: as in :func:`backprop`, on its device; every parameter in one place only.
@@ -277,11 +277,12 @@ class ExplicitSGD:
     they are the same objects in the same memory as before. Parameters that do not
     require grad stay as they are; hooks do not run, and autocast has no say.
 
-    After the first batch of a size a step allocates next to nothing. Beside a copy of
-    the parameters, the buffers hold some 250 examples, or one batch where that is
-    larger, for each of the last 8 batch sizes. On CUDA some 250 examples' steps are
-    captured as one graph, and after its checks an epoch does not wait for the device;
-    a Python number that a σ or a cost of your own reads is then the one it was.
+    After the first batch of a size a step allocates next to nothing, and up to 384 rows
+    no gradient is made: BP4 adds to W. Beside a copy of the parameters, the buffers
+    hold some 250 examples, or one batch where that is larger, for each of the last 8
+    batch sizes. On CUDA some 250 examples' steps are captured as one graph, and after
+    its checks an epoch does not wait for the device; a Python number that a σ or a cost
+    of your own reads is then the one it was.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
 
@@ -482,6 +483,7 @@ class ExplicitSGD:
     def _pack(self) -> list[Unit]:
         """The layers with their parameters in matrices whose last column is b."""
         _check_layers(self._layers)
+        _check_separate(self._layers)
         wanted = [
             ((len(W), padded(W.shape[1] + 1, W.dtype)), W.dtype, W.device)
             for W in (layer.weight for layer in self._layers)
