@@ -427,13 +427,12 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
 
 def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
     n = len(trainer.data.train.labels)
+    many = "" if versions["processes"] == "1" else f" x {versions['processes']}"
     return (
-        f"{settings.dataset}: {n:,} images   network {list(settings.sizes)} "
-        f"({settings.layers} layers, {settings.activation}, {settings.engine})   "
-        f"{settings.cost} cost   "
-        f"batch {settings.batch_size}   lr {settings.lr:g}   seed {settings.seed}   "
-        f"{versions['device']}"
-        + (f" x {versions['processes']}" if versions["processes"] != "1" else "")
+        f"{settings.dataset}: {n:,} images   network {list(settings.sizes)}, "
+        f"{settings.activation}   {settings.layers} layers   {settings.engine} engine\n"
+        f"{settings.cost} cost   batch {settings.batch_size}   lr {settings.lr:g}   "
+        f"seed {settings.seed}   {versions['device']}{many}"
     )
 
 

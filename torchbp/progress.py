@@ -59,15 +59,15 @@ class Progress:
         self.close()
         self.done = result.epoch
         self.accuracy = result.scores["validation"].accuracy
-        scores = "   ".join(
+        scores = "  ".join(
             f"{name} {score.cost:.4f} {score.accuracy:7.2%}"
             for name, score in result.scores.items()
         )
         speed = ""
         if result.images_per_second:
-            speed = f"   {result.images_per_second:,.0f} images/s"
+            speed = f"  {result.images_per_second / 1000:.3g}k images/s"
         width = len(str(self.epochs))
-        line = f"epoch {result.epoch:{width}}/{self.epochs}   {scores}{speed}"
+        line = f"epoch {result.epoch:{width}}/{self.epochs}  {scores}{speed}"
         print(line, file=self.stream, flush=True)
 
     def close(self) -> None:
