@@ -1,0 +1,434 @@
+"""What slows learning down: the σ' of BP1, and the a^{ℓ-1} of BP4.
+
+    python experiments/learning_slowdown.py                  on MNIST
+    python experiments/learning_slowdown.py --saturation 6   a worse start
+    python experiments/learning_slowdown.py --quick          a smaller part of the data
+
+The claims, each measured:
+
+    BP1   δ^L = ∇_a C ⊙ σ'(z^L)      quadratic cost: (a - y) σ', so an output that is
+                                     saturated at the wrong end hardly learns;
+                                     cross-entropy: a - y, the worse the faster
+    BP4   ∂C/∂W^ℓ = δ^ℓ (a^{ℓ-1})ᵀ   a weight from an input that is never on does not
+                                     move, and the more an input is on, the faster
+                                     its weights learn
+    ½     of the quadratic cost is a matter of η: without it and with η/2, the same
+          trajectory
+
+One neuron (input 1, target 0, from a good and from a bad start), then a network
+[784, 30, 10] whose outputs all start at 1, beside the same network from its usual
+start; both costs at the same η.
+
+Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments or data.
+
+Source: Nielsen, Neural Networks and Deep Learning, chapters 2 and 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+
+import torchbp
+from experiments import reporting
+from experiments.timing import threads
+from torchbp import data
+from torchbp.dashboard import probe
+from torchbp.observation import aligned
+from torchbp.trainer import AutogradSGD
+
+# The cost and the output layer that fits it.
+COSTS: dict[str, tuple[Any, str]] = {
+    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
+    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
+}
+HIDDEN, CLASSES, BATCH_SIZE = 30, 10, 10
+NEURON_LR, NEURON_EPOCHS = 0.15, 300
+NEURON_STARTS = {"good": (0.6, 0.9), "bad": (2.0, 2.0)}
+PROBED = 200  # images that the network's curves are measured on
+NEVER_ON = 67  # pixels of MNIST's 50,000 training images
+HALF_STEPS, HALF_LR = 300, 3.0
+BINS = 5
+
+# ‖y - a‖² without the ½.
+WholeCost = torchbp.define_cost(
+    "WholeCost", lambda a, y: (a - y).square().sum(-1), lambda a, y: 2 * (a - y)
+)
+QUICK: dict[str, Any] = {"examples": 5000, "steps": 2000, "batches": 50}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(reporting.OnImages):
+    """How bad the start is, and how long is looked at what comes of it."""
+
+    saturation: float = 4.0  # the biases of the saturated outputs
+    lr: float = 0.02
+    steps: int = 4000
+    every: int = 5  # steps between two points of a curve
+    examples: int = 50_000
+    batches: int = 500  # that the learning speed of inputs is measured on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reporting.at_least(self, steps=1, every=1, examples=1, batches=1, lr=0)
+        reporting.at_least(self, saturation=0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training: its cost, σ'(z^L) and δ^L at several times."""
+
+    cost: str
+    start: str
+    times: list[int]
+    C: list[float]
+    sigma_prime: list[float]  # mean over examples and outputs
+    delta: list[float]  # root of the mean square over the examples of ‖δ^L‖
+    off: float  # the largest distance of δ^L from what BP1 says, relative
+
+    @property
+    def halved(self) -> float:
+        """The first time at which the cost is at most half of what it was, or inf."""
+        pairs = zip(self.times, self.C, strict=True)
+        return next((time for time, C in pairs if self.C[0] >= 2 * C), math.inf)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a^{ℓ-1} does to the first layer's weights."""
+
+    never_on: int
+    moved: float  # by how much any weight from those moved in an epoch
+    others_moved: float  # the largest movement of the rest
+    correlation: float  # of the ranks of mean activation and of learning speed
+    bins: list[tuple[float, float]]  # mean activation, mean speed; of a fifth each
+
+
+@dataclass(frozen=True)
+class Half:
+    """The relative distance of the weights from those of the quadratic cost."""
+
+    half_rate: float  # without ½, with η/2
+    same_rate: float  # without ½, with η
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Measure, print the tables, and return what is in results.json."""
+    splits = reporting.load(settings)
+    split = data.Split(*(t[: settings.examples] for t in splits.train))
+    with threads(1), reporting.Report("learning_slowdown", settings) as report:
+        kinds = list(itertools.product(COSTS, NEURON_STARTS))
+        neurons = [neuron(cost, start) for cost, start in kinds]
+        networks = [network(settings, split, cost, start) for cost, start in kinds]
+        inputs = look_at_inputs(settings, split)
+        half = look_at_half(split)
+        whole = settings.dataset == "mnist" and len(split.labels) == 50_000
+        claims = judge(neurons, networks, inputs, half, whole)
+        print(f"one neuron, η {NEURON_LR:g}, epochs\n{curve_table(neurons)}\n")
+        print(f"network, η {settings.lr:g}, steps\n{curve_table(networks)}\n")
+        print(f"{input_table(inputs)}\n")
+        print(
+            f"without ½: weights off by {half.half_rate:.1e} with η/2, by "
+            f"{half.same_rate:.1e} with η\n"
+        )
+        print(reporting.table_of(claims))
+        results = {
+            "settings": reporting.plain(settings),
+            "neurons": [asdict(curve) for curve in neurons],
+            "networks": [asdict(curve) for curve in networks],
+            "inputs": asdict(inputs),
+            "half": asdict(half),
+            "claims": claims,
+            "shown": all(claims.values()),
+            "verdict": reporting.verdict(claims),
+        }
+        shown = {"neuron": neurons, "network": networks}
+        report.finish(results, points(shown), lambda f: draw(f, shown), (10, 5))
+    print(results["verdict"])
+    return results
+
+
+class _Points:
+    """A curve as it grows."""
+
+    def __init__(self, cost: str, start: str) -> None:
+        self.cost, self.start = cost, start
+        self.rows: list[tuple[int, float, float, float]] = []
+        self.off = 0.0
+
+    def add(self, time: int, model: torch.nn.Module, x: Tensor, y: Tensor) -> None:
+        """C, σ' and δ^L of the model as it is on x (n, n_in) and y (n, K)."""
+        cost = COSTS[self.cost][0]()
+        last = probe(model, cost, x, y)[-1]
+        assert last.delta is not None
+        a = torch.sigmoid(last.z)
+        sigma_prime, delta = a * (1 - a), last.delta * len(x)  # of each example
+        expected = (a - y) * sigma_prime if self.cost == "quadratic" else a - y
+        self.off = max(self.off, distance([delta], [expected]))
+        rms = delta.square().sum(-1).mean().sqrt().item()
+        C = cost(last.a, y).item()
+        self.rows.append((time, C, sigma_prime.mean().item(), rms))
+
+    def curve(self) -> Curve:
+        columns = (list(column) for column in zip(*self.rows, strict=True))
+        times, C, sigma_prime, delta = columns
+        return Curve(
+            self.cost,
+            self.start,
+            list(map(int, times)),
+            C,
+            sigma_prime,
+            delta,
+            self.off,
+        )
+
+
+def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The relative distance of all entries together."""
+    a, b = (torch.cat([t.detach().flatten() for t in ts]) for ts in (actual, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def neuron(cost: str, start: str) -> Curve:
+    """One sigmoid neuron that is to turn input 1 into output 0."""
+    make, output = COSTS[cost]
+    model = torchbp.MLP([1, 1], output=output, dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), NEURON_STARTS[start], strict=True):
+            p.fill_(value)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    y = torch.zeros_like(x)
+    sgd = torchbp.ExplicitSGD(model, make(), NEURON_LR)
+    found = _Points(cost, start)
+    for epoch in range(NEURON_EPOCHS + 1):
+        found.add(epoch, model, x, y)
+        sgd.step(x, y)
+    return found.curve()
+
+
+def network(settings: Settings, split: data.Split, cost: str, start: str) -> Curve:
+    """The book's network, its outputs saturated at 1 if the start is the bad one."""
+    make, output = COSTS[cost]
+    torch.manual_seed(settings.seed)
+    n_in = split.images.shape[1]
+    model = torchbp.MLP([n_in, HIDDEN, CLASSES], output=output)
+    if start == "bad":
+        torch.nn.init.constant_(model.layers[-1].bias, settings.saturation)  # type: ignore[arg-type]
+    sgd = torchbp.ExplicitSGD(model, make(), settings.lr)
+    x = data.scale(split.images[:PROBED])
+    y = torch.nn.functional.one_hot(split.labels[:PROBED], CLASSES).to(x.dtype)
+    generator = torch.Generator().manual_seed(settings.seed)
+    found = _Points(cost, start)
+    found.add(0, model, x, y)
+    n = len(split.labels)
+    for step in range(settings.every, settings.steps + 1, settings.every):
+        order = torch.randint(n, (settings.every * BATCH_SIZE,), generator=generator)
+        for _ in sgd.steps(*split, order, BATCH_SIZE):
+            pass
+        found.add(step, model, x, y)
+    return found.curve()
+
+
+def look_at_inputs(settings: Settings, split: data.Split) -> Inputs:
+    """How fast the first layer's weights learn, input by input."""
+    torch.manual_seed(settings.seed)
+    cost = torchbp.QuadraticCost()
+    model = torchbp.MLP([split.images.shape[1], HIDDEN, CLASSES])
+    mean = split.images.double().mean(0) / 255
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(split.labels), generator=generator)
+    speed = torch.zeros_like(mean)
+    batches = order.split(BATCH_SIZE)[: settings.batches]
+    for rows in batches:
+        x, y = data.scale(split.images[rows]), split.labels[rows]
+        _, grads = torchbp.backprop(model, cost, x, y)
+        speed += grads["layers.0.weight"].double().norm(dim=0) / len(batches)
+    W: Tensor = model.layers[0].weight  # type: ignore[assignment]
+    before = W.detach().clone()
+    torchbp.ExplicitSGD(model, cost, 3.0).epoch(*split, BATCH_SIZE, generator)
+    moved = (W.detach() - before).abs().amax(0)
+    off = split.images.amax(0) == 0
+    by_mean = torch.argsort(mean[~off])
+    parts = torch.tensor_split(by_mean, BINS)
+    return Inputs(
+        never_on=int(off.sum()),
+        moved=moved[off].max().item() if off.any() else 0.0,
+        others_moved=moved[~off].max().item(),
+        correlation=rank_correlation(mean[~off], speed[~off]),
+        bins=[
+            (mean[~off][part].mean().item(), speed[~off][part].mean().item())
+            for part in parts
+        ],
+    )
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's, without a correction for ties."""
+    ranks = torch.stack([t.argsort().argsort().double() for t in (x, y)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def look_at_half(split: data.Split) -> Half:
+    """The quadratic cost with and without its ½, in float64, on the same batches."""
+    torch.manual_seed(0)
+    sizes = [split.images.shape[1], HIDDEN, CLASSES]
+    start = torchbp.MLP(sizes, dtype=torch.float64).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randint(
+        len(split.labels), (HALF_STEPS * BATCH_SIZE,), generator=generator
+    )
+
+    def train(cost: Any, lr: float) -> list[Tensor]:
+        model = torchbp.MLP(sizes, dtype=torch.float64)
+        model.load_state_dict(start)
+        for _ in AutogradSGD(model, cost, lr).steps(*split, order, BATCH_SIZE):
+            pass
+        return list(model.parameters())
+
+    expected = train(torchbp.QuadraticCost(), HALF_LR)
+    return Half(
+        distance(train(WholeCost(), HALF_LR / 2), expected),
+        distance(train(WholeCost(), HALF_LR), expected),
+    )
+
+
+def judge(
+    neurons: list[Curve], networks: list[Curve], inputs: Inputs, half: Half, whole: bool
+) -> dict[str, bool]:
+    """Every claim, and whether the measurements show it.
+
+    Args:
+        whole: all of MNIST's training images were looked at.
+    """
+    one = {(curve.cost, curve.start): curve for curve in neurons}
+    many = {(curve.cost, curve.start): curve for curve in networks}
+    claims = {
+        "BP1: δ^L is (a - y) σ' with the quadratic cost, a - y with cross-entropy": all(
+            curve.off < 1e-5 for curve in (*neurons, *networks)
+        )
+    }
+    for name, curves in (("neuron", one), ("network", many)):
+        slower = {cost: slowdown(curves, cost) for cost in COSTS}
+        quadratic, entropy = (
+            (curves[cost, "good"].delta[0], curves[cost, "bad"].delta[0])
+            for cost in COSTS
+        )
+        claims |= {
+            f"{name}, quadratic: the bad start's larger error gives a smaller δ": (
+                quadratic[1] < quadratic[0]
+            ),
+            f"{name}, cross-entropy: the bad start's larger error gives a larger δ": (
+                entropy[1] > entropy[0]
+            ),
+            f"{name}: the bad start slows quadratic 3 x and more, twice as much as "
+            "cross-entropy": (
+                slower["quadratic"] >= max(3, 2 * slower["cross-entropy"])
+            ),
+        }
+    claims |= {
+        "BP4: weights from inputs that are never on do not move at all": (
+            inputs.never_on > 0 and inputs.moved == 0 < inputs.others_moved
+        ),
+        "BP4: the more an input is on, the faster its weights (rank corr. > 0.9)": (
+            inputs.correlation > 0.9
+        ),
+        "½: without it and with η/2 the same weights, with η others": (
+            half.half_rate < 1e-9 and half.same_rate > 1e-3
+        ),
+    }
+    if whole:
+        claims[f"MNIST: {NEVER_ON} pixels are never on"] = inputs.never_on == NEVER_ON
+    return claims
+
+
+def slowdown(curves: dict[tuple[str, str], Curve], cost: str) -> float:
+    """How many times as long the bad start takes until the cost has halved; inf if it
+    does not, NaN if the good one does not either."""
+    good, bad = (curves[cost, start].halved for start in NEURON_STARTS)
+    return bad / good
+
+
+def curve_table(curves: list[Curve]) -> str:
+    titles = [
+        "cost",
+        "start",
+        "C",
+        "σ'(z^L)",
+        "‖δ^L‖",
+        "C halves after",
+        "C at the end",
+    ]
+    lines = [titles]
+    for c in curves:
+        after = "never" if c.halved == math.inf else str(c.halved)
+        first = [f"{c.C[0]:.3g}", f"{c.sigma_prime[0]:.3g}", f"{c.delta[0]:.3g}"]
+        lines.append([c.cost, c.start, *first, after, f"{c.C[-1]:.3g}"])
+    return aligned(lines, left=2)
+
+
+def input_table(inputs: Inputs) -> str:
+    lines = [["inputs", "mean activation", "mean ‖∂C/∂W[:, k]‖"]]
+    lines += [["never on", "0", f"moved {inputs.moved:g}"]]
+    for i, (mean, speed) in enumerate(inputs.bins, start=1):
+        lines.append([f"fifth {i} of the rest", f"{mean:.2g}", f"{speed:.2g}"])
+    return (
+        f"{inputs.never_on} inputs are never on; ranks of activation and speed "
+        f"correlate by {inputs.correlation:.3f}\n{aligned(lines, left=1)}"
+    )
+
+
+def points(shown: dict[str, list[Curve]]) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows."""
+    return {
+        f"{name}_{quantity}/{c.cost} {c.start}": list(
+            zip(c.times, getattr(c, quantity), strict=True)
+        )
+        for name, curves in shown.items()
+        for c in curves
+        for quantity in ("C", "sigma_prime", "delta")
+    }
+
+
+def draw(figure: Any, shown: dict[str, list[Curve]]) -> None:
+    """Cost, σ' and ‖δ^L‖, of the neuron above and of the network below."""
+    axes = figure.subplots(2, 3)
+    colours = dict(zip(COSTS, ("C0", "C1"), strict=True))
+    names = {"C": "C", "sigma_prime": "mean σ'(z^L)", "delta": "‖δ^L‖"}
+    for row, (name, curves) in zip(axes, shown.items(), strict=True):
+        for ax, (quantity, label) in zip(row, names.items(), strict=True):
+            for c in curves:
+                style = colours[c.cost] + ("-" if c.start == "good" else "--")
+                values = getattr(c, quantity)
+                ax.semilogy(c.times, values, style, label=f"{c.cost}, {c.start}")
+            ax.set(ylabel=label, xlabel="epoch" if name == "neuron" else "step")
+            if name == "network":  # its bad start is over soon
+                ax.set_xscale("log")
+    axes[0][0].legend(fontsize=7)
+
+
+def command_line(arguments: list[str] | None = None) -> int:
+    """The shell around :func:`main`; returns the exit status."""
+    parser = reporting.Parser(__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=data.NAMES, help="default mnist")
+    add("--saturation", type=float, help="biases of the bad start (default 4)")
+    add("--lr", type=float, help="η of the network (default 0.02)")
+    add("--steps", type=int, help="of the network (default 4000)")
+    add("--every", type=int, help="steps between points of a curve (default 5)")
+    add("--examples", type=int, help="training images (default 50,000)")
+    add("--batches", type=int, help="for the speed of inputs (default 500)")
+    return reporting.run(main, Settings, QUICK, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

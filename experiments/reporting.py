@@ -1,0 +1,226 @@
+"""What the experiments share: settings, a run folder, curves, a figure, a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from torchbp import data
+from torchbp.checkpoint import RunFolder
+
+# Tag: its points (step, value).
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """The settings of every experiment."""
+
+    seed: int = 0
+    quick: bool = False  # what it changes, the experiment's own QUICK says
+    data: str | None = None
+    logdir: str = "runs"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnImages(Common):
+    """The settings of those that any data set will do for."""
+
+    dataset: str = "mnist"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, dataset=data.NAMES)
+
+
+def at_least(settings: Any, **least: float) -> None:
+    """Raise ValueError unless each named setting is a finite number of that size."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= bound):
+            raise ValueError(f"{name}: expected at least {bound}, got {value}")
+
+
+def one_of(settings: Any, **choices: Sequence[Any]) -> None:
+    """Raise ValueError unless each named setting is one of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(settings, name)
+        if value not in allowed:
+            names = ", ".join(map(str, allowed))
+            raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+
+
+def load(settings: Common) -> data.Splits:
+    """The data set, from ``--data``, TORCHBP_DATA or where a download puts it."""
+    root = settings.data or os.environ.get("TORCHBP_DATA")
+    return data.load(getattr(settings, "dataset", "mnist"), root)
+
+
+class Report:
+    """One experiment's run folder, which is there once there is something to say.
+
+    Args:
+        script: the experiment's name.
+        settings: its settings.
+    """
+
+    def __init__(self, script: str, settings: Common) -> None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = settings.name or f"{script}_{stamp}"
+        self.script = script
+        self.folder = RunFolder.create(settings.logdir, name)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """Without results the folder of a run that failed is of no use."""
+        if kind is not None and not (self.folder.path / "results.json").exists():
+            self.folder.discard()
+
+    def finish(
+        self,
+        results: dict[str, Any],
+        curves: Curves,
+        draw: Callable[[Any], None],
+        size: tuple[float, float] = (9, 4),
+    ) -> None:
+        """Write results.json, the events, and what `draw` draws on a figure."""
+        self.folder.write(results=results)
+        write_events(self.folder.path, results, curves)
+        write_figure(self.folder.path / f"{self.script}.png", draw, size)
+        print(f"\nwritten to {self.folder.path}")
+
+
+def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
+    """The curves for TensorBoard, and the verdict as text."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_text("verdict", results["verdict"], 0)
+        for tag, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(tag.replace(" ", "_"), value, step)
+
+
+def write_figure(
+    path: Path, draw: Callable[[Any], None], size: tuple[float, float]
+) -> bool:
+    """A PNG, where matplotlib is installed; otherwise a line that says so."""
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        print('\nno figure: matplotlib is not installed (pip install ".[plots]")')
+        return False
+    # The class, not pyplot: no global state, no display.
+    figure = figures.Figure(figsize=size, layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=80)
+    return True
+
+
+def verdict(claims: Mapping[str, bool]) -> str:
+    """The line that says which claims the measurements show."""
+    if not claims:
+        raise ValueError("claims: expected at least one, got none")
+    failed = [claim for claim, holds in claims.items() if not holds]
+    if failed:
+        return f"verdict: NOT shown: {'; '.join(failed)}"
+    return f"verdict: shown ({len(claims)} of {len(claims)} claims)"
+
+
+def table_of(claims: Mapping[str, bool]) -> str:
+    """A line for each claim."""
+    return "\n".join(
+        f"{'shown    ' if holds else 'NOT shown'}  {claim}"
+        for claim, holds in claims.items()
+    )
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of the straight line through the points, by least squares."""
+    mx, my = statistics.fmean(x), statistics.fmean(y)
+    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - mx) ** 2 for a in x)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as help, and its errors on one line."""
+
+    def __init__(self, doc: str | None) -> None:
+        super().__init__(
+            description=(doc or "").partition("\n")[0],
+            epilog=(doc or "").partition("\n\n")[2],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        self.add_argument("--quick", action="store_true", help="a small version")
+        self.add_argument("--seed", type=int, help="of the random numbers")
+        self.add_argument("--data", help="folder of MNIST; also TORCHBP_DATA")
+        self.add_argument("--logdir", help="where run folders are made (default runs)")
+        self.add_argument("--name", help="of the run folder")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+S = TypeVar("S", bound=Common)
+
+
+def run(
+    main: Callable[[S], dict[str, Any]],
+    settings: type[S],
+    quick: Mapping[str, Any],
+    parser: Parser,
+    arguments: list[str] | None,
+) -> int:
+    """The shell around an experiment's ``main``; returns the exit status.
+
+    Args:
+        main: returns its results; their "shown" says whether the claims are.
+        settings: its settings' class.
+        quick: settings that ``--quick`` changes, unless they are given themselves.
+        parser: of the command line.
+        arguments: of the command line.
+    """
+    try:
+        given = vars(parser.parse_args(arguments))
+    except SystemExit as error:
+        return int(error.code or 0)
+    defaults = quick if given.get("quick") else {}
+    try:
+        results = main(settings(**{**defaults, **given}))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, data.DataError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0 if results["shown"] else 1
+
+
+def plain(settings: Common) -> dict[str, Any]:
+    """The settings for results.json, with what they were run on."""
+    return {
+        **dataclasses.asdict(settings),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }

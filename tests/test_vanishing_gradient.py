@@ -1,0 +1,219 @@
+"""experiments/vanishing_gradient.py: its figures are BP2's, and its claims can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import torchbp
+from experiments import reporting
+from experiments import vanishing_gradient as experiment
+from torchbp.data import Split, Splits
+
+
+def _split(n: int) -> Split:
+    generator = torch.Generator().manual_seed(n)
+    images = torch.randint(0, 256, (n, 784), generator=generator).to(torch.uint8)
+    return Split(images, torch.arange(n) % 10)
+
+
+DATA = Splits(_split(60), _split(5), _split(6))
+
+
+@pytest.fixture(autouse=True)
+def _noise(monkeypatch):
+    monkeypatch.setattr(reporting, "load", lambda settings: DATA)
+
+
+def settings(tmp_path, **changes):
+    small = {
+        "depth": 3, "width": 5, "seeds": 2, "examples": 40, "epochs": 2,
+        "logdir": str(tmp_path), "name": "one",
+    }  # fmt: skip
+    return experiment.Settings(**{**small, **changes})
+
+
+def test_everything_is_measured_and_written(tmp_path, capsys):
+    results = experiment.main(settings(tmp_path))
+    out = capsys.readouterr().out
+    folder = tmp_path / "one"
+    written = json.loads((folder / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+    assert len(written["starts"]) == len(written["courses"]) == 3 * 3 * 3
+    for start, course in zip(written["starts"], written["courses"], strict=True):
+        depth = start["depth"]
+        assert len(start["norms"]) == len(start["speeds"]) == depth
+        assert len(start["predicted"]) == depth - 1
+        assert all(len(speeds) == depth for speeds in course["speeds"])
+        assert course["diverged"] or len(course["speeds"]) == 3
+    assert out.splitlines()[-1] == results["verdict"]
+    assert results["shown"] == all(results["claims"].values())
+    assert max(map(len, out.splitlines())) <= 100
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    (course,) = (
+        c for c in written["courses"]
+        if (c["activation"], c["init"], c["depth"]) == ("tanh", "torch", 2)
+    )  # fmt: skip
+    shown = [p.value for p in events.Scalars("tanh_torch_2/speed_1")]
+    assert shown == pytest.approx([speeds[0] for speeds in course["speeds"]])
+
+
+def test_norms_are_those_of_the_gradients(tmp_path):
+    """‖δ^ℓ‖ and the speeds beside what autograd leaves in native layers."""
+    chosen = settings(tmp_path, seeds=1, seed=3)
+    images, labels = DATA.train.images[:40], DATA.train.labels[:40]
+    start, course = experiment.measure(chosen, "tanh", "torch", 3, images, labels)
+    torch.manual_seed(3)
+    sizes = [784, 5, 5, 5, 10]
+    model = torchbp.MLP(sizes, "tanh", output="identity", init="torch")
+    native = torchbp.to_native(model)
+    torchbp.CrossEntropyCost()(native(torchbp.data.scale(images)), labels).backward()
+    layers = [m for m in native.modules() if isinstance(m, torch.nn.Linear)][:-1]
+    expected = [layer.bias.grad.norm().item() for layer in layers]
+    assert start.speeds == pytest.approx(expected, rel=1e-4)
+    assert course.speeds[0] == pytest.approx(expected, rel=1e-4)
+    a = torchbp.data.scale(images)
+    z = []
+    for layer in model.layers:
+        z.append(torch.nn.functional.linear(a, layer.weight, layer.bias))
+        z[-1].retain_grad()
+        a = z[-1] if layer is model.layers[-1] else torch.tanh(z[-1])
+    torchbp.CrossEntropyCost()(a, labels).backward()
+    expected = [t.grad.norm().item() for t in z[:-1]]
+    assert start.norms == pytest.approx(expected, rel=1e-4)
+    W, slopes = model.layers[1].weight, 1 - torch.tanh(z[0]) ** 2
+    factor = math.sqrt(5 * (W**2).mean().item() * (slopes**2).mean().item())
+    assert start.predicted[0] == pytest.approx(factor, rel=1e-4)
+
+
+def test_factors_and_slopes_of_geometric_norms():
+    start = _start("sigmoid", "scaled", [0.01, 0.1, 1.0], [0.1, 0.1])
+    assert start.slope == pytest.approx(math.log(10))
+    assert start.factor == pytest.approx(0.1)
+    assert start.predicted_factor == pytest.approx(0.1)
+    gone = _start("relu", "torch", [0.0, 0.0, 1.0], [0.1, 0.1])
+    assert math.isfinite(gone.slope) and gone.slope > 0
+
+
+def _start(activation, init, norms, predicted, speeds=None):
+    return experiment.Start(
+        activation, init, len(norms), norms, speeds or norms, predicted, 0.0
+    )
+
+
+def _geometric(activation, init, factor, depth):
+    norms = [factor ** (depth - ell) for ell in range(1, depth + 1)]
+    return _start(activation, init, norms, [factor] * (depth - 1))
+
+
+FACTORS = {
+    ("sigmoid", "scaled"): 0.2, ("sigmoid", "normal"): 0.6, ("sigmoid", "torch"): 0.1,
+    ("tanh", "scaled"): 0.6, ("tanh", "normal"): 1.7, ("tanh", "torch"): 0.6,
+    ("relu", "scaled"): 0.7, ("relu", "normal"): 4.0, ("relu", "torch"): 0.4,
+}  # fmt: skip
+
+
+def _found(changes=None):
+    """What the experiment would find if every layer had exactly its factor."""
+    factors = {**FACTORS, **(changes or {})}
+    starts = [
+        _geometric(*kind, factor, depth)
+        for kind, factor in factors.items()
+        for depth in (1, 2, 3)
+    ]
+    courses = [
+        experiment.Course(s.activation, s.init, s.depth, [s.speeds] * 2, False)
+        for s in starts
+    ]
+    return starts, courses
+
+
+def test_all_claims_hold_on_what_they_say():
+    assert all(experiment.judge(*_found()).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "failed"),
+    [
+        (("sigmoid", "torch"), 1.1, "every initialisation"),
+        (("sigmoid", "scaled"), 0.6, "more than half a layer"),
+        (("sigmoid", "scaled"), 1.1, "slower its first layer"),
+        (("sigmoid", "scaled"), 1.1, "stays the slowest"),
+        (("tanh", "scaled"), 0.4, "less than half as much"),
+        (("relu", "normal"), 0.9, "grows towards the input"),
+    ],
+)
+def test_claims_fail_on_other_factors(kind, factor, failed):
+    claims = experiment.judge(*_found({kind: factor}))
+    assert any(failed in claim and not holds for claim, holds in claims.items())
+
+
+def test_the_prediction_and_the_course_can_fail():
+    starts, courses = _found()
+    (deepest,) = (
+        i for i, s in enumerate(starts)
+        if (s.activation, s.init, s.depth) == ("tanh", "torch", 3)
+    )  # fmt: skip
+    wrong = dataclasses.replace(starts[deepest], predicted=[0.8, 0.8])
+    claims = experiment.judge(
+        [*starts[:deepest], wrong, *starts[deepest + 1 :]], courses
+    )
+    assert [c for c, holds in claims.items() if not holds] == [
+        "all: BP2 predicts the factor a layer within 10%"
+    ]
+    later = [
+        dataclasses.replace(c, speeds=[c.speeds[0], c.speeds[0][::-1]]) for c in courses
+    ]
+    claims = experiment.judge(starts, later)
+    assert [c for c, holds in claims.items() if not holds] == [
+        "sigmoid, scaled: the first layer stays the slowest in every epoch"
+    ]
+
+
+def test_a_training_that_diverges_is_cut_and_said(tmp_path):
+    chosen = settings(tmp_path, lr=1e30, epochs=4)
+    images, labels = DATA.train.images[:40], DATA.train.labels[:40]
+    _, course = experiment.measure(chosen, "relu", "normal", 3, images, labels)
+    assert course.diverged and len(course.speeds) < 5
+    assert all(math.isfinite(v) for speeds in course.speeds for v in speeds)
+
+
+def test_exit_status_is_the_verdict(tmp_path, monkeypatch, capsys):
+    options = "--depth 3 --width 4 --seeds 1 --examples 20 --epochs 1 --logdir".split()
+    for holds, status in ((True, 0), (False, 1)):
+        monkeypatch.setattr(experiment, "judge", lambda *_, holds=holds: {"x": holds})
+        name = ["--name", f"run{status}"]
+        assert experiment.command_line([*options, str(tmp_path), *name]) == status
+        said = "verdict: shown (1 of 1" if holds else "verdict: NOT shown: x"
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--depth 2", "depth: expected at least 3, got 2"),
+        ("--epochs 0", "epochs: expected at least 1, got 0"),
+        ("--lr nan", "lr: expected at least 0, got nan"),
+        ("--dataset cifar", "invalid choice: 'cifar'"),
+        ("--name ..", "name: expected a plain folder name"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, options, message):
+    assert experiment.command_line([*options.split(), "--logdir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_claims_hold_on_the_digits(tmp_path, monkeypatch, capsys):
+    """Real images, the real network, few seeds."""
+    monkeypatch.undo()
+    options = "--dataset digits --quick --seeds 5 --epochs 1 --logdir".split()
+    assert experiment.command_line([*options, str(tmp_path)]) == 0
+    assert "verdict: shown (7 of 7 claims)" in capsys.readouterr().out
