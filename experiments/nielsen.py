@@ -50,7 +50,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments import reporting
-from experiments.timing import machine
 from experiments.timing import threads as number_of_threads
 from torchbp import data
 from torchbp.dashboard import probe
@@ -577,8 +576,7 @@ def main(settings: Settings) -> dict[str, Any]:
     splits = reporting.load(settings)
     with number_of_threads(1), reporting.Report("nielsen", settings) as report:
         results: dict[str, Any] = {
-            "machine": machine(torch.device("cpu"), 1),
-            "settings": dataclasses.asdict(settings),
+            "settings": reporting.plain(settings),
             "runs": [],
         }
         runs = collect(settings, splits, report, results)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import os
+import platform
 import statistics
 import sys
 import time
@@ -17,6 +18,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+import torchbp
+from experiments.timing import processor
 from torchbp import data
 from torchbp.checkpoint import RunFolder
 
@@ -221,6 +224,9 @@ def plain(settings: Common) -> dict[str, Any]:
     """The settings for results.json, with what they were run on."""
     return {
         **dataclasses.asdict(settings),
+        "torchbp": torchbp.__version__,
         "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
     }

@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments import reporting
-from experiments.timing import machine, threads
+from experiments.timing import threads
 from torchbp.observation import aligned
 
 SIZES = (
@@ -306,7 +306,6 @@ def main(settings: Settings) -> dict[str, Any]:
         print(reporting.table_of(claims))
         results = {
             "settings": reporting.plain(settings),
-            "machine": machine(torch.device("cpu"), 1),
             "ways": [asdict(way) for way in ways],
             "passes": [asdict(p) for p in passes],
             "errors": [asdict(e) for e in errors],
