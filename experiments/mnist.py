@@ -6,6 +6,8 @@
     python experiments/mnist.py --layers native           the control: same start, same
                                                           batches, torch's own layers
     python experiments/mnist.py --sizes 784 100 10 --cost cross-entropy --lr 0.5
+    python experiments/mnist.py --recipe best             the most accurate, 10 minutes
+    python experiments/mnist.py --json | jq .accuracy     a JSON object for each epoch
     python experiments/mnist.py --resume runs/NAME        go on where a run stopped
     torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
     tensorboard --logdir runs                             the curves
@@ -16,16 +18,15 @@ data, 130 interrupted, 143 terminated (both can be resumed).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,119 +34,33 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the file beside this one
+
 import torchbp
+from experiments.mnist_settings import (
+    CHANGEABLE,
+    CLASSES,
+    COMPARED,
+    COSTS,
+    Settings,
+    parse,
+)
 from torchbp import checkpoint, data
 from torchbp.dashboard import Dashboard, probe
-from torchbp.nn import ACTIVATIONS, INITIALISATIONS
+from torchbp.distortion import distort
 from torchbp.parallel import ParallelSGD, World, join
-from torchbp.progress import Progress
+from torchbp.progress import PROGRESS
 from torchbp.trainer import (
+    SCHEDULES,
     AutogradSGD,
     DivergedError,
     Engine,
     EpochResult,
     Trainer,
+    cpu_threads,
 )
 
-# The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
-# wants a sigmoid there, whatever the hidden layers are.
-COSTS = {
-    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
-    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
-    "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
-}
-# How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
-# whole algorithm at once.
-ENGINES = ("autograd", "explicit")
-INPUTS, CLASSES = 784, 10
-LARGEST = torch.finfo(torch.float32).max
 PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
-
-# The settings that TensorBoard's HPARAMS tab compares runs by.
-COMPARED = (
-    "layers", "engine", "sizes", "activation", "cost", "init", "lr", "batch_size",
-    "weight_decay", "seed", "dataset",
-)  # fmt: skip
-# What --resume may change; the rest decides which weights come out.
-CHANGEABLE = {
-    "checkpoint_every", "data", "device", "engine", "epochs", "target_accuracy",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One run; the defaults are the book's first network with scaled initialisation."""
-
-    dataset: str = "auto"
-    data: str | None = None
-    sizes: tuple[int, ...] = (784, 30, 10)
-    activation: str = "sigmoid"
-    cost: str = "quadratic"
-    init: str = "scaled"
-    epochs: int = 30
-    batch_size: int = 10
-    lr: float = 3.0
-    weight_decay: float = 0.0
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-    layers: str = "bp"
-    engine: str = "autograd"
-    logdir: str = "runs"
-    name: str | None = None
-    target_accuracy: float | None = None
-    checkpoint_every: int = 1
-
-    def __post_init__(self) -> None:
-        choices = {
-            "dataset": ("auto", *data.NAMES),
-            "activation": tuple(ACTIVATIONS),
-            "cost": tuple(COSTS),
-            "init": tuple(INITIALISATIONS),
-            "device": ("auto", "cpu", "cuda", "mps"),
-            "layers": ("bp", "native"),
-            "engine": ENGINES,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                names = ", ".join(allowed)
-                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
-        if (self.engine, self.layers) == ("explicit", "native"):
-            raise ValueError(
-                "engine: expected autograd for native layers, got 'explicit', which "
-                "works on hand-written ones"
-            )
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected at least 1, got {getattr(self, name)}"
-                )
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not 0 <= value <= LARGEST:
-                raise ValueError(
-                    f"{name}: expected a number from 0 to {LARGEST:.3g}, got {value}"
-                )
-        if self.threads < 0:
-            raise ValueError(
-                f"threads: expected 0 (automatic) or more, got {self.threads}"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
-        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
-            raise ValueError(
-                f"target_accuracy: expected 0 to 1, got {self.target_accuracy}"
-            )
-        if len(self.sizes) < 2 or min(self.sizes) < 1:
-            raise ValueError(
-                f"sizes: expected at least two positive integers, got {self.sizes}"
-            )
-        if (self.sizes[0], self.sizes[-1]) != (INPUTS, CLASSES):
-            raise ValueError(
-                f"sizes: expected {INPUTS} first (28 x 28 pixels) and {CLASSES} last "
-                f"(the classes), got {self.sizes[0]} and {self.sizes[-1]}"
-            )
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -199,6 +114,11 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
     ]
     if wrong:
         raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
+    if settings.epochs != old["epochs"] and settings.schedule != "constant":
+        raise ValueError(
+            f"epochs: expected the {old['epochs']} of {run}, over which its "
+            f"{settings.schedule} schedule goes, got {settings.epochs}"
+        )
     if settings.epochs < done:
         raise ValueError(
             f"epochs: expected at least the {done} that {run} has completed, got "
@@ -248,11 +168,27 @@ def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
         engine = ParallelSGD(model, cost, *rates, world)
     else:
         engine = AutogradSGD(model, cost, *rates)
+    if settings.train_on == "all":
+        splits = data.join_validation(splits)
     # The whole set in the device's memory: 55 MB for MNIST, still as uint8.
     on_device = data.Splits(
         *(data.Split(*(t.to(world.device) for t in split)) for split in splits)
     )
-    return Trainer(model, engine, cost, on_device, settings.batch_size, settings.seed)
+    return Trainer(
+        model,
+        engine,
+        cost,
+        on_device,
+        settings.batch_size,
+        settings.seed,
+        partial(rate, settings),
+        partial(distort, strength=settings.distort) if settings.distort else None,
+    )
+
+
+def rate(settings: Settings, epoch: int) -> float:
+    """η after so many completed epochs."""
+    return settings.lr * SCHEDULES[settings.schedule](epoch / settings.epochs)
 
 
 def load_data(settings: Settings) -> tuple[data.Splits, Settings]:
@@ -316,17 +252,6 @@ def number_of_threads(settings: Settings) -> int:
     return settings.threads or automatic
 
 
-@contextmanager
-def threads(settings: Settings) -> Iterator[None]:
-    """Run with the settings' number of CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number_of_threads(settings))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def describe_versions(settings: Settings, world: World) -> dict[str, str]:
     """What a reader needs to know to repeat the run."""
     is_cuda = world.device.type == "cuda"
@@ -367,7 +292,7 @@ def open_log(
 def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, Any]:
     """Train, and say what came out."""
     started = time.perf_counter()
-    with threads(settings):
+    with cpu_threads(number_of_threads(settings)):
         if log is None:
             trainer.fit(settings.epochs)
         else:
@@ -381,8 +306,10 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         "seconds": time.perf_counter() - started,
         "run": None if log is None else str(log.folder.path),
     }
-    if log is not None:
+    if log is not None and settings.output == "text":
         print(summary(metrics, len(trainer.data.test.labels)))
+    elif log is not None and settings.output == "json":
+        print(json.dumps({"done": True, **metrics}))
     return metrics
 
 
@@ -391,11 +318,13 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
     split = trainer.data.train
     images = data.scale(split.images[:PROBE])
     targets = one_hot(split.labels[:PROBE], CLASSES).to(images.dtype)
-    progress = Progress(settings.epochs, len(split.labels), trainer.epoch)
+    progress = PROGRESS[settings.output](
+        settings.epochs, len(split.labels), trainer.epoch
+    )
 
     def on_epoch(result: EpochResult) -> None:
         records = probe(trainer.model, trainer.cost, images, targets)
-        log.dashboard.log(result, settings.lr, records)
+        log.dashboard.log(result, trainer.engine.lr, records)
         progress.epoch(result)
 
     def save(state: dict[str, Any]) -> None:
@@ -406,8 +335,9 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         }
         checkpoint.save(log.folder.checkpoint, content)
 
-    print(headline(settings, trainer, log.versions), flush=True)
-    if trainer.epoch == settings.epochs:
+    if settings.output == "text":
+        print(headline(settings, trainer, log.versions), flush=True)
+    if settings.output == "text" and trainer.epoch == settings.epochs:
         print(f"already complete: {trainer.epoch} of {settings.epochs} epochs")
     try:
         trainer.fit(
@@ -437,71 +367,25 @@ def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> 
 
 
 def summary(metrics: dict[str, Any], tested: int) -> str:
-    epoch, validation, test = metrics["best"]
+    best = ""
+    if metrics["best"] is not None:
+        epoch, validation, test = metrics["best"]
+        best = (
+            f"\nbest epoch      {epoch} (validation {validation:.2%}, test {test:.2%})"
+        )
     run = Path(metrics["run"])
     return (
         f"\ntest accuracy   {metrics['test_accuracy']:.2%} of all {tested:,} images"
-        f"\nbest epoch      {epoch} (validation {validation:.2%}, test {test:.2%})"
+        f"{best}"
         f"\ntime            {metrics['seconds']:.1f} s"
         f"\nrun             {run}"
         f"\ncurves          tensorboard --logdir {run.parent}"
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
-def parse(arguments: list[str] | None = None) -> dict[str, Any]:
-    """The options that were given, by name; those that were not are absent."""
-    parser = Parser(
-        description=(__doc__ or "").split("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    default = Settings()
-
-    def add(name: str, help: str, **kwargs: Any) -> None:
-        value = getattr(default, name[2:].replace("-", "_"), None)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        note = "" if value is None else f" (default {shown})"
-        parser.add_argument(name, help=help + note, **kwargs)
-
-    datasets, devices = ("auto", *data.NAMES), ("auto", "cpu", "cuda", "mps")
-    add("--dataset", "auto: MNIST if it can be had, else digits", choices=datasets)
-    add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
-    add("--sizes", "neurons per layer", type=int, nargs="+")
-    add("--activation", "of the hidden layers", choices=tuple(ACTIVATIONS))
-    add("--cost", "sets the output layer that fits it, too", choices=tuple(COSTS))
-    add("--init", "initial weights", choices=tuple(INITIALISATIONS))
-    add("--epochs", "passes over the training set, in all", type=int)
-    add("--batch-size", "examples in a mini-batch", type=int)
-    add("--lr", "learning rate", type=float)
-    add("--weight-decay", "λ/n, on weights only", type=float)
-    add("--seed", "of initial weights and batches", type=int)
-    add("--device", "auto: CUDA if there is one", choices=devices)
-    add("--threads", "0: one for batches below 128, else all cores", type=int)
-    add("--engine", "of the steps; explicit is the fast one", choices=ENGINES)
-    add("--layers", "hand-written, or torch's own", choices=("bp", "native"))
-    add("--logdir", "where run folders are made")
-    add("--name", "of the run folder; default from settings and time")
-    add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
-    add("--checkpoint-every", "epochs between checkpoints", type=int)
-    add("--resume", "run folder to go on with", metavar="RUN")
-    given = vars(parser.parse_args(arguments))
-    if "sizes" in given:
-        given["sizes"] = tuple(given["sizes"])
-    return given
-
-
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main` and :func:`resume`; returns the exit status."""
-    given = parse(arguments)
+    given = parse(__doc__, arguments)
     try:
         if "resume" in given:
             metrics = resume(given.pop("resume"), **given)

@@ -16,13 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import torchbp
 from experiments import mnist
+from experiments.mnist_settings import COSTS, ENGINES, RECIPES
 from torchbp import checkpoint, data
 
 SCRIPT = Path(mnist.__file__)
 SMALL = ["--dataset", "digits", "--sizes", "784", "12", "10", "--epochs", "2"]
 
 
-engines = pytest.mark.parametrize("engine", mnist.ENGINES)
+engines = pytest.mark.parametrize("engine", ENGINES)
 
 
 def run(capsys, tmp_path, *options, small=SMALL):
@@ -66,8 +67,91 @@ def test_piped_output_is_a_line_per_epoch(capsys, tmp_path):
     assert "\r" not in out and "\x1b" not in out
 
 
+def test_json_is_an_object_on_each_line(capsys, tmp_path):
+    status, out, err = run(capsys, tmp_path, "--json")
+    assert (status, err) == (0, "")
+    *epochs, last = map(json.loads, out.splitlines())
+    assert [line["epoch"] for line in epochs] == [0, 1, 2]
+    assert set(epochs[1]["cost"]) == {"train", "validation", "test"}
+    assert epochs[2]["accuracy"]["test"] == last["test_accuracy"]
+    assert last["done"] is True and Path(last["run"]).is_dir()
+
+
+def test_quiet_says_nothing(capsys, tmp_path):
+    assert run(capsys, tmp_path, "--quiet") == (0, "", "")
+    with pytest.raises(SystemExit, match="2"):
+        mnist.parse("", ["--quiet", "--json"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_say_it_in_another_way(capsys, tmp_path):
+    metrics = mnist.main(settings(tmp_path))
+    capsys.readouterr()
+    command = ["--resume", metrics["run"], "--epochs", "3", "--json"]
+    assert mnist.command_line(command) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["epoch"] for line in lines] == [3, 3]
+
+
+def test_what_is_given_beside_a_recipe_wins(capsys, tmp_path):
+    best = mnist.parse("", ["--recipe", "best", "--lr", "0.25", "--epochs", "3"])
+    assert best == {**RECIPES["best"], "lr": 0.25, "epochs": 3}
+    small = [*SMALL, "--recipe", "best", "--name", "one"]
+    assert run(capsys, tmp_path, small=small)[0] == 0
+    saved = json.loads((tmp_path / "runs" / "one" / "settings.json").read_text())
+    assert saved["sizes"] == [784, 12, 10] and saved["dataset"] == "digits"
+    for name in ("schedule", "distort", "train_on", "cost", "engine"):
+        assert saved[name] == RECIPES["best"][name]
+
+
+def test_trained_on_all_images_without_a_validation_set(capsys, tmp_path):
+    status, out, _ = run(capsys, tmp_path, "--train-on", "all", "--name", "one")
+    assert status == 0
+    assert out.startswith("digits: 1,547 images")
+    assert "validation" not in out and "best epoch" not in out
+    events = EventAccumulator(str(tmp_path / "runs" / "one"))
+    events.Reload()
+    assert "accuracy/test" in events.Tags()["scalars"]
+    assert "accuracy/validation" not in events.Tags()["scalars"]
+
+
 @engines
-@pytest.mark.parametrize("cost", list(mnist.COSTS))
+def test_schedule_and_distortions_resume_to_the_bit(capsys, tmp_path, engine):
+    chosen = {"epochs": 3, "engine": engine, "schedule": "cosine", "distort": 1.0}
+    whole = mnist.main(settings(tmp_path, name="whole", **chosen))
+    part = tmp_path / "runs" / "part"
+    stop_after(1, lambda: mnist.main(settings(tmp_path, name="part", **chosen)))
+    assert checkpoint.load(part / "checkpoint.pt")["trainer"]["epoch"] == 1
+    time.sleep(1)  # TensorBoard reads event files in the order of their seconds
+    resumed = mnist.resume(str(part))
+    assert torch.equal(final_weights(whole), final_weights(resumed))
+    events = EventAccumulator(str(part))
+    events.Reload()
+    rates = [e.value for e in events.Scalars("learning_rate")][1:]
+    assert rates == pytest.approx([3.0, 2.25, 0.75])
+    # The schedule goes over the epochs that the run was started with.
+    capsys.readouterr()
+    assert mnist.command_line(["--resume", str(part), "--epochs", "4"]) == 2
+    assert "epochs: expected the 3 of" in capsys.readouterr().err
+
+
+def stop_after(epochs, train):
+    """Ctrl-C in the epoch after that."""
+    run_epoch = mnist.Trainer.run_epoch
+
+    def interrupted(trainer, *arguments):
+        if trainer.epoch == epochs:
+            raise KeyboardInterrupt
+        return run_epoch(trainer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mnist.Trainer, "run_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+
+
+@engines
+@pytest.mark.parametrize("cost", list(COSTS))
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
 def test_every_cost_and_activation_learns(tmp_path, cost, activation, engine):
     lr = {"quadratic": 1.0, "cross-entropy": 0.1, "log-likelihood": 0.1}[cost]
@@ -130,7 +214,7 @@ def test_both_engines_leave_the_same_things(tmp_path):
     """Tags, steps and files; and, at a small rate, the same weights."""
     runs = [
         mnist.main(settings(tmp_path, engine=engine, lr=0.1, name=engine))
-        for engine in mnist.ENGINES
+        for engine in ENGINES
     ]
     torch.testing.assert_close(*map(final_weights, runs))
     seen = []
@@ -199,6 +283,10 @@ BAD = {
     "--logdir {file}": "logdir: ",
     "--resume {file}": "no such checkpoint",
     "--dataset mnist --data {file}": "expected a folder as root",
+    "--distort -1": "distort: expected 0 (none) to 4, got -1",
+    "--distort nan": "distort: expected 0 (none) to 4, got nan",
+    "--schedule linear": "invalid choice: 'linear'",
+    "--recipe worst": "invalid choice: 'worst'",
     "--nonsense 3": "unrecognized arguments: --nonsense 3",
 }
 

@@ -10,6 +10,7 @@ import torch
 import torchbp
 from torchbp.data import Split, Splits, scale
 from torchbp.trainer import (
+    SCHEDULES,
     AutogradSGD,
     DivergedError,
     EpochResult,
@@ -41,6 +42,56 @@ def make_trainer(
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_a_schedule_sets_the_rate_of_each_epoch():
+    trainer = make_trainer()
+    trainer.schedule = lambda epoch: 0.5 / (1 + epoch)
+    rates = []
+    trainer.fit(3, lambda result: rates.append(trainer.engine.lr))
+    assert rates == [0.5, 0.5, 0.25, 0.5 / 3]
+    # Epoch by epoch the weights of a trainer with that rate.
+    other = make_trainer()
+    for epoch in range(3):
+        other.engine.lr = 0.5 / (1 + epoch)
+        other.run_epoch()
+    assert torch.equal(weights(trainer), weights(other))
+
+
+def test_schedules_go_from_all_to_what_they_say():
+    assert [SCHEDULES["constant"](x) for x in (0, 0.5, 0.99)] == [1, 1, 1]
+    cosine = SCHEDULES["cosine"]
+    assert [cosine(0), cosine(0.5), cosine(1)] == pytest.approx([1, 0.5, 0])
+
+
+def test_images_are_varied_anew_for_each_epoch_and_scored_as_they_are():
+    seen = []
+
+    def vary(images, generator):
+        assert generator is trainer.generator
+        seen.append(torch.randint_like(images, 0, 256))
+        return seen[-1]
+
+    trainer = make_trainer(data=Splits(split(20, 0), *DATA[1:]))
+    trainer.engine = spy = Spy(trainer.model)
+    before = trainer.data.train.images.clone()
+    trainer.vary = vary
+    trainer.run_epoch()
+    trainer.run_epoch()
+    assert len(seen) == 2
+    assert torch.equal(trainer.data.train.images, before)
+    for epoch, images in enumerate(seen):
+        rows = torch.cat(spy.inputs[4 * epoch : 4 * epoch + 4])
+        expected = scale(images)
+        assert torch.equal(rows.sort(0).values, expected.sort(0).values)
+
+
+def test_without_validation_images_there_is_no_best_epoch():
+    empty = Split(*(t[:0] for t in DATA.validation))
+    trainer = make_trainer(data=DATA._replace(validation=empty))
+    result = trainer.run_epoch()
+    assert list(result.scores) == ["train", "test"]
+    assert trainer.best is None
 
 
 class Spy(AutogradSGD):
@@ -328,6 +379,8 @@ def test_a_failing_cost_leaves_the_mode_as_it_was():
     assert trainer.model.training
 
 
-def test_an_empty_split_is_refused():
-    with pytest.raises(ValueError, match="validation: expected at least one example"):
-        make_trainer(data=DATA._replace(validation=split(0, 0)))
+def test_empty_training_and_test_sets_are_refused():
+    with pytest.raises(ValueError, match="test: expected at least one example"):
+        make_trainer(data=DATA._replace(test=split(0, 0)))
+    with pytest.raises(ValueError, match="train: expected at least one example"):
+        make_trainer(data=DATA._replace(train=split(0, 0)))

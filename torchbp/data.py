@@ -111,6 +111,21 @@ def load(
         raise DataError(f"cannot load {name} from {folder}: {error}") from error
 
 
+def join_validation(splits: Splits) -> Splits:
+    """Adds the validation images to the training images, and leaves none to validate
+    on: for a last training, after the choices are made.
+
+    Args:
+        splits: as `load` returns them; left as they are.
+
+    Returns:
+        Splits: with an empty validation split.
+    """
+    train, validation, test = splits
+    joined = Split(*(torch.cat(pair) for pair in zip(train, validation, strict=True)))
+    return Splits(joined, Split(*(t[:0] for t in validation)), test)
+
+
 def find(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     """Tells whether any file of a dataset is on disk; reads and imports nothing.
 

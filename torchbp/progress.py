@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from typing import Any
 
 from torchbp.trainer import EpochResult
 
-__all__ = ["Progress"]
+__all__ = ["PROGRESS", "JSONLines", "Progress", "Quiet"]
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SHOWN = 24  # epochs in the trend
 
 
 class Progress:
@@ -26,18 +31,24 @@ class Progress:
         self.epochs, self.images = epochs, images
         self.stream = sys.stdout if stream is None else stream
         self.bar: Any = None
-        self.done = done
+        self.done = self.done_before = done
         self.accuracy: float | None = None
+        self.costs: list[float] = []
+        self.started: float | None = None
 
     def update(self, images: int, cost: float) -> None:
         """`images` more were trained on; `cost` is the mean cost of their batches."""
+        if self.started is None:
+            self.started = time.perf_counter()
         if not self.stream.isatty():
             return
         if self.bar is None:
             self._open()
         shown = {"cost": f"{cost:.4f}"}
+        if self.costs:
+            shown["trend"] = trend(self.costs)
         if self.accuracy is not None:
-            shown["validation"] = f"{self.accuracy:.2%}"
+            shown["accuracy"] = f"{self.accuracy:.2%}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(images)
 
@@ -58,19 +69,88 @@ class Progress:
         """Close the bar and print the epoch's line."""
         self.close()
         self.done = result.epoch
-        self.accuracy = result.scores["validation"].accuracy
-        scores = "  ".join(
+        scores = result.scores
+        self.accuracy = scores.get("validation", scores["test"]).accuracy
+        if result.running_cost is not None:
+            self.costs.append(result.running_cost)
+        said = [
             f"{name} {score.cost:.4f} {score.accuracy:7.2%}"
-            for name, score in result.scores.items()
-        )
-        speed = ""
+            for name, score in scores.items()
+        ]
         if result.images_per_second:
-            speed = f"  {result.images_per_second / 1000:.3g}k images/s"
+            said.append(f"{result.images_per_second / 1000:.3g}k images/s")
+            said.append(f"{duration(self._left())} left")
         width = len(str(self.epochs))
-        line = f"epoch {result.epoch:{width}}/{self.epochs}  {scores}{speed}"
+        line = "  ".join([f"epoch {result.epoch:{width}}/{self.epochs}", *said])
         print(line, file=self.stream, flush=True)
+
+    def _left(self) -> float:
+        """Seconds, if the epochs that are left take what those of this sitting took."""
+        if self.started is None:
+            return 0.0
+        spent = time.perf_counter() - self.started
+        return spent / (self.done - self.done_before) * (self.epochs - self.done)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class Quiet(Progress):
+    """Says nothing."""
+
+    def update(self, images: int, cost: float) -> None:
+        pass
+
+    def epoch(self, result: EpochResult) -> None:
+        pass
+
+
+class JSONLines(Quiet):
+    """One JSON object on a line for each epoch: epoch, cost and accuracy by split,
+    running_cost, seconds, images_per_second."""
+
+    def epoch(self, result: EpochResult) -> None:
+        content = {
+            "epoch": result.epoch,
+            "cost": {name: score.cost for name, score in result.scores.items()},
+            "accuracy": {name: s.accuracy for name, s in result.scores.items()},
+            "running_cost": result.running_cost,
+            "seconds": result.seconds,
+            "images_per_second": result.images_per_second,
+        }
+        print(json.dumps(content), file=self.stream, flush=True)
+
+
+PROGRESS: dict[str, type[Progress]] = {
+    "text": Progress,
+    "json": JSONLines,
+    "quiet": Quiet,
+}
+
+
+def trend(costs: list[float]) -> str:
+    """The last epochs' costs as a row of blocks, the highest of them full.
+
+    >>> trend([1.0, 0.5, 0.25, 0.0])
+    '█▅▃▁'
+    """
+    shown = costs[-SHOWN:]
+    low, high = min(shown), max(shown)
+    wide = high - low or 1.0
+    return "".join(BLOCKS[round(7 * (C - low) / wide)] for C in shown)
+
+
+def duration(seconds: float) -> str:
+    """For people.
+
+    >>> duration(7.4), duration(125), duration(4000)
+    ('7 s', '2 min', '1 h 07 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -12,7 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ from torchbp.explicit import check_rates, summing_dtype
 from torchbp.nn import check_takes
 
 __all__ = [
+    "SCHEDULES",
     "AutogradSGD",
     "DivergedError",
     "Engine",
@@ -34,6 +35,7 @@ __all__ = [
     "batches",
     "choose_device",
     "count_outputs",
+    "cpu_threads",
     "evaluate",
 ]
 
@@ -45,6 +47,11 @@ LOOK_EVERY = 0.05  # seconds between looks at the costs of an epoch
 # The training set's score is that of its first images, so that it costs what the test
 # set's costs.
 TRAIN_SCORED = 10_000
+# What the learning rate is multiplied by, after a share of the epochs.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 class DivergedError(RuntimeError):
@@ -173,6 +180,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Run with `number` CPU threads; afterwards there are as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Score(NamedTuple):
     """The mean cost per example and the share of right answers."""
 
@@ -186,10 +204,11 @@ class EpochResult:
 
     Attributes:
         epoch: 1 for the first; 0 stands for the untrained network.
-        scores: of "train" (its first 10,000 images), "validation" and "test".
+        scores: of "train" (its first 10,000 images), "validation", where there is
+            one, and "test".
         running_cost: the mean cost of the epoch's mini-batches as they were trained on;
             None for epoch 0.
-        seconds: spent on training steps.
+        seconds: spent on training steps, and on varying the images.
         images_per_second: examples trained on, per second of that.
     """
 
@@ -250,9 +269,14 @@ class Trainer:
         model: the network, on its device.
         engine: takes the steps; it holds `model` too.
         cost: for the scores; the engine's own.
-        data: on the model's device.
+        data: on the model's device. The validation split may be empty, where all
+            images are trained on: then it has no score, and there is no best epoch.
         batch_size: m.
         seed: of the order in which the examples come, drawn anew for each epoch.
+        schedule: gives η for an epoch from the number of those completed; the engine's
+            own stays if None.
+        vary: gives the images of an epoch from the training images, with random
+            numbers from the generator, e.g. :func:`torchbp.distortion.distort`.
 
     Attributes:
         epoch: epochs completed.
@@ -261,7 +285,7 @@ class Trainer:
 
     Raises:
         ValueError: a batch size below 1 or above the training set's size, an empty
-            split, images or labels that do not fit the model.
+            training or test set, images or labels that do not fit the model.
     """
 
     def __init__(
@@ -272,8 +296,12 @@ class Trainer:
         data: Splits,
         batch_size: int,
         seed: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        vary: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
         n = len(data.train.labels)
+        if not n:
+            raise ValueError("train: expected at least one example, got none")
         if not 1 <= batch_size <= n:
             raise ValueError(
                 f"batch_size: expected 1 to {n}, the size of the training set, "
@@ -281,6 +309,7 @@ class Trainer:
             )
         self.model, self.engine, self.cost, self.data = model, engine, cost, data
         self.batch_size = batch_size
+        self.schedule, self.vary = schedule, vary
         self.epoch = 0
         self.best: tuple[int, float, float] | None = None
         # On the CPU whatever the device: the same seed gives the same batches anywhere.
@@ -291,11 +320,15 @@ class Trainer:
             "validation": data.validation,
             "test": data.test,
         }
+        if not len(data.validation.labels):
+            del self.scored["validation"]
 
     def _check_data(self) -> None:
         """Refuse data that do not fit the model."""
         outputs = count_outputs(self.model, self.data.train.images)
         for name, split in zip(self.data._fields, self.data, strict=True):
+            if name == "validation" and not len(split.labels):
+                continue
             if not len(split.labels):
                 raise ValueError(f"{name}: expected at least one example, got none")
             low, high = int(split.labels.min()), int(split.labels.max())
@@ -326,9 +359,13 @@ class Trainer:
         images, labels = self.data.train
         n, m = len(labels), self.batch_size
         order = torch.randperm(n, generator=self.generator).to(labels.device)
+        if self.schedule is not None:
+            self.engine.lr = self.schedule(self.epoch)
         started = looked = time.perf_counter()
         total, seen = 0.0, 0
         waiting: list[Tensor] = []
+        if self.vary is not None:
+            images = self.vary(images, self.generator)
         with closing(self.engine.steps(images, labels, order, m)) as steps:
             for costs in steps:
                 waiting.append(costs)
@@ -435,6 +472,8 @@ class Trainer:
             )
 
     def _keep_best(self, result: EpochResult) -> None:
+        if "validation" not in result.scores:
+            return
         accuracy = result.scores["validation"].accuracy
         if self.best is None or accuracy > self.best[1]:
             self.best = (result.epoch, accuracy, result.scores["test"].accuracy)

@@ -1,0 +1,217 @@
+"""The main job's settings, its recipes, and its command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+import torchbp
+from torchbp import data
+from torchbp.nn import ACTIVATIONS, INITIALISATIONS
+from torchbp.trainer import SCHEDULES
+
+# The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
+# wants a sigmoid there, whatever the hidden layers are.
+COSTS = {
+    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
+    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
+    "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
+}
+# How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
+# whole algorithm at once.
+ENGINES = ("autograd", "explicit")
+TRAIN_ON = ("train", "all")
+OUTPUTS = ("text", "json", "quiet")
+INPUTS, CLASSES = 784, 10
+LARGEST = torch.finfo(torch.float32).max
+
+# The settings that TensorBoard's HPARAMS tab compares runs by.
+COMPARED = (
+    "layers", "engine", "sizes", "activation", "cost", "init", "lr", "batch_size",
+    "weight_decay", "schedule", "distort", "train_on", "seed", "dataset",
+)  # fmt: skip
+# What --resume may change; the rest decides which weights come out.
+CHANGEABLE = {
+    "checkpoint_every", "data", "device", "engine", "epochs", "output",
+    "target_accuracy",
+}  # fmt: skip
+# Settings that go together; what is given beside a recipe wins over it.
+RECIPES: dict[str, dict[str, Any]] = {
+    # Chosen on the validation set, among 60-epoch trainings on the 50,000.
+    "best": {
+        "sizes": (784, 800, 800, 10),
+        "activation": "relu",
+        "cost": "log-likelihood",
+        "init": "torch",
+        "epochs": 100,
+        "batch_size": 128,
+        "lr": 0.5,
+        "weight_decay": 2e-5,
+        "schedule": "cosine",
+        "distort": 1.0,
+        "train_on": "all",
+        "engine": "explicit",
+        "dataset": "mnist",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the defaults are the book's first network with scaled initialisation."""
+
+    dataset: str = "auto"
+    data: str | None = None
+    sizes: tuple[int, ...] = (784, 30, 10)
+    activation: str = "sigmoid"
+    cost: str = "quadratic"
+    init: str = "scaled"
+    epochs: int = 30
+    batch_size: int = 10
+    lr: float = 3.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    distort: float = 0.0  # strength of the random distortions of the training images
+    train_on: str = "train"  # or "all": the validation set's images, too
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    layers: str = "bp"
+    engine: str = "autograd"
+    logdir: str = "runs"
+    name: str | None = None
+    target_accuracy: float | None = None
+    checkpoint_every: int = 1
+    output: str = "text"  # what is said while it trains
+
+    def __post_init__(self) -> None:
+        choices = {
+            "dataset": ("auto", *data.NAMES),
+            "activation": tuple(ACTIVATIONS),
+            "cost": tuple(COSTS),
+            "init": tuple(INITIALISATIONS),
+            "device": ("auto", "cpu", "cuda", "mps"),
+            "layers": ("bp", "native"),
+            "engine": ENGINES,
+            "schedule": tuple(SCHEDULES),
+            "train_on": TRAIN_ON,
+            "output": OUTPUTS,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                names = ", ".join(allowed)
+                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+        if (self.engine, self.layers) == ("explicit", "native"):
+            raise ValueError(
+                "engine: expected autograd for native layers, got 'explicit', which "
+                "works on hand-written ones"
+            )
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: expected at least 1, got {getattr(self, name)}"
+                )
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value <= LARGEST:
+                raise ValueError(
+                    f"{name}: expected a number from 0 to {LARGEST:.3g}, got {value}"
+                )
+        if not 0 <= self.distort <= 4:
+            raise ValueError(f"distort: expected 0 (none) to 4, got {self.distort}")
+        if self.threads < 0:
+            raise ValueError(
+                f"threads: expected 0 (automatic) or more, got {self.threads}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
+            raise ValueError(
+                f"target_accuracy: expected 0 to 1, got {self.target_accuracy}"
+            )
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(
+                f"sizes: expected at least two positive integers, got {self.sizes}"
+            )
+        if (self.sizes[0], self.sizes[-1]) != (INPUTS, CLASSES):
+            raise ValueError(
+                f"sizes: expected {INPUTS} first (28 x 28 pixels) and {CLASSES} last "
+                f"(the classes), got {self.sizes[0]} and {self.sizes[-1]}"
+            )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
+    """The options that were given, by name; those that were not are absent.
+
+    Args:
+        doc: the program's docstring: what ``--help`` says around the options.
+        arguments: of the command line.
+    """
+    parser = Parser(
+        description=(doc or "").partition("\n")[0],
+        epilog=(doc or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    default = Settings()
+
+    def add(name: str, help: str, **kwargs: Any) -> None:
+        value = getattr(default, name[2:].replace("-", "_"), None)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        note = "" if value is None else f" (default {shown})"
+        parser.add_argument(name, help=help + note, **kwargs)
+
+    datasets, devices = ("auto", *data.NAMES), ("auto", "cpu", "cuda", "mps")
+    add("--dataset", "auto: MNIST if it can be had, else digits", choices=datasets)
+    add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
+    add("--sizes", "neurons per layer", type=int, nargs="+")
+    add("--activation", "of the hidden layers", choices=tuple(ACTIVATIONS))
+    add("--cost", "sets the output layer that fits it, too", choices=tuple(COSTS))
+    add("--init", "initial weights", choices=tuple(INITIALISATIONS))
+    add("--recipe", "best: the most accurate in ten minutes", choices=tuple(RECIPES))
+    add("--epochs", "passes over the training set, in all", type=int)
+    add("--batch-size", "examples in a mini-batch", type=int)
+    add("--lr", "learning rate", type=float)
+    add("--weight-decay", "λ/n, on weights only", type=float)
+    add("--schedule", "of the learning rate over the epochs", choices=tuple(SCHEDULES))
+    add("--distort", "turn, stretch, shift, bend the images; 1 is usual", type=float)
+    add("--train-on", "all: on the validation set's images, too", choices=TRAIN_ON)
+    add("--seed", "of initial weights and batches", type=int)
+    add("--device", "auto: CUDA if there is one", choices=devices)
+    add("--threads", "0: one for batches below 128, else all cores", type=int)
+    add("--engine", "of the steps; explicit is the fast one", choices=ENGINES)
+    add("--layers", "hand-written, or torch's own", choices=("bp", "native"))
+    add("--logdir", "where run folders are made")
+    add("--name", "of the run folder; default from settings and time")
+    add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
+    add("--checkpoint-every", "epochs between checkpoints", type=int)
+    add("--resume", "run folder to go on with", metavar="RUN")
+    said = parser.add_mutually_exclusive_group()
+    said.add_argument(
+        "--quiet",
+        dest="output",
+        action="store_const",
+        const="quiet",
+        help="only errors",
+    )
+    said.add_argument(
+        "--json", dest="output", action="store_const", const="json",
+        help="a JSON object on a line for each epoch, and one for the run",
+    )  # fmt: skip
+    given = vars(parser.parse_args(arguments))
+    given = {**RECIPES.get(given.pop("recipe", ""), {}), **given}
+    if "sizes" in given:
+        given["sizes"] = tuple(given["sizes"])
+    return given
