@@ -19,6 +19,7 @@ data, 130 interrupted, 143 terminated (both can be resumed).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -32,25 +33,24 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the file beside this one
 
 import torchbp
 from experiments.mnist_settings import (
     CHANGEABLE,
-    CLASSES,
     COMPARED,
     COSTS,
     Settings,
     parse,
 )
 from torchbp import checkpoint, data
-from torchbp.dashboard import Dashboard, probe
+from torchbp.dashboard import Dashboard
 from torchbp.distortion import distort
 from torchbp.parallel import ParallelSGD, World, join
 from torchbp.progress import PROGRESS
 from torchbp.trainer import (
+    EVALUATE_AT_ONCE,
     SCHEDULES,
     AutogradSGD,
     DivergedError,
@@ -59,8 +59,6 @@ from torchbp.trainer import (
     Trainer,
     cpu_threads,
 )
-
-PROBE = 1000  # training images that TensorBoard's δ and saturation are computed on
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -146,6 +144,7 @@ _AUTO = ("dataset", "auto")
 
 def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
     """The network, its cost and its engine, joined to the data on the device."""
+    check_memory(settings)
     try:
         model = build(settings).to(world.device)
     except RuntimeError as error:  # the allocator's
@@ -184,6 +183,25 @@ def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
         partial(rate, settings),
         partial(distort, strength=settings.distort) if settings.distort else None,
     )
+
+
+def check_memory(settings: Settings) -> None:
+    """Refuse a network that this machine cannot hold: systems that promise more memory
+    than there is would end the program without a word."""
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= getattr(os, "sysconf_names", {}).keys():
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pairs = itertools.pairwise(settings.sizes)
+    weights = sum(n_out * (n_in + 1) for n_in, n_out in pairs)
+    rows = max(min(settings.batch_size, 60_000), EVALUATE_AT_ONCE)
+    activations = rows * sum(settings.sizes)
+    # Of four bytes: weights and gradients or copies, the activations of a batch.
+    needed = 4 * (2 * weights + activations)
+    if needed > there:
+        raise ValueError(
+            f"sizes: expected a network that fits into {there // 10**9} GB of memory, "
+            f"got {settings.sizes}, which needs {needed // 10**9} GB"
+        )
 
 
 def rate(settings: Settings, epoch: int) -> float:
@@ -285,7 +303,9 @@ def open_log(
     record, versions = dataclasses.asdict(settings), describe_versions(settings, world)
     folder.write(settings=record, versions=versions)
     compared = {name: record[name] for name in COMPARED}
-    dashboard = Dashboard(folder.path, record, compared, versions, resumed_at)
+    dashboard = Dashboard(
+        folder.path, record, compared, versions, resumed_at, settings.log_level
+    )
     return Log(folder, dashboard, versions)
 
 
@@ -316,15 +336,17 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
 def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
     """Train with events, checkpoints and progress."""
     split = trainer.data.train
-    images = data.scale(split.images[:PROBE])
-    targets = one_hot(split.labels[:PROBE], CLASSES).to(images.dtype)
     progress = PROGRESS[settings.output](
         settings.epochs, len(split.labels), trainer.epoch
     )
 
+    log.dashboard.watch(
+        trainer.model, trainer.cost, split, trainer.data.test, settings.dataset
+    )
+
     def on_epoch(result: EpochResult) -> None:
-        records = probe(trainer.model, trainer.cost, images, targets)
-        log.dashboard.log(result, trainer.engine.lr, records)
+        last = result.epoch == settings.epochs
+        log.dashboard.log(result, trainer.engine.lr, last)
         progress.epoch(result)
 
     def save(state: dict[str, Any]) -> None:
@@ -352,7 +374,7 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         raise
     finally:
         progress.close()
-        log.dashboard.close()
+        log.dashboard.close(complete=trainer.epoch == settings.epochs)
 
 
 def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
@@ -423,6 +445,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 def complain(message: str) -> None:
     """One line on standard error, which names the process where there are several."""
+    message = " ".join(message.splitlines())
     who = "" if PROCESSES == 1 else f"process {os.environ['RANK']}: "
     print(f"{who}{message}", file=sys.stderr)
 

@@ -28,6 +28,7 @@ TRAIN_ON = ("train", "all")
 OUTPUTS = ("text", "json", "quiet")
 INPUTS, CLASSES = 784, 10
 LARGEST = torch.finfo(torch.float32).max
+MOST_THREADS = 1024
 
 # The settings that TensorBoard's HPARAMS tab compares runs by.
 COMPARED = (
@@ -129,9 +130,14 @@ class Settings:
                 )
         if not 0 <= self.distort <= 4:
             raise ValueError(f"distort: expected 0 (none) to 4, got {self.distort}")
-        if self.threads < 0:
+        if self.lr * self.weight_decay > LARGEST:
             raise ValueError(
-                f"threads: expected 0 (automatic) or more, got {self.threads}"
+                f"lr · weight_decay: expected at most {LARGEST:.3g}, got "
+                f"{self.lr * self.weight_decay:.3g}"
+            )
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ValueError(
+                f"threads: expected 0 (automatic) to {MOST_THREADS}, got {self.threads}"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from torchbp import _graph, _pictures
+from torchbp._captions import LAYOUT, caption
 from torchbp.convert import from_native
+from torchbp.data import Split, scale
 from torchbp.observation import Record, observe
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from torchbp.trainer import EpochResult
 
-__all__ = ["Dashboard", "probe"]
+__all__ = ["LEVELS", "Dashboard", "probe"]
+
+# off: no event file. basic: the curves. full: distributions, pictures and the graph.
+LEVELS = ("off", "basic", "full")
+PROBE = 1000  # training images that δ, saturation and distributions are computed on
+ANSWERED_AT_ONCE = 2500
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What :meth:`Dashboard.log` looks at."""
+
+    model: nn.Module
+    cost: Any
+    input: Tensor
+    target: Tensor
+    test: Split
+    names: Sequence[str]
 
 
 class Dashboard:
@@ -29,10 +55,12 @@ class Dashboard:
         versions: of the programs, the machine; shown as text.
         resumed_at: the last completed epoch of a run that goes on. What the event files
             hold from later epochs is superseded.
+        level: how much is written, one of LEVELS.
 
     Raises:
+        ValueError: a level that is none.
         OSError: the folder cannot be written.
-        ImportError: tensorboard is not installed.
+        ImportError: tensorboard is not installed, and the level is not "off".
     """
 
     def __init__(
@@ -42,74 +70,202 @@ class Dashboard:
         hyperparameters: Mapping[str, Any],
         versions: Mapping[str, Any],
         resumed_at: int | None = None,
+        level: str = "full",
     ) -> None:
+        if level not in LEVELS:
+            raise ValueError(
+                f"level: expected one of {', '.join(LEVELS)}, got {level!r}"
+            )
+        self.level = level
+        self.writer: Any = None
+        self.watched: Watched | None = None
+        self.layers = 0  # of the network, known from the first probe
+        self._described: set[str] = set()
+        if level == "off":
+            return
         from torch.utils.tensorboard import SummaryWriter
 
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        _wait_for_a_later_name(earlier)
         # Epoch 0 is logged anew by a run that did not complete its first.
         purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
-        self.writer: Any = SummaryWriter(str(folder), purge_step=purge)
-        if resumed_at is None:
+        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        # What stands at step 0 was superseded with it, or was never written.
+        self._is_new = not resumed_at or not earlier
+        if self._is_new:
+            from torch.utils.tensorboard.summary import custom_scalars
+
             self.writer.add_text("settings", _as_code(settings), 0)
             self.writer.add_text("versions", _as_code(versions), 0)
-            self._hyperparameters(hyperparameters)
+            self.writer.file_writer.add_summary(custom_scalars(LAYOUT), 0)
+            for summary in _hyperparameters(hyperparameters)[:2]:
+                self.writer.file_writer.add_summary(summary, 0)
 
-    def _hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """The run's row in the HPARAMS tab. ``SummaryWriter.add_hparams`` would make a
-        run of its own for it, one folder down."""
-        from torch.utils.tensorboard.summary import hparams
+    def watch(
+        self,
+        model: nn.Module,
+        cost: Any,
+        train: Split,
+        test: Split,
+        dataset: str | None = None,
+    ) -> None:
+        """Say what :meth:`log` is to look at; without it, it writes the scores alone.
 
-        plain = {
-            key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in values.items()
-        }
-        metrics = {
-            "accuracy/test": None,
-            "accuracy/validation": None,
-            "cost/test": None,
-        }
-        for summary in hparams(plain, metrics)[:2]:
-            self.writer.file_writer.add_summary(summary)
+        Args:
+            model: a network of our layers or native ones, on the data's device.
+            cost: of ours.
+            train: images, uint8 (n, n_in), and labels (n). δ, saturation, z and a are
+                those of its first 1,000.
+            test: likewise; the pictures are of these.
+            dataset: whose classes the labels are, as in ``data.NAMES``.
+        """
+        if self.level == "off":
+            return
+        dtype = next(model.parameters()).dtype
+        input = scale(train.images[:PROBE], dtype)
+        with torch.inference_mode():
+            classes = model(input[:1]).shape[-1]
+        target = nn.functional.one_hot(train.labels[:PROBE], classes).to(dtype)
+        names = _pictures.CLASS_NAMES.get(dataset or "", list(map(str, range(classes))))
+        self.watched = Watched(model, cost, input, target, test, names)
 
-    def log(self, result: EpochResult, lr: float, records: list[Record]) -> None:
-        """One epoch's curves and distributions.
+    def log(self, result: EpochResult, lr: float, last: bool = False) -> None:
+        """One epoch's curves, distributions and, at some epochs, pictures.
 
         Args:
             result: the epoch's scores and speed.
             lr: η.
-            records: of :func:`probe` on the network as the epoch left it.
+            last: whether the run ends with this epoch, which is always pictured.
         """
+        if self.level == "off":
+            return
+        epoch = result.epoch
         for name, score in result.scores.items():
-            self._scalar(f"cost/{name}", score.cost, result.epoch)
-            self._scalar(f"accuracy/{name}", score.accuracy, result.epoch)
+            self._scalar(f"cost/{name}", score.cost, epoch)
+            self._scalar(f"accuracy/{name}", score.accuracy, epoch)
         if result.running_cost is not None:
-            self._scalar("cost/running", result.running_cost, result.epoch)
-            speed = result.images_per_second
-            self._scalar("speed/images_per_second", speed, result.epoch)
-        self._scalar("learning_rate", lr, result.epoch)
-        for number, record in enumerate(records, start=1):
-            self._layer(f"layer_{number}", record, result.epoch)
+            self._scalar("cost/running", result.running_cost, epoch)
+            self._scalar("speed/images_per_second", result.images_per_second, epoch)
+        self._scalar("learning_rate", lr, epoch)
+        if self.watched is not None:
+            self._look(self.watched, epoch, lr, last)
         self.writer.flush()
 
-    def _layer(self, layer: str, record: Record, epoch: int) -> None:
+    def _look(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
+        records = probe(watched.model, watched.cost, watched.input, watched.target)
+        self.layers = len(records)
+        for number, record in enumerate(records, start=1):
+            self._layer(f"layer_{number}", record, lr, epoch)
+        if self.level != "full":
+            return
+        for number, record in enumerate(records, start=1):
+            self._distributions(f"layer_{number}", record, epoch)
+        if is_pictured(epoch) or last:
+            self._show(watched, records, epoch)
+        if self._is_new and epoch == 0:
+            from tensorboard.compat.proto.event_pb2 import Event
+
+            graph = _graph.draw(records, type(watched.cost).__name__)
+            event = Event(graph_def=graph.SerializeToString())
+            self.writer.file_writer.add_event(event, 0)
+
+    def _layer(self, layer: str, record: Record, lr: float, epoch: int) -> None:
         self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
+        self._scalar(f"update_ratio/{layer}", record.update_ratio(lr), epoch)
         self._scalar(f"norm_weight/{layer}", record.norm("weight"), epoch)
-        if record.bias is not None:
-            self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
-            self._histogram(f"distributions/b_{layer}", record.bias, epoch)
-        assert record.delta is not None
-        self._histogram(f"distributions/W_{layer}", record.weight, epoch)
-        self._histogram(f"distributions/a_{layer}", record.a, epoch)
-        self._histogram(f"distributions/delta_{layer}", record.delta, epoch)
+        self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
+
+    def _distributions(self, layer: str, record: Record, epoch: int) -> None:
+        quantities = {
+            "W": record.weight,
+            "b": record.bias,
+            "z": record.z,
+            "a": record.a,
+            "delta": record.delta,
+        }
+        for name, values in quantities.items():
+            if values is not None:
+                self._histogram(f"distributions/{name}_{layer}", values, epoch)
+
+    def _show(self, watched: Watched, records: list[Record], epoch: int) -> None:
+        test, names = watched.test, watched.names
+        guesses = _answers(watched.model, test.images)
+        pairs = test.labels * len(names) + guesses
+        counts = torch.bincount(pairs, minlength=len(names) ** 2).cpu()
+        counts = counts.unflatten(0, (len(names), len(names)))
+        pictures = {"confusion": _pictures.confusion(counts, names)}
+        if math.isqrt(test.images.shape[1]) ** 2 == test.images.shape[1]:
+            dtype = watched.input.dtype
+            x, y = scale(test.images[:1], dtype), test.labels[:1]
+            on_its_way = probe(watched.model, watched.cost, x, y)
+            label = int(y)
+            W, heads = records[0].weight, names if len(records) == 1 else None
+            pictures |= {
+                "weights": _pictures.weights(W, heads),
+                "misclassified": _pictures.misclassified(*test, guesses, names),
+                "journey": _pictures.journey(on_its_way, label, names),
+            }
+        for name, picture in pictures.items():
+            self._image(f"pictures/{name}", picture, epoch)
 
     def _scalar(self, tag: str, value: float | None, epoch: int) -> None:
-        self.writer.add_scalar(tag, value, epoch)
+        from torch.utils.tensorboard.summary import scalar
+
+        if value is not None:
+            self._add(scalar(tag, value), "scalars", epoch)
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
-        self.writer.add_histogram(tag, values, epoch, bins=64)
+        from torch.utils.tensorboard.summary import histogram
 
-    def close(self) -> None:
+        # Finite weights at their largest give activations that are not.
+        finite = values.detach()[values.isfinite()]
+        if not len(finite):
+            return
+        summary = histogram(tag, finite.cpu().numpy(), bins=64)
+        self._add(summary, "histograms", epoch)
+
+    def _image(self, tag: str, picture: Image, epoch: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        file = io.BytesIO()
+        picture.save(file, "PNG", compress_level=3)
+        image = Summary.Image(
+            width=picture.width,
+            height=picture.height,
+            colorspace=3,
+            encoded_image_string=file.getvalue(),
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._add(summary, "images", epoch)
+
+    def _add(self, summary: Any, plugin: str, epoch: int) -> None:
+        """Write one value; the first of each tag brings its caption along."""
+        (value,) = summary.value
+        if value.tag not in self._described:
+            self._described.add(value.tag)
+            _describe(value, plugin, caption(value.tag, self.layers))
+        self.writer.file_writer.add_summary(summary, epoch)
+
+    def close(self, complete: bool = False) -> None:
+        """Write what is waiting. Closing twice is closing once.
+
+        Args:
+            complete: whether the run has come to its end, which the HPARAMS tab shows;
+                one that was interrupted may still go on.
+        """
+        if self.writer is None:
+            return
+        if complete:
+            self.writer.file_writer.add_summary(_hyperparameters({})[2], 0)
         self.writer.close()
+        self.writer, self.level = None, "off"
+
+
+def is_pictured(epoch: int) -> bool:
+    """Whether `epoch` is one of 0, 1, 2, 5, 10, 20, 50, ...: TensorBoard shows ten
+    pictures of a kind, and most happens early."""
+    return epoch == 0 or str(epoch).rstrip("0") in ("1", "2", "5")
 
 
 def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Record]:
@@ -134,6 +290,56 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
     for module, training in was_training.items():
         module.training = training
     return list(trace)
+
+
+@torch.inference_mode()
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    """The class of the largest output for each of the images, uint8 (n, n_in)."""
+    dtype = next(model.parameters()).dtype
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    chunks = images.split(ANSWERED_AT_ONCE)
+    answers = [model(scale(chunk, dtype)).argmax(-1) for chunk in chunks]
+    for module, training in was_training.items():
+        module.training = training
+    return torch.cat(answers)
+
+
+def _hyperparameters(values: Mapping[str, Any]) -> Any:
+    """What makes a row of the HPARAMS tab: its columns, the run's values, and that it
+    is complete. Its metrics are the last points of the curves. With
+    ``SummaryWriter.add_hparams`` it would be a run of its own, one folder down."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in values.items()
+    }
+    metrics = ("accuracy/test", "accuracy/validation", "cost/test", "cost/train")
+    return hparams(plain, dict.fromkeys(metrics))
+
+
+def _describe(value: Any, plugin: str, text: str) -> None:
+    """The caption, in a form that both of TensorBoard's readers take: the one in Rust
+    believes metadata that name their data class only."""
+    from tensorboard.compat.proto import summary_pb2
+
+    value.metadata.summary_description = text
+    value.metadata.plugin_data.plugin_name = plugin
+    value.metadata.data_class = {
+        "scalars": summary_pb2.DATA_CLASS_SCALAR,
+        "histograms": summary_pb2.DATA_CLASS_TENSOR,
+        "images": summary_pb2.DATA_CLASS_BLOB_SEQUENCE,
+    }[plugin]
+
+
+def _wait_for_a_later_name(earlier: Sequence[Path]) -> None:
+    """Event files are read in the order of their names, which have the second of their
+    making."""
+    seconds = [int(part) for p in earlier if (part := p.name.split(".")[3]).isdigit()]
+    wait = max(seconds, default=0) + 1 - time.time()
+    if 0 < wait <= 1:
+        time.sleep(wait)
 
 
 def _as_code(content: Mapping[str, Any]) -> str:

@@ -1,0 +1,104 @@
+"""What the dashboard's charts say of themselves: a caption for each tag, naming the
+equation that it shows, and the page of charts to look at first."""
+
+from __future__ import annotations
+
+__all__ = ["LAYOUT", "caption"]
+
+# By the tag's part before the slash, or for distributions and pictures by the first of
+# the words after it. {l} is the layer, {k} the one before, {how} the equation that its
+# δ comes from.
+_CAPTIONS = {
+    "cost": (
+        "C = 1/n Σ_x C_x (A1). running: the mean over the epoch's mini-batches, each "
+        "as it was trained on."
+    ),
+    "accuracy": "The share of examples whose largest output is the one of their label.",
+    "speed": "Training images per second, without the evaluation.",
+    "learning_rate": "η of W → W - η ∂C/∂W.",
+    "delta_norm": (
+        "How fast layer {l} learns: ‖∂C/∂b^{l}‖ = ‖Σ_x δ^{l}‖ (BP3), {how}. On fixed "
+        "training images."
+    ),
+    "saturated": (
+        "The share of neurons, over fixed training images, whose σ'(z^{l}) is below 5 "
+        "% of its largest value. δ^{l} has σ'(z^{l}) as a factor, {how}: these hardly "
+        "learn."
+    ),
+    "update_ratio": (
+        "η‖∂C/∂W^{l}‖/‖W^{l}‖: how far a step moves W, relative to W, with ∂C/∂W^{l} "
+        "= Σ_x δ^{l} (a^{k})ᵀ (BP4) of fixed training images."
+    ),
+    "norm_weight": "‖W^{l}‖, the root of the sum of squares (not the spectral norm).",
+    "norm_bias": "‖b^{l}‖.",
+    "W": "Entries of W^{l}, which moves by -η ∂C/∂W^{l} (BP4).",
+    "b": "Entries of b^{l}, which moves by -η ∂C/∂b^{l} (BP3).",
+    "z": (
+        "z^{l} = W^{l} a^{k} + b^{l} over fixed training images; σ' is small where "
+        "|z| is large."
+    ),
+    "a": (
+        "a^{l} = σ(z^{l}) over fixed training images; a factor in the next layer's "
+        "∂C/∂W (BP4)."
+    ),
+    "delta": "δ^{l} = ∂C/∂z^{l} over fixed training images, {how}.",
+    "weights": (
+        "W^1: a tile for each neuron, a pixel for each weight, red above zero and "
+        "blue below. What BP4 has written: ∂C/∂W^1 = Σ_x δ^1 (a^0)ᵀ is a sum of the "
+        "images themselves, weighted by δ^1."
+    ),
+    "misclassified": (
+        "The first test images that are answered wrong: truth, then guess. There ∇_a "
+        "C is large, and BP1 starts from it."
+    ),
+    "confusion": (
+        "How many test images of each class (row) are taken for which (column); the "
+        "right ones, on the diagonal, are not shaded."
+    ),
+    "journey": (
+        "One test image on its way through the layers, a^l = σ(W^l a^(l-1) + b^l), "
+        "and its δ^l on the way back: δ^L from BP1, the others from BP2, ∂C/∂a^0 = "
+        "(W^1)ᵀ δ^1."
+    ),
+}
+
+
+def caption(tag: str, layers: int) -> str:
+    """The caption of `tag` in a run of a network with that many layers."""
+    group, _, rest = tag.partition("/")
+    words = rest.split("_layer_") if group == "distributions" else [group, rest]
+    key = rest if group == "pictures" else words[0]
+    number = tag.rpartition("layer_")[2]
+    if not number.isdigit():
+        return _CAPTIONS[key]
+    layer = int(number)
+    how = (
+        f"from BP1: δ^{layer} = ∇_a C ⊙ σ'(z^{layer})"
+        if layer == layers
+        else f"from BP2: δ^{layer} = (W^{layer + 1})ᵀ δ^{layer + 1} ⊙ σ'(z^{layer})"
+    )
+    return _CAPTIONS[key].format(l=layer, k=layer - 1, how=how)
+
+
+# Of the CUSTOM SCALARS tab: category, chart, and the tags as regular expressions, which
+# are the same for every depth, so that the pages of different runs become one.
+LAYOUT = {
+    "Learning": {
+        "cost C": ["Multiline", [r"cost/(train|validation|test)$"]],
+        "accuracy": ["Multiline", [r"accuracy/(train|validation|test)$"]],
+    },
+    "Backpropagation, layer by layer": {
+        "how fast each layer learns: ‖∂C/∂b^ℓ‖ (BP1-BP3)": [
+            "Multiline",
+            [r"delta_norm/layer_\d+$"],
+        ],
+        "update-to-weight ratio: η‖∂C/∂W^ℓ‖/‖W^ℓ‖ (BP4)": [
+            "Multiline",
+            [r"update_ratio/layer_\d+$"],
+        ],
+        "saturated neurons: share with σ'(z^ℓ) ≈ 0 (BP1, BP2)": [
+            "Multiline",
+            [r"saturated/layer_\d+$"],
+        ],
+    },
+}
