@@ -8,6 +8,7 @@ what was asked for cannot be done, with one line that says why.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,16 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """Reports wrong usage in one line."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        for text in given:
+            if text.startswith("--") and text.endswith("=--"):
+                # Python 3.11 makes an empty list of this, whatever the type.
+                self.error(f"argument {text[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -120,6 +129,7 @@ BP1-BP4 beside native autograd and finite differences.
 Exit status: 0 all equations agree, 1 one does not, 2 it could not be asked.
 """
 COSTS = ("quadratic", "cross-entropy", "log-likelihood")
+MOST_WEIGHTS = 10**7  # each layer is compared in float64, several times over
 
 
 def add_observe(commands: Any) -> None:
@@ -163,6 +173,12 @@ def run_observe(arguments: argparse.Namespace) -> int:
     sizes, examples = arguments.sizes, 5
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"--sizes: expected two or more, all positive, got {sizes}")
+    weights = sum(n_out * (n_in + 1) for n_in, n_out in itertools.pairwise(sizes))
+    if weights > MOST_WEIGHTS:
+        raise ValueError(
+            f"--sizes: expected at most {MOST_WEIGHTS:,} weights and biases, got "
+            f"{weights:,}"
+        )
     target = (
         torch.randint(sizes[-1], (examples,))
         if arguments.cost == "log-likelihood"
@@ -182,6 +198,46 @@ def run_observe(arguments: argparse.Namespace) -> int:
     else:
         print(f"MNIST is not in {root}, so nothing of it (--data FOLDER)")
     return 0 if ok else 1
+
+
+TOUR = """\
+A guided tour of backpropagation: one example through a network of 2, 3 and 1 neurons,
+forward, back by BP1-BP4, and one step down, each equation with its numbers; at the end
+the gradients beside native autograd's.
+
+With --step it waits for a key before each part; where standard input is no terminal,
+for a line. q leaves.
+
+Exit status: 0 all gradients agree, or the reader left; 1 one does not; 2 it could not
+be asked; 130 interrupted.
+"""
+
+
+def add_tour(commands: Any) -> None:
+    """The options of `tour`."""
+    parser = commands.add_parser(
+        "tour",
+        help="every equation with its numbers, on one small example",
+        description=TOUR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--step", action="store_true", help="wait for a key each time")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of network and example (%(default)s)"
+    )
+    parser.set_defaults(run=run_tour)
+
+
+def run_tour(arguments: argparse.Namespace) -> int:
+    """`tour`: all of it, from the first neuron to the check; 1 if that fails."""
+    from torchbp._terminal import in_colour
+    from torchbp.tour import Tour, show
+
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    tour = Tour(arguments.seed)
+    stayed = show(tour.sections, in_colour(sys.stdout), arguments.step)
+    return 0 if tour.ok or not stayed else 1
 
 
 def _look_at(
@@ -214,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )
+    add_tour(commands)
     add_observe(commands)
     add_examine(commands)
     arguments = parser.parse_args(argv)

@@ -130,7 +130,15 @@ def _forward_levels() -> int:
 
 
 def transforming() -> bool:
-    """Whether a torch.func transform or a forward-mode level is active."""
+    """Whether a torch.func transform or a forward-mode level is active.
+
+    Examples:
+        >>> import torch
+        >>> transforming()
+        False
+        >>> torch.func.vmap(lambda x: x * transforming())(torch.ones(2))
+        tensor([1., 1.])
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

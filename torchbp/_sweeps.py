@@ -73,6 +73,11 @@ class Agreement:
         exact: equal bit for bit.
         absolute: the largest difference of an entry.
         relative: that over the largest entry.
+
+    Examples:
+        >>> import torch
+        >>> agree(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).word
+        'WRONG'
     """
 
     ok: bool

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _TARGET = re.compile(r"([\w.]+):([\w.]+)(\(.*\))?")
+# What ast raises of text that is no literal, or of one that is nested too deep.
+UNREADABLE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 _KINDS = ("normal", "uniform", "simplex", "bool")
 
 
@@ -47,7 +49,7 @@ def _called(text: str, f: Any, call: str) -> Any:
             raise ValueError("expected one call")
         args = [ast.literal_eval(a) for a in node.args]
         kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError):
+    except UNREADABLE:
         raise ValueError(f"{text}: expected literals in {call}") from None
     try:
         return f(*args, **kwargs)
@@ -56,7 +58,9 @@ def _called(text: str, f: Any, call: str) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    # Without the frames that torch's C++ adds on further lines.
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
@@ -68,19 +72,22 @@ def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if text.startswith("="):
         try:
             return ast.literal_eval(text[1:])
-        except (SyntaxError, ValueError):
+        except UNREADABLE:
             raise ValueError(f"--input {text}: expected a literal after =") from None
     sizes, _, kind = text.partition(":")
     if not re.fullmatch(r"\d+(,\d+)*|\(\)", sizes):
         raise ValueError(f"--input {text}: expected a shape such as 3,4 or ()")
     shape = [] if sizes == "()" else [int(n) for n in sizes.split(",")]
     below = re.fullmatch(r"int<([1-9]\d*)", kind)
-    if below:
-        return torch.randint(int(below[1]), shape, generator=generator)
-    if (kind or "normal") not in _KINDS:
+    if not below and (kind or "normal") not in _KINDS:
         names = ", ".join(_KINDS)
         raise ValueError(f"--input {text}: expected {names} or int<N, got {kind!r}")
-    return _drawn(kind or "normal", shape, dtype, generator)
+    try:
+        if below:
+            return torch.randint(int(below[1]), shape, generator=generator)
+        return _drawn(kind or "normal", shape, dtype, generator)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # too large
+        raise ValueError(f"--input {text}: cannot be made: {_said(error)}") from None
 
 
 def _drawn(

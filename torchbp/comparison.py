@@ -59,6 +59,12 @@ class Row:
             finite differences side with ours, or float64 with our shorter dtype.
         fault: what is wrong in the equation itself; "" if nothing is, or if it is wrong
             only through what it is built on.
+
+    Examples:
+        >>> same = Agreement(ok=True, exact=True, absolute=0.0, relative=0.0)
+        >>> row = Row("BP3", 1, "layers.0", "∂C/∂b^1 = Σ_x δ^1", same)
+        >>> row.ok, row.left
+        (True, '∂C/∂b^1')
     """
 
     equation: str
@@ -75,6 +81,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Whether ours agrees with native, and with differences where they tell."""
         return self.native.ok and (self.numeric is None or self.numeric.ok)
 
     @property
@@ -97,8 +104,22 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What :func:`compare` found: `rows` from the last layer to the first, as a
-    backward pass goes; `str()` is a table."""
+    """What :func:`compare` found; `str()` is a table.
+
+    Attributes:
+        rows: the equations, from the last layer to the first, as a backward pass goes.
+        layers: what each layer is, in words.
+        dtype: that of the model.
+
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([3, 2])
+        >>> report = torchbp.compare(
+        ...     model, torchbp.QuadraticCost(), torch.rand(5, 3), torch.rand(5, 2)
+        ... )
+        >>> report.faults, report.layers
+        ([], ['layer 1: layers.0, 5 x 3 → 2'])
+    """
 
     rows: list[Row]
     layers: list[str]
@@ -183,13 +204,14 @@ def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Compa
         RuntimeError: under autocast, torch.compile or a torch.func transform; the model
             has activation checkpointing; or a backward raises.
 
-    >>> import torch, torchbp
-    >>> model = torchbp.MLP([3, 4, 2])
-    >>> report = torchbp.compare(
-    ...     model, torchbp.QuadraticCost(), torch.rand(5, 3), torch.rand(5, 2)
-    ... )
-    >>> report.ok, [row.equation for row in report]
-    (True, ['A1', 'BP1', 'BP3', 'BP4', 'BP2', 'BP3', 'BP4', 'BP2'])
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([3, 4, 2])
+        >>> report = torchbp.compare(
+        ...     model, torchbp.QuadraticCost(), torch.rand(5, 3), torch.rand(5, 2)
+        ... )
+        >>> report.ok, [row.equation for row in report]
+        (True, ['A1', 'BP1', 'BP3', 'BP4', 'BP2', 'BP3', 'BP4', 'BP2'])
     """
     _check(model, cost, input, target)
     devices = {t.device for t in [*model.parameters(), *model.buffers()]}

@@ -45,6 +45,19 @@ def to_native(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer from ``define_layer``, or one with parametrizations, which
             has no native counterpart; a compiled module.
+
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([4, 3, 2], output="identity")
+        >>> native = torchbp.to_native(model)
+        >>> native
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): Sigmoid()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+        >>> native[0].weight is model.layers[0].weight
+        True
     """
     return _ToNative().convert(model)
 
@@ -60,6 +73,15 @@ def from_native(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a compiled module.
+
+    Examples:
+        >>> import torch, torchbp
+        >>> native = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> torchbp.from_native(native)
+        Sequential(
+          (0): BPLinearTanh(in_features=4, out_features=3, bias=True)
+          (1): BPLinear(in_features=3, out_features=2, bias=True)
+        )
     """
     return _FromNative().convert(model)
 

@@ -49,16 +49,31 @@ class CostFunction(TwoFormFunction):
 
     A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here,
     so neither of them divides by n.
+
+    Examples:
+        >>> class Linear(CostFunction):
+        ...     @staticmethod
+        ...     def per_example(v, y):
+        ...         return (v * y).sum(-1)
+        ...
+        ...     @staticmethod
+        ...     def nabla(v, y):
+        ...         return y
+        >>> v = torch.ones(2, 3, requires_grad=True)
+        >>> C = cost(Linear, v, torch.ones(2, 3))
+        >>> C.backward()
+        >>> C.item(), v.grad[0].tolist()
+        (3.0, [0.5, 0.5, 0.5])
     """
 
     @staticmethod
     def per_example(v: Tensor, y: Tensor) -> Tensor:
-        """C_x of every row: (*, K), (*, K) -> (*)."""
+        """C_x of every row of `v` and `y`: (*, K), (*, K) -> (*)."""
         raise NotImplementedError
 
     @staticmethod
     def nabla(v: Tensor, y: Tensor) -> Tensor:
-        """∂C_x/∂v of every row: (*, K), (*, K) -> (*, K)."""
+        """∂C_x/∂v of every row of `v` and `y`: (*, K), (*, K) -> (*, K)."""
         raise NotImplementedError
 
     @classmethod
@@ -92,7 +107,13 @@ class CostFunction(TwoFormFunction):
 
 
 class QuadraticFunction(CostFunction):
-    """C_x = ½ ‖y - a‖², ∇_a C_x = a - y."""
+    """C_x = ½ ‖y - a‖², ∇_a C_x = a - y.
+
+    Examples:
+        >>> a, y = torch.tensor([[0.25, 0.5]]), torch.tensor([[0.0, 1.0]])
+        >>> QuadraticFunction.per_example(a, y), QuadraticFunction.nabla(a, y)
+        (tensor([0.1562]), tensor([[ 0.2500, -0.5000]]))
+    """
 
     @staticmethod
     def per_example(a: Tensor, y: Tensor) -> Tensor:
@@ -110,7 +131,13 @@ class QuadraticFunction(CostFunction):
 
 
 class CrossEntropyFunction(CostFunction):
-    """C_x = -Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z C_x = σ(z) - y."""
+    """C_x = -Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z C_x = σ(z) - y.
+
+    Examples:
+        >>> z, y = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+        >>> CrossEntropyFunction.per_example(z, y), CrossEntropyFunction.nabla(z, y)
+        (tensor([0.8201]), tensor([[ 0.5000, -0.1192]]))
+    """
 
     @staticmethod
     def per_example(z: Tensor, y: Tensor) -> Tensor:
@@ -128,6 +155,11 @@ class LogLikelihoodFunction(CostFunction):
 
     Σ_j y is 1 for one-hot rows and for any distribution; other rows get the derivative
     of the same formula.
+
+    Examples:
+        >>> z, y = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 1.0]])
+        >>> LogLikelihoodFunction.per_example(z, y), LogLikelihoodFunction.nabla(z, y)
+        (tensor([0.6931]), tensor([[ 0.5000, -0.5000]]))
     """
 
     @staticmethod
@@ -154,7 +186,8 @@ def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     the sum of e^(z - largest) over the others: softmax = e^shifted / (1 + rest)."""
     index = z.argmax(-1, keepdim=True)
     top = torch.arange(z.shape[-1], device=z.device) == index
-    shifted = z - z.gather(-1, index)
+    # 0 by itself, since inf - inf is NaN: one z at +inf has probability 1.
+    shifted = (z - z.gather(-1, index)).masked_fill(top, 0)
     rest = shifted.exp().masked_fill(top, 0).sum(-1, keepdim=True)
     return top, shifted, rest
 
@@ -180,6 +213,15 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
             fires), or a target that requires grad or has a tangent (A2).
 
     Under autocast the cost is computed in float32, as native losses are.
+
+    Examples:
+        >>> z, labels = torch.zeros(2, 10), torch.tensor([3, 7])
+        >>> cost(LogLikelihoodFunction, z, labels)  # ln 10: it knows nothing yet
+        tensor(2.3026)
+        >>> cost(LogLikelihoodFunction, z, torch.tensor([3, 10]))
+        Traceback (most recent call last):
+            ...
+        ValueError: target: expected labels in 0..9, got 10
     """
     check_tensors(input, target)
     if input.dtype != torch.float64 and autocast_dtype(input) is not None:
@@ -265,15 +307,41 @@ def check_labels(labels: Tensor, K: int, cause: BaseException | None = None) -> 
 
 
 def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
-    """1/(2n) Σ_x ‖y - a‖², ∇_a = (a - y)/n; `input` is a, arguments as :func:`cost`."""
+    """1/(2n) Σ_x ‖y - a‖², ∇_a = (a - y)/n.
+
+    Args:
+        input: a, (*, K).
+        target: numbers (*, K), or labels (*).
+
+    Raises:
+        TypeError, ValueError: as :func:`cost`.
+
+    Examples:
+        >>> a = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+        >>> quadratic_cost(a, torch.tensor([1, 1]))  # (0 + ½)/2
+        tensor(0.2500)
+    """
     return cost(QuadraticFunction, input, target)
 
 
 def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
-    """-1/n Σ_x Σ_j [y ln σ(z) + (1 - y) ln(1 - σ(z))], ∇_z = (σ(z) - y)/n.
+    """-1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1 - σ(z))], ∇_z = (σ(z) - y)/n.
 
-    `input` is z: the last layer is the identity, and the cost applies the sigmoid.
-    Arguments as :func:`cost`.
+    The last layer is the identity, and the cost applies the sigmoid.
+
+    Args:
+        input: z, (*, K).
+        target: numbers (*, K), or labels (*).
+
+    Raises:
+        TypeError, ValueError: as :func:`cost`.
+
+    Examples:
+        >>> z = torch.zeros(1, 2, requires_grad=True)
+        >>> C = cross_entropy_cost(z, torch.tensor([[1.0, 0.0]]))  # 2 ln 2
+        >>> C.backward()
+        >>> round(C.item(), 4), z.grad
+        (1.3863, tensor([[-0.5000,  0.5000]]))
     """
     return cost(CrossEntropyFunction, input, target)
 
@@ -281,8 +349,22 @@ def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
 def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
     """-1/n Σ_x ln softmax(z)_y, ∇_z = (softmax(z) - y)/n.
 
-    `input` is z: the last layer is the identity, and the cost applies the softmax,
-    which is not entrywise and so has no place in a layer. Arguments as :func:`cost`.
+    The last layer is the identity, and the cost applies the softmax, which is not
+    entrywise and so has no place in a layer.
+
+    Args:
+        input: z, (*, K).
+        target: numbers (*, K), or labels (*).
+
+    Raises:
+        TypeError, ValueError: as :func:`cost`.
+
+    Examples:
+        >>> z = torch.zeros(1, 4, requires_grad=True)
+        >>> C = log_likelihood_cost(z, torch.tensor([2]))  # ln 4
+        >>> C.backward()
+        >>> round(C.item(), 4), z.grad
+        (1.3863, tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]]))
     """
     return cost(LogLikelihoodFunction, input, target)
 
@@ -306,21 +388,52 @@ class _Cost(nn.Module):
 
 
 class QuadraticCost(_Cost):
-    """:func:`quadratic_cost` as a module."""
+    """:func:`quadratic_cost` as a module.
+
+    Attributes:
+        takes: what `forward` takes for its input, "a" or "z".
+
+    Examples:
+        >>> a = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+        >>> QuadraticCost()(a, torch.tensor([1, 1]))
+        tensor(0.2500)
+        >>> QuadraticCost.takes
+        'a'
+    """
 
     function = QuadraticFunction
     takes = "a"
 
 
 class CrossEntropyCost(_Cost):
-    """:func:`cross_entropy_cost` as a module."""
+    """:func:`cross_entropy_cost` as a module.
+
+    Attributes:
+        takes: what `forward` takes for its input, "a" or "z".
+
+    Examples:
+        >>> CrossEntropyCost()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        tensor(1.3863)
+        >>> CrossEntropyCost.takes
+        'z'
+    """
 
     function = CrossEntropyFunction
     takes = "z"
 
 
 class LogLikelihoodCost(_Cost):
-    """:func:`log_likelihood_cost` as a module."""
+    """:func:`log_likelihood_cost` as a module.
+
+    Attributes:
+        takes: what `forward` takes for its input, "a" or "z".
+
+    Examples:
+        >>> LogLikelihoodCost()(torch.zeros(1, 4), torch.tensor([2]))
+        tensor(1.3863)
+        >>> LogLikelihoodCost.takes
+        'z'
+    """
 
     function = LogLikelihoodFunction
     takes = "z"
@@ -345,12 +458,15 @@ def define_cost(
         ValueError: `name` is not an identifier, `takes` is neither "a" nor "z", a
             result has another shape than said, or an argument is overwritten.
 
-    >>> import torch, torchbp
-    >>> Absolute = torchbp.define_cost(
-    ...     "Absolute", lambda a, y: (a - y).abs().sum(-1), lambda a, y: (a - y).sign()
-    ... )
-    >>> Absolute()(torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.ones(2, 2))
-    tensor(1.5000)
+    Examples:
+        >>> import torch, torchbp
+        >>> Absolute = torchbp.define_cost(
+        ...     "Absolute",
+        ...     cost=lambda a, y: (a - y).abs().sum(-1),
+        ...     grad=lambda a, y: (a - y).sign(),
+        ... )
+        >>> Absolute()(torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.ones(2, 2))
+        tensor(1.5000)
     """
     check_name(name)
     if takes not in ("a", "z"):

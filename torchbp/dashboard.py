@@ -61,6 +61,17 @@ class Dashboard:
         ValueError: a level that is none.
         OSError: the folder cannot be written.
         ImportError: tensorboard is not installed, and the level is not "off".
+
+    Examples:
+        >>> import tempfile
+        >>> from torchbp.trainer import EpochResult, Score
+        >>> scores = {name: Score(0.5, 0.1) for name in ("train", "validation", "test")}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dashboard = Dashboard(Path(folder), {"lr": 3.0}, {"lr": 3.0}, {})
+        ...     dashboard.log(EpochResult(0, scores, None, 0.0, 0.0), lr=3.0)
+        ...     dashboard.close()
+        ...     [path.name.split(".")[0] for path in Path(folder).iterdir()]
+        ['events']
     """
 
     def __init__(
@@ -277,6 +288,14 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
         cost: of ours.
         input: (n, n_in).
         target: (n, n_out), or labels (n).
+
+    Examples:
+        >>> import torchbp
+        >>> model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
+        >>> labels = torch.tensor([0, 1, 1, 0, 1])
+        >>> records = probe(model, cost, torch.rand(5, 4), labels)
+        >>> [tuple(record.delta.shape) for record in records]
+        [(5, 3), (5, 2)]
     """
     # A native network is seen through a twin of our layers on the same parameters.
     twin = from_native(model)

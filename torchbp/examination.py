@@ -91,6 +91,10 @@ class Finding:
             raises an error; "not applicable", where there was nothing to check.
         reason: what was seen.
         mend: what to do about it; "" if nothing.
+
+    Examples:
+        >>> print(Finding("vmap", "not supported", "there is no batching rule"))
+        vmap                   not supported   there is no batching rule
     """
 
     check: str
@@ -114,9 +118,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The findings on one function, in the order of the checks: ``report.findings``, or
-    ``report["vmap"]`` for one of them. ``str(report)`` is a table, and below it what
-    failed or did not fit, why, and how to mend it."""
+    """The findings on one function, in the order of the checks.
+
+    ``report["vmap"]`` is one of them. ``str(report)`` is a table, and below it what
+    failed or did not fit, why, and how to mend it.
+
+    Attributes:
+        name: the function's.
+        findings: one for each check.
+
+    Examples:
+        >>> report = Report("f", (Finding("vmap", "pass", "as a loop does it"),))
+        >>> report.ok, report["vmap"].status
+        (True, 'pass')
+        >>> print(report.brief())
+        f: 1 pass
+    """
 
     name: str
     findings: tuple[Finding, ...]
@@ -208,11 +225,12 @@ def examine(
     numbers, the grad mode and a module's buffers are as before when it returns. Where
     `fn` does not take float64, most checks make do with its own dtype.
 
-    >>> import torch, torchbp
-    >>> x, W, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
-    >>> report = torchbp.examine(torchbp.functional.linear_sigmoid, x, W, b)
-    >>> report.ok, report["first derivatives"].status
-    (True, 'pass')
+    Examples:
+        >>> import torch, torchbp
+        >>> x, W, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+        >>> report = torchbp.examine(torchbp.functional.linear_sigmoid, x, W, b)
+        >>> report.ok, report["first derivatives"].status
+        (True, 'pass')
     """
     with _undisturbed(inputs):
         subject = make_subject(fn, inputs, reference, seed)

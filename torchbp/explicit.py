@@ -63,14 +63,15 @@ def backprop(
     Source: Nielsen, Neural Networks and Deep Learning, chapter 2, "The backpropagation
     algorithm".
 
-    >>> import torch, torchbp
-    >>> model = torchbp.MLP([4, 3, 2])
-    >>> x, y = torch.rand(5, 4), torch.tensor([0, 1, 1, 0, 1])
-    >>> C, grads = torchbp.backprop(model, torchbp.QuadraticCost(), x, y)
-    >>> {name: tuple(grad.shape) for name, grad in grads.items()}
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'layers.0.weight': (3, 4), 'layers.0.bias': (3,),
-     'layers.1.weight': (2, 3), 'layers.1.bias': (2,)}
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([4, 3, 2])
+        >>> x, y = torch.rand(5, 4), torch.tensor([0, 1, 1, 0, 1])
+        >>> C, grads = torchbp.backprop(model, torchbp.QuadraticCost(), x, y)
+        >>> {name: tuple(grad.shape) for name, grad in grads.items()}
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'layers.0.weight': (3, 4), 'layers.0.bias': (3,),
+         'layers.1.weight': (2, 3), 'layers.1.bias': (2,)}
     """
     layers = layers_of(model)
     check_takes(model, cost)
@@ -113,11 +114,18 @@ def _without_autocast(like: Tensor) -> contextlib.AbstractContextManager[None]:
 def layers_of(model: nn.Module) -> list[BPLinear]:
     """The layers of ours that `model` calls one after the other, and nothing else.
 
+    Args:
+        model: an MLP, a layer of ours, or an ``nn.Sequential`` of them.
+
     Raises:
-        TypeError: `model` is not an MLP, a layer of ours or an ``nn.Sequential`` of
-            them, or a layer's parameters are computed from others (parametrizations,
-            pruning).
+        TypeError: `model` is something else, or a layer's parameters are computed from
+            others (parametrizations, pruning).
         ValueError, TypeError: layers that do not fit together.
+
+    Examples:
+        >>> model = nn.Sequential(MLP([4, 3, 2]), nn.Identity(), BPLinear(2, 1))
+        >>> [layer.out_features for layer in layers_of(model)]
+        [3, 2, 1]
     """
     layers = list(_chain(model))
     if not layers:
@@ -189,13 +197,29 @@ def _check_set(
         raise ValueError(
             f"images: expected the parameters' device {W.device}, got {images.device}"
         )
+    _check_numbers("images", images)
     outputs = W.new_empty(()).expand(len(images), layers[-1].weight.shape[0])
     costs.check(outputs, targets)
+    _check_numbers("targets", targets)
     if targets.is_floating_point():
         return targets
     targets = targets.long()
     costs.check_labels(targets, outputs.shape[1])
     return targets
+
+
+def _check_numbers(name: str, t: Tensor) -> None:
+    """Raise ValueError unless all are finite."""
+    # The sum tells at a third of the cost; it may overflow where no number has.
+    if not t.is_floating_point() or t.sum().isfinite():
+        return
+    bad = ~t.isfinite().flatten(1).all(1)
+    if bad.any():
+        i = int(bad.int().argmax())
+        raise ValueError(
+            f"{name}: expected finite numbers, got {t[i][~t[i].isfinite()][0].item()} "
+            f"in example {i} and {int(bad.sum()) - 1} more that are not"
+        )
 
 
 def _check_order(order: Tensor, n: int) -> None:
@@ -217,11 +241,20 @@ def summing_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def check_rates(lr: float, weight_decay: float) -> None:
-    """Raise ValueError unless both are finite and not negative."""
+def check_rates(lr: float, weight_decay: float, model: nn.Module) -> None:
+    """Raise ValueError unless both are finite and not negative, and the parameters'
+    dtype has room for what they are multiplied by."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    largest = torch.finfo(dtype).max
+    for name, value in (("lr", lr), ("lr · weight_decay", lr * weight_decay)):
+        if value > largest:
+            raise ValueError(
+                f"{name}: expected at most {largest:.3g}, the largest {dtype}, "
+                f"got {value:.3g}"
+            )
 
 
 def _trains(layer: BPLinear) -> tuple[bool, bool]:
@@ -286,14 +319,15 @@ class ExplicitSGD:
 
     Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
 
-    >>> import torch, torchbp
-    >>> _ = torch.manual_seed(0)
-    >>> model = torchbp.MLP([4, 3, 2])
-    >>> engine = torchbp.ExplicitSGD(model, torchbp.QuadraticCost(), lr=1.0)
-    >>> x, y = torch.rand(20, 4), torch.arange(20) % 2
-    >>> costs = [engine.epoch(x, y, batch_size=5) for _ in range(10)]
-    >>> bool(costs[-1] < costs[0])
-    True
+    Examples:
+        >>> import torch, torchbp
+        >>> _ = torch.manual_seed(0)
+        >>> model = torchbp.MLP([4, 3, 2])
+        >>> engine = torchbp.ExplicitSGD(model, torchbp.QuadraticCost(), lr=1.0)
+        >>> x, y = torch.rand(20, 4), torch.arange(20) % 2
+        >>> costs = [engine.epoch(x, y, batch_size=5) for _ in range(10)]
+        >>> bool(costs[-1] < costs[0])
+        True
     """
 
     def __init__(
@@ -301,7 +335,7 @@ class ExplicitSGD:
     ) -> None:
         layers = layers_of(model)
         check_takes(model, cost)
-        check_rates(lr, weight_decay)
+        check_rates(lr, weight_decay, model)
         self.model, self.cost = model, cost
         self.lr, self.weight_decay = lr, weight_decay
         self._layers, self._function = layers, costs.function_of(cost)
@@ -329,7 +363,7 @@ class ExplicitSGD:
             TypeError, ValueError: arguments that do not fit; nothing has changed then.
         """
         self._check_idle()
-        check_rates(self.lr, self.weight_decay)
+        self._check_rates()
         x, y = _check_batch(self._layers, input, target)
         if not len(x):
             raise ValueError(f"input: expected an example, got {tuple(input.shape)}")
@@ -363,7 +397,7 @@ class ExplicitSGD:
         Raises:
             TypeError, ValueError: arguments that do not fit; nothing has changed then.
         """
-        check_rates(self.lr, self.weight_decay)
+        self._check_rates()
         targets = _check_set(self._layers, images, targets, batch_size)
         n = len(images)
         m = min(operator.index(batch_size), n)
@@ -394,7 +428,7 @@ class ExplicitSGD:
             TypeError, ValueError: as :meth:`epoch`, at once.
             RuntimeError: another such generator of this engine is not finished.
         """
-        check_rates(self.lr, self.weight_decay)
+        self._check_rates()
         targets = _check_set(self._layers, images, targets, batch_size)
         _check_order(order, len(images))
         m = min(operator.index(batch_size), len(order))
@@ -437,6 +471,9 @@ class ExplicitSGD:
         """The steps of the mini-batches `rows`; their costs."""
         steps.gather(images, targets, rows)
         return steps.run(len(rows) // steps.m).clone()
+
+    def _check_rates(self) -> None:
+        check_rates(self.lr, self.weight_decay, self._layers[0])
 
     def _check_idle(self) -> None:
         if self._is_sweeping:
@@ -516,7 +553,8 @@ class ExplicitSGD:
         return {"lr": self.lr, "weight_decay": self.weight_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_rates(state["lr"], state["weight_decay"])
+        """The rates from the `state` of :meth:`state_dict`."""
+        check_rates(state["lr"], state["weight_decay"], self.model)
         self.lr, self.weight_decay = state["lr"], state["weight_decay"]
 
     def __getstate__(self) -> dict[str, Any]:

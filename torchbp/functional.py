@@ -53,6 +53,16 @@ class LinearFunction(TwoFormFunction):
     Use it through :func:`linear`, which checks its arguments; ``LinearFunction.apply(x,
     W, b)`` does not. Second derivatives are autograd through the operations of
     `backward`, which are all differentiable.
+
+    Examples:
+        >>> x, b = torch.ones(2, 3), torch.zeros(4)
+        >>> W = torch.ones(4, 3, requires_grad=True)
+        >>> LinearFunction.apply(x, W, b).sum().backward()
+        >>> W.grad  # BP4: δ is 1 everywhere, and two examples add up
+        tensor([[2., 2., 2.],
+                [2., 2., 2.],
+                [2., 2., 2.],
+                [2., 2., 2.]])
     """
 
     boxed_grads_call = HAS_BOXED_GRADS
@@ -61,17 +71,17 @@ class LinearFunction(TwoFormFunction):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        """σ(z)."""
+        """σ(z), entrywise; may overwrite `z`."""
         return z
 
     @staticmethod
     def gate(grad_a: Tensor, s: Any) -> Tensor:
-        """grad_a ⊙ σ'(z), from the `s` that is saved. Changes neither argument."""
+        """`grad_a` ⊙ σ'(z), from the `s` that is saved. Changes neither argument."""
         return grad_a
 
     @staticmethod
     def saved(output: Any) -> Tensor | None:
-        """What σ' is computed from, of what `evaluate` returned: a, z or nothing."""
+        """What σ' is computed from, of the `output` of `evaluate`: a, z or nothing."""
         # The identity layer must not save its output: an in-place operation on it, as
         # in Sequential(BPLinear, ReLU(inplace=True)), would then break the graph.
         return None
@@ -111,7 +121,9 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def error(cls, grads: list[Any], s: Any) -> Tensor | None:
-        """δ; takes grad_a out of the list, so that it is freed on return."""
+        """δ, from the `grads` that arrive and the `s` that is saved; takes grad_a
+        out of the list, so that it is freed on return.
+        """
         grad_a = grads.pop()
         if grad_a is None:
             return None
@@ -193,7 +205,22 @@ def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
 def gradients(
     delta: Tensor, x: Tensor, W: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂C/∂x, ∂C/∂W and ∂C/∂b from δ, or None for each that nobody asked for."""
+    """∂C/∂x, ∂C/∂W and ∂C/∂b from δ, or None for each that nobody asked for.
+
+    Args:
+        delta: δ, (*, n_out).
+        x: a^{ℓ-1}, (*, n_in).
+        W: W^ℓ, (n_out, n_in).
+        needs: which of the three are wanted.
+
+    Examples:
+        >>> x, W = torch.tensor([[5.0, 7.0]]), torch.ones(1, 2)
+        >>> delta = torch.tensor([[2.0]])
+        >>> gradients(delta, x, W, (True, True, True))
+        (tensor([[2., 2.]]), tensor([[10., 14.]]), tensor([2.]))
+        >>> gradients(delta, x, W, (False, False, True))
+        (None, None, tensor([2.]))
+    """
     need_x, need_W, need_b = needs
     grad_x = grad_W = grad_b = None
     if need_x:
@@ -217,7 +244,13 @@ def as_rows(t: Tensor) -> Tensor:
 
 
 class LinearSigmoidFunction(LayerFromOutput):
-    """a = σ(x Wᵀ + b) with σ(z) = 1/(1 + e^-z) and σ' = a(1 - a)."""
+    """a = σ(x Wᵀ + b) with σ(z) = 1/(1 + e^-z) and σ' = a(1 - a).
+
+    Examples:
+        >>> a = torch.tensor([0.5, 0.9])
+        >>> LinearSigmoidFunction.gate(torch.ones(2), a)  # σ' = a(1 - a)
+        tensor([0.2500, 0.0900])
+    """
 
     max_slope = 0.25
 
@@ -233,7 +266,13 @@ class LinearSigmoidFunction(LayerFromOutput):
 
 
 class LinearTanhFunction(LayerFromOutput):
-    """a = tanh(x Wᵀ + b), σ' = 1 - a²."""
+    """a = tanh(x Wᵀ + b), σ' = 1 - a².
+
+    Examples:
+        >>> a = torch.tensor([0.0, 0.5])
+        >>> LinearTanhFunction.gate(torch.ones(2), a)  # σ' = 1 - a²
+        tensor([1.0000, 0.7500])
+    """
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
@@ -247,7 +286,13 @@ class LinearTanhFunction(LayerFromOutput):
 
 
 class LinearReLUFunction(LayerFromOutput):
-    """a = max(0, x Wᵀ + b), σ' = [a > 0] (0 at z = 0, as torch has it)."""
+    """a = max(0, x Wᵀ + b), σ' = [a > 0] (0 at z = 0, as torch has it).
+
+    Examples:
+        >>> a = torch.tensor([0.0, 0.5])
+        >>> LinearReLUFunction.gate(torch.ones(2), a)  # σ' = [a > 0]
+        tensor([0., 1.])
+    """
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
@@ -304,6 +349,15 @@ def layer(
 
     Under autocast the arguments are cast to its dtype first (float64 is left alone, as
     native layers do); the gradients come back in the parameters' own dtype.
+
+    Examples:
+        >>> x, W, b = torch.zeros(5, 3), torch.ones(2, 3), torch.zeros(2)
+        >>> layer(LinearSigmoidFunction, x, W, b).shape
+        torch.Size([5, 2])
+        >>> layer(LinearSigmoidFunction, x, W.T, b)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: input: expected last dimension 2 to fit weight (3, 2), got ...
     """
     try:
         # The cheap test first: these run at every call.
@@ -357,22 +411,83 @@ def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z = input weightᵀ + bias, with BP2-BP4 by hand; arguments as :func:`layer`."""
+    """z = input weightᵀ + bias, with BP2-BP4 by hand.
+
+    Args:
+        input: a^{ℓ-1}, (*, n_in).
+        weight: W^ℓ, (n_out, n_in).
+        bias: b^ℓ, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer`.
+
+    Examples:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[11.]])
+    """
     return layer(LinearFunction, input, weight, bias)
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """σ(input weightᵀ + bias), σ' = a(1 - a); arguments as :func:`layer`."""
+    """σ(input weightᵀ + bias), σ' = a(1 - a), with BP2-BP4 by hand.
+
+    Args:
+        input: a^{ℓ-1}, (*, n_in).
+        weight: W^ℓ, (n_out, n_in).
+        bias: b^ℓ, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer`.
+
+    Examples:
+        >>> z = torch.zeros(1, 1, requires_grad=True)
+        >>> a = linear_sigmoid(z, torch.ones(1, 1))
+        >>> a.backward()
+        >>> a.item(), z.grad.item()
+        (0.5, 0.25)
+    """
     return layer(LinearSigmoidFunction, input, weight, bias)
 
 
 def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """tanh(input weightᵀ + bias), σ' = 1 - a²; arguments as :func:`layer`."""
+    """tanh(input weightᵀ + bias), σ' = 1 - a², with BP2-BP4 by hand.
+
+    Args:
+        input: a^{ℓ-1}, (*, n_in).
+        weight: W^ℓ, (n_out, n_in).
+        bias: b^ℓ, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer`.
+
+    Examples:
+        >>> z = torch.zeros(1, 1, requires_grad=True)
+        >>> a = linear_tanh(z, torch.ones(1, 1))
+        >>> a.backward()
+        >>> a.item(), z.grad.item()
+        (0.0, 1.0)
+    """
     return layer(LinearTanhFunction, input, weight, bias)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """max(0, input weightᵀ + bias), σ' = [a > 0]; arguments as :func:`layer`."""
+    """max(0, input weightᵀ + bias), σ' = [a > 0], with BP2-BP4 by hand.
+
+    Args:
+        input: a^{ℓ-1}, (*, n_in).
+        weight: W^ℓ, (n_out, n_in).
+        bias: b^ℓ, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer`.
+
+    Examples:
+        >>> z = torch.tensor([[-3.0], [3.0]], requires_grad=True)
+        >>> a = linear_relu(z, torch.ones(1, 1))
+        >>> a.sum().backward()
+        >>> a.tolist(), z.grad.tolist()
+        ([[0.0], [3.0]], [[0.0], [1.0]])
+    """
     return layer(LinearReLUFunction, input, weight, bias)
 
 
@@ -396,6 +511,14 @@ def define_function(
         ValueError: `name` is not an identifier, `saves` is neither "a" nor "z", or one
             of the two is not entrywise (it changes the shape or the dtype) or
             overwrites its argument.
+
+    Examples:
+        >>> Cubic = define_function("Cubic", lambda z: z**3, lambda z: 3 * z**2, "z")
+        >>> z = torch.tensor([[2.0]], requires_grad=True)
+        >>> a = layer(Cubic, z, torch.ones(1, 1))
+        >>> a.backward()
+        >>> a.item(), z.grad.item()
+        (8.0, 12.0)
     """
     check_name(name)
     if saves not in ("a", "z"):
@@ -431,8 +554,18 @@ def boxed_gradients(enabled: bool) -> None:
     Compiled autograd refuses Functions that do so when the forward ran in eager mode:
     switch it off there, before the forward pass.
 
+    Args:
+        enabled: whether it does, from now on, in every layer.
+
     Raises:
         RuntimeError: switched on with a torch that has no boxed gradients.
+
+    Examples:
+        >>> before = LinearFunction.boxed_grads_call
+        >>> boxed_gradients(False)
+        >>> LinearFunction.boxed_grads_call
+        False
+        >>> boxed_gradients(before)
     """
     if enabled and not HAS_BOXED_GRADS:
         raise RuntimeError(

@@ -48,6 +48,14 @@ class BPLinear(nn.Linear):
     The subclasses apply an activation too and replace ``Sequential(nn.Linear,
     nn.<σ>)``; a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with
     its weight leaves that σ out: give it ``torchbp.to_native(model)``.
+
+    Examples:
+        >>> layer = BPLinear(784, 10)
+        >>> layer(torch.rand(5, 784)).shape
+        torch.Size([5, 10])
+        >>> native = nn.Linear(784, 10)
+        >>> layer.load_state_dict(native.state_dict())
+        <All keys matched successfully>
     """
 
     function: ClassVar[type[functional.LinearFunction]] = functional.LinearFunction
@@ -61,11 +69,12 @@ class BPLinearSigmoid(BPLinear):
 
     Arguments and shapes as :class:`BPLinear`.
 
-    >>> layer = BPLinearSigmoid(784, 30)
-    >>> layer
-    BPLinearSigmoid(in_features=784, out_features=30, bias=True)
-    >>> layer(torch.rand(10, 784)).shape
-    torch.Size([10, 30])
+    Examples:
+        >>> layer = BPLinearSigmoid(784, 30)
+        >>> layer
+        BPLinearSigmoid(in_features=784, out_features=30, bias=True)
+        >>> layer(torch.rand(10, 784)).shape
+        torch.Size([10, 30])
     """
 
     function = functional.LinearSigmoidFunction
@@ -75,6 +84,11 @@ class BPLinearTanh(BPLinear):
     """a = tanh(x Wᵀ + b), σ' = 1 - a²; for ``Sequential(nn.Linear, nn.Tanh)``.
 
     Arguments and shapes as :class:`BPLinear`.
+
+    Examples:
+        >>> layer = BPLinearTanh(784, 30)
+        >>> bool(layer(torch.rand(10, 784)).abs().max() < 1)
+        True
     """
 
     function = functional.LinearTanhFunction
@@ -84,6 +98,11 @@ class BPLinearReLU(BPLinear):
     """a = max(0, x Wᵀ + b), σ' = [a > 0]; for ``Sequential(nn.Linear, nn.ReLU)``.
 
     Arguments and shapes as :class:`BPLinear`.
+
+    Examples:
+        >>> layer = BPLinearReLU(784, 30)
+        >>> bool((layer(torch.rand(10, 784)) >= 0).all())
+        True
     """
 
     function = functional.LinearReLUFunction
@@ -107,11 +126,12 @@ def define_layer(
     Raises:
         TypeError, ValueError: as :func:`torchbp.functional.define_function`.
 
-    >>> BPLinearSoftplus = define_layer(
-    ...     "BPLinearSoftplus", nn.functional.softplus, lambda a: 1 - torch.exp(-a)
-    ... )
-    >>> BPLinearSoftplus(3, 2)
-    BPLinearSoftplus(in_features=3, out_features=2, bias=True)
+    Examples:
+        >>> BPLinearSoftplus = define_layer(
+        ...     "BPLinearSoftplus", nn.functional.softplus, lambda a: 1 - torch.exp(-a)
+        ... )
+        >>> BPLinearSoftplus(3, 2)
+        BPLinearSoftplus(in_features=3, out_features=2, bias=True)
     """
     check_name(name)
     function = functional.define_function(f"{name}Function", sigma, sigma_prime, saves)
@@ -176,6 +196,18 @@ class MLP(nn.Module):
         ValueError: fewer than two sizes, sizes below 1, unknown names.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
+
+    Examples:
+        >>> model = MLP([784, 30, 10])  # the book's first network
+        >>> model(torch.rand(5, 784)).shape
+        torch.Size([5, 10])
+        >>> MLP([784, 100, 10], "relu", output="identity")
+        MLP(
+          (layers): ModuleList(
+            (0): BPLinearReLU(in_features=784, out_features=100, bias=True)
+            (1): BPLinear(in_features=100, out_features=10, bias=True)
+          )
+        )
     """
 
     def __init__(
@@ -250,9 +282,25 @@ def check_takes(model: nn.Module, cost: Any) -> None:
     identity layer's a is its z. A model with a ``forward`` of its own is let through:
     its structure does not tell what comes last.
 
+    Args:
+        model: the network.
+        cost: the cost, a module or function with `takes`.
+
     Raises:
         TypeError: `cost` does not say what it takes.
         ValueError: the cost takes z and the last layer is not the identity.
+
+    Examples:
+        >>> import torchbp
+        >>> cost = torchbp.CrossEntropyCost()
+        >>> check_takes(MLP([784, 30, 10], output="identity"), cost)
+        >>> check_takes(MLP([784, 30, 10]), cost)
+        ... # doctest: +NORMALIZE_WHITESPACE
+        Traceback (most recent call last):
+            ...
+        ValueError: CrossEntropyCost: expected a network that gives z
+        (output="identity"), got one whose last layer is BPLinearSigmoid: σ would be
+        applied twice
     """
     takes = getattr(cost, "takes", None)
     name = getattr(cost, "__name__", type(cost).__name__)

@@ -34,6 +34,7 @@ class Record:
 
     Attributes:
         name: the layer's name in the observed model ("" if it is the model).
+        function: the layer's Function, with its σ'.
         x: a^{ℓ-1}, (*, n_in).
         weight, bias: W and b at the call; bias None if there is none.
         z, a: (*, n_out).
@@ -45,6 +46,23 @@ class Record:
             for parameters that do not require grad.
         grad_a: ∂C/∂a as it arrived, before σ', (*, n_out): ∇_a C at the last layer.
             None as above.
+
+    `hooked` and `reruns` are for :func:`observe` itself: whether the call's output
+    tells of its backward pass, and how often checkpointing has run the call again.
+
+    Examples:
+        >>> import torch, torchbp
+        >>> layer = torchbp.BPLinearSigmoid(2, 1)
+        >>> with observe(layer) as trace:
+        ...     C = torchbp.QuadraticCost()(layer(torch.rand(3, 2)), torch.rand(3, 1))
+        ...     C.backward()
+        >>> record = trace[0]
+        >>> torch.allclose(record.delta, record.grad_a * record.sigma_prime)  # BP1
+        True
+        >>> torch.allclose(record.grad_weight, record.delta.T @ record.x)  # BP4
+        True
+        >>> record
+        <Record of '': 3 x 2 → 1, forward and backward>
     """
 
     name: str
@@ -103,7 +121,8 @@ class Record:
 
     def update_ratio(self, lr: float = 1.0) -> float | None:
         """η‖∂C/∂W‖/‖W‖: how far a step of plain gradient descent moves W, relative to
-        W; None without ∂C/∂W."""
+        W, with η = `lr`; None without ∂C/∂W.
+        """
         if self.grad_weight is None:
             return None
         step, size = lr * _norm(self.grad_weight), _norm(self.weight)
@@ -142,7 +161,21 @@ def _norm(t: Tensor) -> float:
 @dataclass(eq=False)
 class Trace:
     """The records of every call, in order: ``trace[i]``, or ``trace["layers.0"]`` for
-    the calls of one layer. ``print(trace)`` is :meth:`table`."""
+    the calls of one layer. ``print(trace)`` is :meth:`table`.
+
+    Attributes:
+        records: the same as a list.
+
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([4, 3, 2])
+        >>> with observe(model) as trace:
+        ...     _ = model(torch.rand(5, 4))
+        >>> [record.name for record in trace]
+        ['layers.0', 'layers.1']
+        >>> [tuple(record.z.shape) for record in trace["layers.1"]]
+        [(5, 2)]
+    """
 
     records: list[Record] = field(default_factory=list)
 
@@ -241,13 +274,14 @@ def observe(model: nn.Module) -> Iterator[Trace]:
     the model before the block runs as it was compiled: the trace stays empty, and says
     so when printed.
 
-    >>> import torch, torchbp
-    >>> model = torchbp.MLP([4, 3, 2])
-    >>> with torchbp.observe(model) as trace:
-    ...     C = torchbp.QuadraticCost()(model(torch.rand(5, 4)), torch.rand(5, 2))
-    ...     C.backward()
-    >>> [tuple(record.delta.shape) for record in trace]
-    [(5, 3), (5, 2)]
+    Examples:
+        >>> import torch, torchbp
+        >>> model = torchbp.MLP([4, 3, 2])
+        >>> with torchbp.observe(model) as trace:
+        ...     C = torchbp.QuadraticCost()(model(torch.rand(5, 4)), torch.rand(5, 2))
+        ...     C.backward()
+        >>> [tuple(record.delta.shape) for record in trace]
+        [(5, 3), (5, 2)]
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BPLinear)}
     if not layers:

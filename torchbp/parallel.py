@@ -30,6 +30,10 @@ class World:
         rank: the number of this one; 0 logs and saves for all.
         size: how many there are.
         device: this one's.
+
+    Examples:
+        >>> World(rank=0, size=1, device=torch.device("cpu"))
+        World(rank=0, size=1, device=device(type='cpu'))
     """
 
     rank: int
@@ -47,6 +51,11 @@ def join(device: str) -> Iterator[World]:
 
     Raises:
         ValueError: the device is not there, or there are more processes than GPUs.
+
+    Examples:
+        >>> with join("cpu") as world:  # alone: torchrun has not started this
+        ...     world.rank, world.size
+        (0, 1)
     """
     chosen = choose_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -76,6 +85,19 @@ class ParallelSGD(AutogradSGD):
         model, cost, lr, weight_decay: as there; the processes start from rank 0's
             parameters.
         world: of :func:`join`.
+
+    Examples:
+        >>> import torchbp
+        >>> from torch import distributed
+        >>> store = distributed.HashStore()  # torchrun sees to this
+        >>> distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
+        >>> world = World(rank=0, size=1, device=torch.device("cpu"))
+        >>> engine = ParallelSGD(model, cost, 3.0, 0.0, world)
+        >>> C = engine.step(torch.rand(6, 4), torch.rand(6, 2))
+        >>> torch.equal(engine.collect(C.clone()), C)  # of one process, its own
+        True
+        >>> distributed.destroy_process_group()
     """
 
     def __init__(

@@ -23,6 +23,13 @@ class Progress:
         images: training examples in an epoch.
         done: epochs completed in an earlier sitting.
         stream: where to write; standard output if None.
+
+    Examples:
+        >>> from torchbp.trainer import Score
+        >>> progress = Progress(epochs=30, images=50_000)
+        >>> scores = {"test": Score(cost=0.4, accuracy=0.1)}
+        >>> progress.epoch(EpochResult(0, scores, None, 0.0, 0.0))
+        epoch  0/30  test 0.4000  10.00%
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class Progress:
         )
 
     def epoch(self, result: EpochResult) -> None:
-        """Close the bar and print the epoch's line."""
+        """Close the bar and print the line of the epoch that `result` is of."""
         self.close()
         self.done = result.epoch
         scores = result.scores
@@ -92,13 +99,18 @@ class Progress:
         return spent / (self.done - self.done_before) * (self.epochs - self.done)
 
     def close(self) -> None:
+        """Remove the bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 class Quiet(Progress):
-    """Says nothing."""
+    """Says nothing.
+
+    Examples:
+        >>> Quiet(epochs=30, images=50_000).update(10, 0.4)
+    """
 
     def update(self, images: int, cost: float) -> None:
         pass
@@ -109,7 +121,16 @@ class Quiet(Progress):
 
 class JSONLines(Quiet):
     """One JSON object on a line for each epoch: epoch, cost and accuracy by split,
-    running_cost, seconds, images_per_second."""
+    running_cost, seconds, images_per_second.
+
+    Examples:
+        >>> from torchbp.trainer import Score
+        >>> progress = JSONLines(epochs=30, images=50_000)
+        >>> progress.epoch(EpochResult(0, {"test": Score(0.4, 0.1)}, None, 0.0, 0.0))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {"epoch": 0, "cost": {"test": 0.4}, "accuracy": {"test": 0.1},
+         "running_cost": null, "seconds": 0.0, "images_per_second": 0.0}
+    """
 
     def epoch(self, result: EpochResult) -> None:
         content = {

@@ -1,0 +1,65 @@
+"""Colours, where somebody sees them, and waiting for a key."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody sits at the other end of `stream`."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # None, as under pythonw, or closed
+        return False
+
+
+def in_colour(stream: Any) -> bool:
+    """Whether what is written to `stream` may have colours: on a terminal that can,
+    unless NO_COLOR is set (no-color.org)."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and is_terminal(stream)
+
+
+def paint(text: str, style: str, on: bool = True) -> str:
+    """`text` in the style of that name, or as it is if not `on`."""
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if on else text
+
+
+def wait_for_key(prompt: str) -> str:
+    """The next key pressed; where standard input is no terminal, the next line of it,
+    without a prompt. "" at its end."""
+    if not is_terminal(sys.stdin):
+        return sys.stdin.readline() if sys.stdin is not None else ""
+    sys.stdout.flush()
+    with _unbuffered() as key:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            return key()
+        finally:
+            print(f"\r{' ' * len(prompt)}\r", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _unbuffered() -> Iterator[Callable[[], str]]:
+    """What reads one key from the terminal; a line where the system cannot."""
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        yield sys.stdin.readline
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        # Not raw: Ctrl-C still interrupts. Now: keys pressed already are not lost.
+        tty.setcbreak(descriptor, termios.TCSANOW)
+        # Not through sys.stdin, whose buffer would keep the rest of an arrow key.
+        yield lambda: os.read(descriptor, 32).decode(errors="replace")
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
