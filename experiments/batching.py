@@ -3,13 +3,13 @@
     python experiments/batching.py            on MNIST
     python experiments/batching.py --quick    fewer images and draws
 
-The claims:
+The claim: the gradient of a mini-batch is the mean of its examples' own,
 
     A1   C = (1/n) Σ_x C_x, so that ∂C/∂w = (1/n) Σ_x ∂C_x/∂w
 
-The gradient of a batch that ``torchbp.backprop`` and our layers under autograd compute
-at once, with the 1/n in the cost, is the mean of the gradients of its examples, taken
-one at a time or by ``torch.func`` as vmap(grad).
+so that what ``torchbp.backprop`` and our layers under autograd compute for a batch at
+once, with the 1/n in the cost, is what taking its examples one at a time gives, and
+what ``torch.func`` gives as vmap(grad).
 
 A mini-batch of m examples drawn from all estimates the gradient over all, and
 
@@ -43,10 +43,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments import reporting
-from experiments.timing import take_turns, threads
+from experiments.timing import take_turns
 from torchbp import data
 from torchbp.dashboard import probe
 from torchbp.observation import aligned
+from torchbp.trainer import cpu_threads
 
 HIDDEN, CLASSES = 30, 10
 BATCHES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -93,24 +94,23 @@ class Noise:
 def main(settings: Settings) -> dict[str, Any]:
     """Measure, print the tables, and return what is in results.json."""
     splits = reporting.load(settings)
+    print(reporting.stated(__doc__))
     split = data.Split(*(t[: settings.examples] for t in splits.train))
-    with threads(1), reporting.Report("batching", settings) as report:
+    with cpu_threads(1), reporting.Report("batching", settings) as report:
         ways = compare(settings, split)
         noise = draw_batches(settings, split)
-        claims = judge(ways, noise)
-        print(f"{way_table(ways, settings)}\n\n{noise_table(noise)}\n")
-        print(reporting.table_of(claims))
-        results = {
-            "settings": reporting.plain(settings),
-            "ways": [asdict(way) for way in ways],
-            "noise": [asdict(n) for n in noise],
-            "claims": claims,
-            "shown": all(claims.values()),
-            "verdict": reporting.verdict(claims),
-        }
-        report.finish(results, curves(noise), lambda f: draw(f, noise), (5, 4))
-    print(results["verdict"])
-    return results
+        print(f"{way_table(ways, settings)}\n\n{noise_table(noise, len(split.labels))}")
+        return report.conclude(
+            settings,
+            {
+                "ways": [asdict(way) for way in ways],
+                "noise": [asdict(n) for n in noise],
+            },
+            judge(ways, noise),
+            curves(noise),
+            lambda figure: draw(figure, noise),
+            (6, 4),
+        )
 
 
 def one_by_one(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -227,17 +227,22 @@ def judge(ways: list[Way], noise: list[Noise]) -> dict[str, bool]:
 
 
 def way_table(ways: list[Way], settings: Settings) -> str:
-    lines = [["way", "µs, float32", *(f"off, {dtype}" for dtype in AGREEMENT)]]
+    offs = [f"off the first, {dtype}" for dtype in AGREEMENT]
+    lines = [["way", "µs, float32", *offs]]
     for way in ways:
         offs = [f"{way.off[dtype]:.0e}" for dtype in AGREEMENT]
         lines.append([way.way, f"{way.seconds * 1e6:,.0f}", *offs])
     return f"a batch of {settings.batch_size}\n{aligned(lines, left=1)}"
 
 
-def noise_table(noise: list[Noise]) -> str:
-    lines = [["m", "error of its gradient / gradient", "predicted"]]
+def noise_table(noise: list[Noise], n: int) -> str:
+    lines = [["m", "error, measured", "predicted"]]
     lines += [[str(n.m), f"{n.measured:.3f}", f"{n.predicted:.3f}"] for n in noise]
-    return f"error ~ m^{exponent(noise):.3f}\n{aligned(lines, left=0)}"
+    title = (
+        f"mini-batches of m from {n:,} images: the root of the mean of ‖error‖², over "
+        f"‖∂C/∂w‖;\nit goes as m^{exponent(noise):.3f}"
+    )
+    return f"{title}\n{aligned(lines, left=0)}"
 
 
 def curves(noise: list[Noise]) -> dict[str, list[tuple[int, float]]]:
@@ -254,7 +259,8 @@ def draw(figure: Any, noise: list[Noise]) -> None:
     m = [n.m for n in noise]
     ax.loglog(m, [n.measured for n in noise], "o", label="measured")
     ax.loglog(m, [n.predicted for n in noise], "-", label="predicted, ~ 1/√m")
-    ax.set(xlabel="batch size m", ylabel="error of the gradient / gradient")
+    ax.set(xlabel="batch size m", ylabel="error / ‖∂C/∂w‖")
+    ax.set_title("A mini-batch's gradient as an estimate of the whole", fontsize=10)
     ax.legend()
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 from experiments import layer_benchmark
-from experiments.timing import machine, ratios, synchronize, take_turns, threads
+from experiments.timing import machine, ratios, synchronize, take_turns
 from experiments.training_loops import (
     COMPILED,
     EXPLICIT,
@@ -49,7 +49,7 @@ from experiments.training_loops import (
 )
 from torchbp import data
 from torchbp.checkpoint import RunFolder
-from torchbp.trainer import choose_device
+from torchbp.trainer import choose_device, cpu_threads
 
 WORKLOADS = (
     Workload("nielsen", (784, 30, 10), 10, 3.0),
@@ -126,7 +126,7 @@ def main(settings: Settings) -> dict[str, Any]:
     try:
         split = training_set(settings)
         print("   ".join(f"{key} {value}" for key, value in described.items()))
-        with threads(settings.threads):
+        with cpu_threads(settings.threads):
             if settings.what in ("all", "networks"):
                 results["networks"] = networks(settings, split, device)
             if settings.what in ("all", "layers"):

@@ -4,7 +4,7 @@
     python experiments/learning_slowdown.py --saturation 6   a worse start
     python experiments/learning_slowdown.py --quick          a smaller part of the data
 
-The claims, each measured:
+The claims:
 
     BP1   δ^L = ∇_a C ⊙ σ'(z^L)      quadratic cost: (a - y) σ', so an output that is
                                      saturated at the wrong end hardly learns;
@@ -15,9 +15,9 @@ The claims, each measured:
     ½     of the quadratic cost is a matter of η: without it and with η/2, the same
           trajectory
 
-One neuron (input 1, target 0, from a good and from a bad start), then a network
-[784, 30, 10] whose outputs all start at 1, beside the same network from its usual
-start; both costs at the same η.
+One neuron (input 1, target 0), from a good start and from a bad one; then a network
+[784, 30, 10], from its usual start and from one whose outputs are all saturated at 1;
+both costs at the same η.
 
 Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments or data.
 
@@ -41,11 +41,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments import reporting
-from experiments.timing import threads
 from torchbp import data
 from torchbp.dashboard import probe
 from torchbp.observation import aligned
-from torchbp.trainer import AutogradSGD
+from torchbp.trainer import AutogradSGD, cpu_threads
 
 # The cost and the output layer that fits it.
 COSTS: dict[str, tuple[Any, str]] = {
@@ -57,7 +56,7 @@ NEURON_LR, NEURON_EPOCHS = 0.15, 300
 NEURON_STARTS = {"good": (0.6, 0.9), "bad": (2.0, 2.0)}
 PROBED = 200  # images that the network's curves are measured on
 NEVER_ON = 67  # pixels of MNIST's 50,000 training images
-HALF_STEPS, HALF_LR = 300, 3.0
+HALF_STEPS, HALF_EVERY, HALF_LR = 300, 10, 3.0
 BINS = 5
 
 # ‖y - a‖² without the ½.
@@ -82,6 +81,10 @@ class Settings(reporting.OnImages):
         super().__post_init__()
         reporting.at_least(self, steps=1, every=1, examples=1, batches=1, lr=0)
         reporting.at_least(self, saturation=0)
+        if self.every > self.steps:
+            raise ValueError(
+                f"every: expected at most steps, {self.steps}, got {self.every}"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Half:
-    """The relative distance of the weights from those of the quadratic cost."""
+    """The relative distance of the weights from those of the quadratic cost, the
+    largest on the way."""
 
     half_rate: float  # without ½, with η/2
     same_rate: float  # without ½, with η
@@ -125,37 +129,32 @@ class Half:
 def main(settings: Settings) -> dict[str, Any]:
     """Measure, print the tables, and return what is in results.json."""
     splits = reporting.load(settings)
+    print(reporting.stated(__doc__))
     split = data.Split(*(t[: settings.examples] for t in splits.train))
-    with threads(1), reporting.Report("learning_slowdown", settings) as report:
+    with cpu_threads(1), reporting.Report("learning_slowdown", settings) as report:
         kinds = list(itertools.product(COSTS, NEURON_STARTS))
         neurons = [neuron(cost, start) for cost, start in kinds]
         networks = [network(settings, split, cost, start) for cost, start in kinds]
         inputs = look_at_inputs(settings, split)
         half = look_at_half(split)
         whole = settings.dataset == "mnist" and len(split.labels) == 50_000
-        claims = judge(neurons, networks, inputs, half, whole)
         print(f"one neuron, η {NEURON_LR:g}, epochs\n{curve_table(neurons)}\n")
         print(f"network, η {settings.lr:g}, steps\n{curve_table(networks)}\n")
-        print(f"{input_table(inputs)}\n")
-        print(
-            f"without ½: weights off by {half.half_rate:.1e} with η/2, by "
-            f"{half.same_rate:.1e} with η\n"
-        )
-        print(reporting.table_of(claims))
-        results = {
-            "settings": reporting.plain(settings),
-            "neurons": [asdict(curve) for curve in neurons],
-            "networks": [asdict(curve) for curve in networks],
-            "inputs": asdict(inputs),
-            "half": asdict(half),
-            "claims": claims,
-            "shown": all(claims.values()),
-            "verdict": reporting.verdict(claims),
-        }
+        print(f"{input_table(inputs)}\n\n{half_table(half)}")
         shown = {"neuron": neurons, "network": networks}
-        report.finish(results, points(shown), lambda f: draw(f, shown), (10, 5))
-    print(results["verdict"])
-    return results
+        return report.conclude(
+            settings,
+            {
+                "neurons": [asdict(curve) for curve in neurons],
+                "networks": [asdict(curve) for curve in networks],
+                "inputs": asdict(inputs),
+                "half": asdict(half),
+            },
+            judge(neurons, networks, inputs, half, whole),
+            points(shown),
+            lambda figure: draw(figure, shown),
+            (9, 5.5),
+        )
 
 
 class _Points:
@@ -199,7 +198,7 @@ def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def neuron(cost: str, start: str) -> Curve:
+def neuron(cost: str, start: str, lr: float = NEURON_LR) -> Curve:
     """One sigmoid neuron that is to turn input 1 into output 0."""
     make, output = COSTS[cost]
     model = torchbp.MLP([1, 1], output=output, dtype=torch.float64)
@@ -208,7 +207,7 @@ def neuron(cost: str, start: str) -> Curve:
             p.fill_(value)
     x = torch.ones(1, 1, dtype=torch.float64)
     y = torch.zeros_like(x)
-    sgd = torchbp.ExplicitSGD(model, make(), NEURON_LR)
+    sgd = torchbp.ExplicitSGD(model, make(), lr)
     found = _Points(cost, start)
     for epoch in range(NEURON_EPOCHS + 1):
         found.add(epoch, model, x, y)
@@ -280,26 +279,28 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
 
 def look_at_half(split: data.Split) -> Half:
     """The quadratic cost with and without its ½, in float64, on the same batches."""
-    torch.manual_seed(0)
     sizes = [split.images.shape[1], HIDDEN, CLASSES]
-    start = torchbp.MLP(sizes, dtype=torch.float64).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randint(
-        len(split.labels), (HALF_STEPS * BATCH_SIZE,), generator=generator
-    )
-
-    def train(cost: Any, lr: float) -> list[Tensor]:
+    kinds = ((torchbp.QuadraticCost, 1.0), (WholeCost, 0.5), (WholeCost, 1.0))
+    engines = []
+    for make, share in kinds:
+        torch.manual_seed(0)
         model = torchbp.MLP(sizes, dtype=torch.float64)
-        model.load_state_dict(start)
-        for _ in AutogradSGD(model, cost, lr).steps(*split, order, BATCH_SIZE):
-            pass
-        return list(model.parameters())
-
-    expected = train(torchbp.QuadraticCost(), HALF_LR)
-    return Half(
-        distance(train(WholeCost(), HALF_LR / 2), expected),
-        distance(train(WholeCost(), HALF_LR), expected),
-    )
+        engines.append(AutogradSGD(model, make(), HALF_LR * share))
+    generator = torch.Generator().manual_seed(0)
+    off = [0.0, 0.0]
+    for _ in range(HALF_STEPS // HALF_EVERY):
+        order = torch.randint(
+            len(split.labels), (HALF_EVERY * BATCH_SIZE,), generator=generator
+        )
+        for engine in engines:
+            for _ in engine.steps(*split, order, BATCH_SIZE):
+                pass
+        expected, *others = (list(engine.model.parameters()) for engine in engines)
+        off = [
+            max(far, distance(weights, expected))
+            for far, weights in zip(off, others, strict=True)
+        ]
+    return Half(*off)
 
 
 def judge(
@@ -342,7 +343,7 @@ def judge(
         "BP4: the more an input is on, the faster its weights (rank corr. > 0.9)": (
             inputs.correlation > 0.9
         ),
-        "½: without it and with η/2 the same weights, with η others": (
+        "½: without it and with η/2 the same trajectory, with η another": (
             half.half_rate < 1e-9 and half.same_rate > 1e-3
         ),
     }
@@ -377,14 +378,21 @@ def curve_table(curves: list[Curve]) -> str:
 
 
 def input_table(inputs: Inputs) -> str:
-    lines = [["inputs", "mean activation", "mean ‖∂C/∂W[:, k]‖"]]
-    lines += [["never on", "0", f"moved {inputs.moved:g}"]]
+    lines = [["inputs k of the first layer", "mean activation", "mean ‖∂C/∂W[:, k]‖"]]
     for i, (mean, speed) in enumerate(inputs.bins, start=1):
-        lines.append([f"fifth {i} of the rest", f"{mean:.2g}", f"{speed:.2g}"])
+        lines.append([f"fifth {i} of those on", f"{mean:.2g}", f"{speed:.2g}"])
     return (
-        f"{inputs.never_on} inputs are never on; ranks of activation and speed "
-        f"correlate by {inputs.correlation:.3f}\n{aligned(lines, left=1)}"
+        f"{aligned(lines, left=1)}\nranks of activation and speed correlate by "
+        f"{inputs.correlation:.3f}\n{inputs.never_on} inputs are never on: in an epoch "
+        f"their weights moved by {inputs.moved:g} at most, others by "
+        f"{inputs.others_moved:.2g}"
     )
+
+
+def half_table(half: Half) -> str:
+    lines = [["quadratic cost without its ½", "weights off, at most"]]
+    lines += [["η/2", f"{half.half_rate:.1e}"], ["η", f"{half.same_rate:.1e}"]]
+    return f"{HALF_STEPS} steps, η {HALF_LR:g}, float64\n{aligned(lines, left=1)}"
 
 
 def points(shown: dict[str, list[Curve]]) -> dict[str, list[tuple[int, float]]]:
@@ -403,17 +411,22 @@ def draw(figure: Any, shown: dict[str, list[Curve]]) -> None:
     """Cost, σ' and ‖δ^L‖, of the neuron above and of the network below."""
     axes = figure.subplots(2, 3)
     colours = dict(zip(COSTS, ("C0", "C1"), strict=True))
-    names = {"C": "C", "sigma_prime": "mean σ'(z^L)", "delta": "‖δ^L‖"}
+    names = {"C": "cost C", "sigma_prime": "mean σ'(z^L)", "delta": "‖δ^L‖"}
     for row, (name, curves) in zip(axes, shown.items(), strict=True):
         for ax, (quantity, label) in zip(row, names.items(), strict=True):
             for c in curves:
                 style = colours[c.cost] + ("-" if c.start == "good" else "--")
                 values = getattr(c, quantity)
-                ax.semilogy(c.times, values, style, label=f"{c.cost}, {c.start}")
-            ax.set(ylabel=label, xlabel="epoch" if name == "neuron" else "step")
+                ax.plot(c.times, values, style, label=f"{c.cost}, {c.start} start")
+            if quantity != "sigma_prime":  # which has its end at 1/4
+                ax.set_yscale("log")
+            ax.set_title(f"{name}: {label}", fontsize=10)
+            ax.tick_params(labelsize=8)
+            ax.set_xlabel("epoch" if name == "neuron" else "step", fontsize=8)
             if name == "network":  # its bad start is over soon
                 ax.set_xscale("log")
-    axes[0][0].legend(fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def command_line(arguments: list[str] | None = None) -> int:

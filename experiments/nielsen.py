@@ -12,10 +12,11 @@ unless a row says otherwise; λ is the book's, λ/n the weight decay.
 
 A published accuracy counts as reproduced when it lies within 0.3 points or two standard
 deviations of the seeds' mean, whichever is more; where the mean is above that it is
-better, where it is below, not reproduced, and what was seen there is printed. A
-published norm has to lie within the range of 30 starts. The one neuron, and the growth
-of accuracy with the number of training examples, are judged by shape. A row whose
-epochs were cut is not comparable, unless it is about the first.
+better, where it is below, not reproduced. That is looked into, with 7 more seeds, and
+what was seen is printed, as it is of a row that only its standard deviation lets pass;
+the verdict stays. A published norm has to lie within the range of 30 starts. The one
+neuron, and the growth of accuracy with the number of training examples, are judged by
+shape. A row whose epochs were cut is not comparable, unless it is about the first.
 
 Exit status: 0, 1 if a row was not reproduced, 2 bad arguments or data, 130 interrupted
 (what was trained until then stays in results.json).
@@ -27,48 +28,46 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
+import math
 import statistics
 import sys
 import textwrap
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
 from experiments import reporting
-from experiments.timing import threads as number_of_threads
+from experiments.learning_slowdown import NEURON_STARTS, Curve, neuron
+from experiments.nielsen_runs import (
+    COSTS,
+    ENGINES,
+    EXAMPLES,
+    Run,
+    Training,
+    build,
+    collect,
+)
 from torchbp import data
 from torchbp.dashboard import probe
 from torchbp.observation import aligned
-from torchbp.trainer import AutogradSGD, DivergedError, Engine, evaluate
+from torchbp.trainer import cpu_threads
 
-# The cost, the output layer that fits it, and its short name.
-COSTS: dict[str, tuple[Any, str, str]] = {
-    "quadratic": (torchbp.QuadraticCost, "sigmoid", "quad"),
-    "cross-entropy": (torchbp.CrossEntropyCost, "identity", "CE"),
-}
-ENGINES: dict[str, Any] = {"explicit": torchbp.ExplicitSGD, "autograd": AutogradSGD}
 CHAPTERS = ("1", "3", "5", "all")
-EXAMPLES, BATCH_SIZE, INPUTS, CLASSES = 50_000, 10, 784, 10
 TOLERANCE, SHOWN = 0.3, 6.0  # points of accuracy: of the verdict, of the figure
 STARTS, PROBED = 30, 1000  # of the norms: initial networks, and images
-TIMED_STEPS = 500  # for the estimate
+MORE = 7  # seeds for what was not reproduced
+WANDERING = 10  # last epochs in which an accuracy goes up and down
 REPRODUCED, BETTER, MISSED = "reproduced", "better", "not reproduced"
 NOT_COMPARABLE = "not comparable"
+COLOURS = {REPRODUCED: "C0", BETTER: "C2", MISSED: "C3", NOT_COMPARABLE: "C7"}
+Runs = dict[Training, list[Run]]
 QUICK: dict[str, Any] = {"epochs_scale": 0.05}
 
 
@@ -92,43 +91,6 @@ class Settings(reporting.Common):
             )
 
 
-@dataclass(frozen=True)
-class Training:
-    """One network and how it is trained. An epoch is 50,000 examples, so with fewer
-    training images it goes through them several times."""
-
-    hidden: tuple[int, ...]
-    cost: str
-    lr: float
-    lam: float = 0.0  # λ of the book at n = 50,000
-    init: str = "normal"
-    epochs: int = 30
-    scored: str = "test"
-    examples: int = EXAMPLES
-
-    def __str__(self) -> str:
-        parts = ["-".join(map(str, self.hidden)), COSTS[self.cost][2], f"η {self.lr:g}"]
-        parts += [f"λ {self.lam:g}"] * bool(self.lam)
-        parts += [self.init]
-        parts += [f"n {self.examples}"] * (self.examples != EXAMPLES)
-        return " ".join(parts)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one training with one seed came to: accuracies in percent."""
-
-    training: Training
-    seed: int
-    accuracies: list[float]  # after every epoch
-    unlearned: int  # digits of which fewer than a tenth were recognised in the end
-    seconds: float
-
-    @property
-    def peak(self) -> float:
-        return max(self.accuracies)
-
-
 # What a published figure is of. Where the book does not say, a figure of the test set
 # is taken for the peak, as its chapter 1 has it, and one of the validation set for the
 # end, as its comparison of initialisations has it; results.json holds all epochs.
@@ -136,6 +98,11 @@ STATISTICS: dict[str, Callable[[Run], float]] = {
     "epoch 1": lambda run: run.accuracies[0],
     "peak": lambda run: run.peak,
     "end": lambda run: run.accuracies[-1],
+}
+UNLEARNED: dict[str, Callable[[Run], int]] = {
+    "epoch 1": lambda run: run.unlearned[0],
+    "peak": lambda run: run.unlearned[run.accuracies.index(run.peak)],
+    "end": lambda run: run.unlearned[-1],
 }
 
 
@@ -233,83 +200,13 @@ ROWS = (
 NORMS = {2: (0.066, 0.31), 3: (0.012, 0.060, 0.28)}
 # (cost, η), and whether learning from the bad start has to wait.
 NEURONS = (("quadratic", 0.15, True), (_CE, 0.15, False), (_CE, 0.005, False))
-NEURON_STARTS, NEURON_EPOCHS, WAITS_UNTIL = ((0.6, 0.9), (2.0, 2.0)), 300, 150
+WAITS_UNTIL = 150  # epochs
 # Of the curve of accuracy over n. All take as many steps, 30 epochs of the whole set,
 # and have the same λ/n.
 SIZES = tuple(
     Training((30,), _CE, 0.5, 5, "scaled", examples=n)
     for n in (100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, EXAMPLES)
 )
-
-
-class StoppedError(RuntimeError):
-    """Someone asked the training to stop."""
-
-
-def build(training: Training, seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    sizes = (INPUTS, *training.hidden, CLASSES)
-    output = COSTS[training.cost][1]
-    return torchbp.MLP(sizes, output=output, init=training.init)
-
-
-def make_engine(engine: str, training: Training, model: torch.nn.Module) -> Engine:
-    cost = COSTS[training.cost][0]()
-    made: Engine = ENGINES[engine](model, cost, training.lr, training.lam / EXAMPLES)
-    return made
-
-
-def train(
-    training: Training,
-    seed: int,
-    engine: str,
-    splits: data.Splits,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Run:
-    """One training, from start to end.
-
-    Args:
-        training: what.
-        seed: of the weights and of the batches.
-        engine: a key of `ENGINES`.
-        splits: of MNIST.
-        stopped: asked after every epoch.
-
-    Raises:
-        DivergedError: the cost is not finite.
-        StoppedError: `stopped` said so.
-    """
-    started = time.perf_counter()
-    model = build(training, seed)
-    sgd = make_engine(engine, training, model)
-    cost = COSTS[training.cost][0]()
-    images, labels = (t[: training.examples] for t in splits.train)
-    scored = getattr(splits, training.scored)
-    generator = torch.Generator().manual_seed(seed)
-    accuracies: list[float] = []
-    for epoch in range(training.epochs):
-        n = len(labels)
-        orders = [
-            torch.randperm(n, generator=generator)
-            for _ in range(max(1, EXAMPLES // training.examples))
-        ]
-        for C in sgd.steps(images, labels, torch.cat(orders), BATCH_SIZE):
-            if not C.isfinite().all():
-                raise DivergedError(f"{training}: the cost in epoch {epoch + 1} is NaN")
-        accuracies.append(100 * evaluate(model, cost, scored).accuracy)
-        if stopped():
-            raise StoppedError
-    unlearned = count_unlearned(model, scored)
-    return Run(training, seed, accuracies, unlearned, time.perf_counter() - started)
-
-
-@torch.inference_mode()
-def count_unlearned(model: torch.nn.Module, split: data.Split) -> int:
-    """The digits of which fewer than a tenth are recognised."""
-    right = model(data.scale(split.images)).argmax(-1) == split.labels
-    there = torch.bincount(split.labels, minlength=CLASSES)
-    recognised = torch.bincount(split.labels[right], minlength=CLASSES)
-    return int((recognised < 0.1 * there).sum())
 
 
 def judge(published: float, values: Sequence[float]) -> str:
@@ -322,11 +219,22 @@ def judge(published: float, values: Sequence[float]) -> str:
     return BETTER if mean > published else MISSED
 
 
-def accuracy_result(row: Row, runs: Sequence[Run], is_cut: bool) -> Result:
-    """A published accuracy beside the seeds'."""
+def accuracy_result(
+    row: Row, runs: Sequence[Run], is_cut: bool, more: Sequence[Run] = ()
+) -> Result:
+    """A published accuracy beside the seeds'.
+
+    Args:
+        row: what is published.
+        runs: with the seeds that the verdict is about.
+        is_cut: with fewer epochs than the row has.
+        more: with others, for the reason.
+    """
     values = [STATISTICS[row.statistic](run) for run in runs]
     comparable = row.statistic == "epoch 1" or not is_cut
     verdict = judge(row.published, values) if comparable else NOT_COMPARABLE
+    deviation = statistics.fmean(values) - row.published
+    by_spread = verdict == REPRODUCED and abs(deviation) > TOLERANCE + 1e-9
     where = "test" if row.training.scored == "test" else "val."
     epochs = row.training.epochs
     return Result(
@@ -336,18 +244,21 @@ def accuracy_result(row: Row, runs: Sequence[Run], is_cut: bool) -> Result:
         f"{row.published:.2f}",
         list(values),
         verdict,
-        look_into(row, runs, values) if verdict == MISSED else "",
-        statistics.fmean(values) - row.published,
+        look_into(row, runs, more) if verdict == MISSED or by_spread else "",
+        deviation,
     )
 
 
-def look_into(row: Row, runs: Sequence[Run], values: Sequence[float]) -> str:
-    """What the runs show of why they fall short."""
-    parts = [f"{row.published - statistics.fmean(values):.2f} points short"]
-    whole = [v for v, run in zip(values, runs, strict=True) if not run.unlearned]
+def look_into(row: Row, runs: Sequence[Run], more: Sequence[Run]) -> str:
+    """What the runs show of why they are off, or of why they may be."""
+    values = [STATISTICS[row.statistic](run) for run in runs]
+    off = statistics.fmean(values) - row.published
+    parts = [f"the mean is {off:+.2f} points off, and 2 std {2 * spread(values):.2f}"]
+    unlearned = [UNLEARNED[row.statistic](run) for run in runs]
+    whole = [v for v, missing in zip(values, unlearned, strict=True) if not missing]
     if len(whole) < len(values):
         lost = len(values) - len(whole)
-        parts.append(f"{lost} of {len(values)} seeds never learned some digit")
+        parts.append(f"{lost} of {len(values)} seeds had not learned some digit")
         if whole:
             parts.append(f"the others' mean is {statistics.fmean(whole):.2f}")
     if row.note:
@@ -355,10 +266,21 @@ def look_into(row: Row, runs: Sequence[Run], values: Sequence[float]) -> str:
     if row.statistic == "end":
         peaks = statistics.fmean(run.peak for run in runs)
         parts.append(f"the mean of the peaks is {peaks:.2f}")
+        wandering = statistics.fmean(spread(r.accuracies[-WANDERING:]) for r in runs)
+        parts.append(f"within a run the last {WANDERING} epochs differ by a std of "
+                     f"{wandering:.2f}")  # fmt: skip
+    if more:
+        values += [STATISTICS[row.statistic](run) for run in more]
+        mean, std = statistics.fmean(values), spread(values)
+        range_ = f"{min(values):.2f}–{max(values):.2f}"
+        parts.append(
+            f"with {len(more)} more seeds {mean:.2f} ± {std:.2f} ({range_}), by which "
+            f"it would be {judge(row.published, values)}"
+        )
     return "; ".join(parts)
 
 
-def size_result(runs: dict[Training, list[Run]], is_cut: bool) -> Result:
+def size_result(runs: Runs, is_cut: bool) -> Result:
     """The curve of accuracy over the number of training examples: it rises."""
     means = [statistics.fmean(r.accuracies[-1] for r in runs[t]) for t in SIZES]
     rises = all(a < b for a, b in itertools.pairwise(means))
@@ -408,45 +330,23 @@ def norm_result(setting: str, ell: int, published: float, values: list[Any]) -> 
     return Result("5", setting, f"‖δ^{ell}‖", f"{published:g}", values, verdict, reason)
 
 
-def neuron_costs(cost: str, lr: float, start: tuple[float, float]) -> list[float]:
-    """The cost of one neuron with input 1 and target 0, before every epoch and after
-    the last."""
-    make, output, _ = COSTS[cost]
-    neuron = torchbp.MLP([1, 1], output=output, dtype=torch.float64)
-    with torch.no_grad():
-        for p, value in zip(neuron.parameters(), start, strict=True):
-            p.fill_(value)
-    sgd = torchbp.ExplicitSGD(neuron, make(), lr)
-    x = torch.ones(1, 1, dtype=torch.float64)
-    y = torch.zeros_like(x)
-    return [sgd.step(x, y).item() for _ in range(NEURON_EPOCHS + 1)]
-
-
-def halved(costs: Sequence[float]) -> int | None:
-    """The first epoch at whose end the cost is at most half of what it was."""
-    return next((i for i, C in enumerate(costs) if costs[0] >= 2 * C), None)
-
-
-def neuron_result(
-    cost: str, lr: float, waits: bool, curves: Sequence[Sequence[float]]
-) -> Result:
+def neuron_result(cost: str, lr: float, waits: bool, curves: list[Curve]) -> Result:
     """The two starts of the neuron: whether the bad one has to wait, by the epochs
     until the cost has halved."""
-    good, bad = map(halved, curves)
-    if good is None:
-        as_said = False
-    elif waits:
-        as_said = bad is None or (bad > WAITS_UNTIL and bad >= 3 * good)
+    good, bad = (curve.halved for curve in curves)
+    if waits:
+        as_said = good < math.inf and bad > WAITS_UNTIL and bad >= 3 * good
     else:
-        as_said = bad is not None and bad <= 2 * good
+        as_said = bad < math.inf and bad <= 2 * good
+    epochs = [None if math.isinf(halved) else int(halved) for halved in (good, bad)]
     return Result(
         "3",
         f"neuron {COSTS[cost][2]} η {lr:g}, 2 starts",
         "cost halves",
         "waits" if waits else "at once",
-        [good, bad],
+        epochs,
         REPRODUCED if as_said else MISSED,
-        "" if as_said else f"the cost halves after {good} and after {bad} epochs",
+        "" if as_said else f"it halves after {' and after '.join(map(number, epochs))}",
         of_seeds=False,
     )
 
@@ -470,122 +370,41 @@ def cut(training: Training, scale: float) -> Training:
     return dataclasses.replace(training, epochs=max(1, round(training.epochs * scale)))
 
 
-def estimate(
-    trainings: list[Training], settings: Settings, splits: data.Splits
-) -> float:
-    """Seconds that all would take one after the other, from some steps of each."""
-    total, known = 0.0, {}
-    for training in trainings:
-        key = (training.hidden, training.cost)
-        if key not in known:
-            known[key] = seconds_per_epoch(training, settings.engine, splits)
-        total += training.epochs * known[key] * settings.seeds
-    return total
-
-
-def seconds_per_epoch(training: Training, engine: str, splits: data.Splits) -> float:
-    model = build(training, 0)
-    sgd = make_engine(engine, training, model)
-    n = len(splits.train.labels)
-    order = torch.randint(n, (TIMED_STEPS * BATCH_SIZE,))
-    for _ in sgd.steps(*splits.train, order[: len(order) // 4], BATCH_SIZE):
-        pass  # the first steps allocate
-    started = time.perf_counter()
-    for _ in sgd.steps(*splits.train, order, BATCH_SIZE):
-        pass
-    trained = time.perf_counter()
-    evaluate(model, COSTS[training.cost][0](), getattr(splits, training.scored))
-    scored = time.perf_counter()
-    steps = EXAMPLES / BATCH_SIZE / TIMED_STEPS
-    return (trained - started) * steps + scored - trained
-
-
-def run_all(
-    trainings: list[Training], settings: Settings, splits: data.Splits
-) -> Generator[Run, None, None]:
-    """All trainings with all seeds, as they are done."""
-    tasks = [
-        (training, settings.seed + i)
-        for training in trainings
-        for i in range(settings.seeds)
-    ]
-    workers = min(settings.workers or os.cpu_count() or 1, len(tasks))
-    if workers == 1:
-        for training, seed in tasks:
-            yield train(training, seed, settings.engine, splits)
-        return
-    # Not forked: the threads of torch do not survive it.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    content = [[t.numpy() for t in split] for split in splits]
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=start_worker, initargs=(content, stop)
-    )
-    try:
-        with without_interrupts():  # nor have the workers any while they start
-            futures = [pool.submit(work, *task, settings.engine) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenExecutor as error:
-        raise OSError(f"workers: one of {workers} was lost: {error}") from error
-    finally:
-        # On Ctrl-C too: those at work stop after the epoch they are in.
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; processes started in it see none."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# The worker's copy of the data, and the event that stops it.
-_worker: dict[str, Any] = {}
-
-
-def start_worker(content: list[list[Any]], stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    torch.set_num_threads(1)
-    splits = (data.Split(*map(torch.from_numpy, split)) for split in content)
-    _worker.update(splits=data.Splits(*splits), stop=stop)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
-
-
-def follow(sentinel: int) -> None:
-    """End with the parent, however that ends."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def work(training: Training, seed: int, engine: str) -> Run:
-    return train(training, seed, engine, _worker["splits"], _worker["stop"].is_set)
-
-
 def main(settings: Settings) -> dict[str, Any]:
     """Train, print the table, and return what is in results.json."""
     splits = reporting.load(settings)
-    with number_of_threads(1), reporting.Report("nielsen", settings) as report:
+    print(reporting.stated(__doc__))
+    with cpu_threads(1), reporting.Report("nielsen", settings) as report:
         results: dict[str, Any] = {
             "settings": reporting.plain(settings),
             "runs": [],
         }
-        runs = collect(settings, splits, report, results)
+
+        def train(trainings: list[Training], seeds: range) -> Runs:
+            """The runs, each of which is kept as soon as it is there."""
+            runs: Runs = {training: [] for training in trainings}
+            engine, workers = settings.engine, settings.workers
+            with closing(collect(trainings, seeds, engine, splits, workers)) as found:
+                for run in found:
+                    runs[run.training].append(run)
+                    results["runs"].append(dataclasses.asdict(run))
+                    report.folder.write(results=results)
+            for of_seeds in runs.values():
+                of_seeds.sort(key=lambda run: run.seed)
+            return runs
+
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        runs, more = train(plan(settings), seeds), {}
+        missed = missed_trainings(settings, runs)
+        if missed:
+            print(f"\nnot reproduced: {', '.join(map(str, missed))}; more seeds")
+            more = train(missed, range(seeds.stop, seeds.stop + MORE))
         neurons = {
-            (cost, lr): [neuron_costs(cost, lr, start) for start in NEURON_STARTS]
+            (cost, lr): [neuron(cost, start, lr) for start in NEURON_STARTS]
             for cost, lr, _ in NEURONS
             if settings.chapter in ("3", "all")
         }
-        found = assess(settings, splits, runs, neurons)
+        found = assess(settings, splits, runs, more, neurons)
         print(f"\n{table(found)}\n")
         for result in found:
             if result.reason:
@@ -593,76 +412,56 @@ def main(settings: Settings) -> dict[str, Any]:
                 print(textwrap.fill(said, 98, subsequent_indent="  "))
         results |= {
             "rows": [dataclasses.asdict(result) for result in found],
-            "neurons": {f"{cost} η {lr:g}": c for (cost, lr), c in neurons.items()},
+            "neurons": {
+                f"{cost} η {lr:g}": [curve.C for curve in curves]
+                for (cost, lr), curves in neurons.items()
+            },
             "shown": all(result.verdict != MISSED for result in found),
             "verdict": conclude(found),
         }
         curves = curves_of(runs, neurons)
-        report.finish(results, curves, lambda f: draw(f, found, runs), (11, 5))
-    print(results["verdict"])
+        report.finish(results, curves, lambda f: draw(f, found, runs), (9, 5.5))
     return results
 
 
-def collect(
-    settings: Settings,
-    splits: data.Splits,
-    report: reporting.Report,
-    results: dict[str, Any],
-) -> dict[Training, list[Run]]:
-    """Train all that is planned; the runs by training, in order of their seeds."""
-    trainings = plan(settings)
-    count = len(trainings) * settings.seeds
-    epochs = sum(t.epochs for t in trainings) * settings.seeds
-    workers = min(settings.workers or os.cpu_count() or 1, count)
-    seconds = estimate(trainings, settings, splits) / workers
-    print(
-        f"{len(trainings)} trainings x {settings.seeds} seeds, {epochs:,} epochs of "
-        f"{EXAMPLES:,} examples, {settings.engine} engine, {workers} "
-        f"process{'es' * (workers > 1)}\nabout {minutes(seconds)} in all",
-        flush=True,
+def missed_trainings(settings: Settings, runs: Runs) -> list[Training]:
+    """Those behind the rows that are not reproduced, as they were cut."""
+    pairs = zip(
+        rows_of(settings.chapter), accuracy_results(settings, runs, {}), strict=True
     )
-    runs: dict[Training, list[Run]] = {training: [] for training in trainings}
-    started, done = time.perf_counter(), 0
-    with closing(run_all(trainings, settings, splits)) as finished:
-        for i, run in enumerate(finished, start=1):
-            runs[run.training].append(run)
-            results["runs"].append(dataclasses.asdict(run))
-            report.folder.write(results=results)
-            done += run.training.epochs
-            left = (time.perf_counter() - started) * (epochs - done) / done
-            print(
-                f"[{i:{len(str(count))}}/{count}] {run.training!s:31} seed {run.seed}"
-                f"  {run.training.epochs:2} epochs  peak {run.peak:5.2f}"
-                f"  end {run.accuracies[-1]:5.2f}  {minutes(left)} left",
-                flush=True,
-            )
-    for of_seeds in runs.values():
-        of_seeds.sort(key=lambda run: run.seed)
-    return runs
+    missed = [row.training for row, result in pairs if result.verdict == MISSED]
+    return list(dict.fromkeys(cut(t, settings.epochs_scale) for t in missed))
 
 
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def accuracy_results(
+    settings: Settings,
+    runs: Runs,
+    more: Runs,
+) -> list[Result]:
+    return [
+        accuracy_result(
+            row, runs[shorter], shorter != row.training, more.get(shorter, [])
+        )
+        for row in rows_of(settings.chapter)
+        for shorter in [cut(row.training, settings.epochs_scale)]
+    ]
 
 
 def assess(
     settings: Settings,
     splits: data.Splits,
-    runs: dict[Training, list[Run]],
-    neurons: dict[tuple[str, float], list[list[float]]],
+    runs: Runs,
+    more: Runs,
+    neurons: dict[tuple[str, float], list[Curve]],
 ) -> list[Result]:
     """Every line of the table."""
-    scale = settings.epochs_scale
-    found = [
-        accuracy_result(row, runs[shorter], shorter != row.training)
-        for row in rows_of(settings.chapter)
-        for shorter in [cut(row.training, scale)]
-    ]
+    found = accuracy_results(settings, runs, more)
     if settings.chapter in ("3", "all"):
         found += [
             neuron_result(cost, lr, waits, neurons[cost, lr])
             for cost, lr, waits in NEURONS
         ]
+        scale = settings.epochs_scale
         by_size = {training: runs[cut(training, scale)] for training in SIZES}
         found.append(size_result(by_size, any(t not in runs for t in SIZES)))
     if settings.chapter in ("5", "all"):
@@ -692,8 +491,8 @@ def conclude(found: Sequence[Result]) -> str:
 
 
 def curves_of(
-    runs: dict[Training, list[Run]],
-    neurons: dict[tuple[str, float], list[list[float]]],
+    runs: Runs,
+    neurons: dict[tuple[str, float], list[Curve]],
 ) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows."""
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -702,13 +501,13 @@ def curves_of(
             tag = f"accuracy_{training.scored}/{training} seed {run.seed}"
             curves[tag] = list(enumerate(run.accuracies, start=1))
     for (cost, lr), of_starts in neurons.items():
-        for (w, b), costs in zip(NEURON_STARTS, of_starts, strict=True):
-            tag = f"neuron/{COSTS[cost][2]} η {lr:g} w {w:g} b {b:g}"
-            curves[tag] = list(enumerate(costs))
+        for curve in of_starts:
+            tag = f"neuron/{COSTS[cost][2]} η {lr:g} {curve.start} start"
+            curves[tag] = list(zip(curve.times, curve.C, strict=True))
     return curves
 
 
-def draw(figure: Any, found: Sequence[Result], runs: dict[Training, list[Run]]) -> None:
+def draw(figure: Any, found: Sequence[Result], runs: Runs) -> None:
     """Each row's distance from the book, and accuracy over n."""
     sized = [t for t in runs if t.init == "scaled" and t.lr == SIZES[0].lr]
     if sized:
@@ -719,23 +518,27 @@ def draw(figure: Any, found: Sequence[Result], runs: dict[Training, list[Run]]) 
     for y, result in enumerate(rows):
         assert result.deviation is not None
         error = 2 * result.spread
-        colour = "C3" if result.verdict == MISSED else "C0"
         # Those far off stand as arrows at the edge.
         x = max(-SHOWN, min(SHOWN, result.deviation))
         marker = "o" if x == result.deviation else "<" if x < 0 else ">"
-        left.errorbar(x, y, xerr=error, fmt=colour + marker, capsize=3)
+        style = COLOURS[result.verdict] + marker
+        left.errorbar(x, y, xerr=error, fmt=style, capsize=3, markersize=5)
+    for verdict in dict.fromkeys(result.verdict for result in rows[::-1]):
+        left.plot([], [], COLOURS[verdict] + "o", label=verdict)
     left.axvspan(-TOLERANCE, TOLERANCE, alpha=0.2)
     left.set_xlim(-SHOWN - 0.3, SHOWN + 0.3)
     labels = [f"{r.setting}, {r.statistic}" for r in rows]
-    left.set_yticks(range(len(rows)), labels, fontsize=7)
-    left.set_xlabel("mean - book, points of accuracy, ± 2 std")
+    left.set_yticks(range(len(rows)), labels, fontsize=8)
+    left.set_title("Accuracy beside the book's", fontsize=10)
+    left.set_xlabel("mean - book, points, ± 2 std")
+    left.legend(fontsize=8, loc="lower right")
     if right is None:
         return
     for training in sized:
         ends = [run.accuracies[-1] for run in runs[training]]
         right.semilogx([training.examples] * len(ends), ends, "C0.")
+    right.set_title("Test accuracy at the end, %", fontsize=10)
     right.set_xlabel("training examples")
-    right.set_ylabel("test accuracy at the end, %")
 
 
 def command_line(arguments: list[str] | None = None) -> int:

@@ -98,18 +98,41 @@ class Report:
         if kind is not None and not (self.folder.path / "results.json").exists():
             self.folder.discard()
 
+    def conclude(
+        self,
+        settings: Common,
+        measured: Mapping[str, Any],
+        claims: Mapping[str, bool],
+        curves: Curves,
+        draw: Callable[[Any], None],
+        size: tuple[float, float] = (9, 4),
+    ) -> dict[str, Any]:
+        """Print which claims the measurements show, write everything, and return what
+        is in results.json: `measured` among it."""
+        print(f"\n{table_of(claims)}")
+        results = {
+            "settings": plain(settings),
+            **measured,
+            "claims": dict(claims),
+            "shown": all(claims.values()),
+            "verdict": verdict(claims),
+        }
+        self.finish(results, curves, draw, size)
+        return results
+
     def finish(
         self,
         results: dict[str, Any],
         curves: Curves,
         draw: Callable[[Any], None],
-        size: tuple[float, float] = (9, 4),
+        size: tuple[float, float],
     ) -> None:
-        """Write results.json, the events, and what `draw` draws on a figure."""
+        """Write results.json, the events and what `draw` draws on a figure of `size`
+        inches, 80 dots each; the verdict comes last."""
         self.folder.write(results=results)
         write_events(self.folder.path, results, curves)
         write_figure(self.folder.path / f"{self.script}.png", draw, size)
-        print(f"\nwritten to {self.folder.path}")
+        print(f"\nwritten to {self.folder.path}\n{results['verdict']}")
 
 
 def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
@@ -149,6 +172,12 @@ def verdict(claims: Mapping[str, bool]) -> str:
     return f"verdict: shown ({len(claims)} of {len(claims)} claims)"
 
 
+def stated(doc: str | None) -> str:
+    """The claims and their equations, as the script's docstring states them."""
+    _, title, body = (doc or "").partition("The claim")
+    return title + body.partition("\nExit status")[0]
+
+
 def table_of(claims: Mapping[str, bool]) -> str:
     """A line for each claim."""
     return "\n".join(
@@ -181,7 +210,16 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--logdir", help="where run folders are made (default runs)")
         self.add_argument("--name", help="of the run folder")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        for text in given:
+            if text.startswith("--") and text.endswith("=--"):
+                # Python 3.11 makes an empty list of this, whatever the type.
+                self.error(f"argument {text[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.splitlines())
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 

@@ -9,15 +9,15 @@ The claim: each layer that the error passes on its way back multiplies it once,
     BP2   δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)
 
 so that ‖δ^ℓ‖ falls, or grows, geometrically with the distance from the output. For
-independent weights of standard deviation s and n neurons a layer the factor is
+independent weights of standard deviation s and n neurons in layer ℓ the factor is
 
     ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖  ≈  s √n · √(mean of σ'(z^ℓ)²)
 
 With the sigmoid, σ' ≤ 1/4, it is well below 1 for every usual start; with ReLU and the
 book's first initialisation, s = 1, it is above 1, and the error explodes instead.
 
-‖δ‖ without more is over all examples and neurons; the book's "speed of learning" is the
-norm of the mean over the examples, ∂C/∂b, which is shown as well.
+‖δ^ℓ‖ is over all examples and neurons; the book's "speed of learning" is the norm of
+the mean over the examples, which is ∂C/∂b^ℓ (BP3) and shown as well.
 
 Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments or data.
 
@@ -41,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments import reporting
-from experiments.timing import threads
 from torchbp import data
 from torchbp.dashboard import probe
 from torchbp.nn import INITIALISATIONS
 from torchbp.observation import Record, aligned
+from torchbp.trainer import cpu_threads
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 BOOK = ("sigmoid", "scaled")
@@ -54,7 +54,7 @@ CLASSES, BATCH_SIZE = 10, 10
 TINY = 1e-300  # for the logarithm of an error that has vanished altogether
 # Measured over predicted factor a layer: W and σ' are not independent of δ, and a
 # network of 30 neurons is not large.
-AGREEMENT = 1.1
+AGREEMENT, AT_EACH = 1.1, 1.4
 QUICK: dict[str, Any] = {"seeds": 2, "epochs": 2}
 
 
@@ -89,9 +89,7 @@ class Start:
 
     @property
     def slope(self) -> float:
-        """Of ln ‖δ^ℓ‖ over ℓ: above 0, the error vanishes on its way back."""
-        logs = [math.log(max(norm, TINY)) for norm in self.norms]
-        return reporting.slope(range(self.depth), logs)
+        return slope_of(self.norms)
 
     @property
     def factor(self) -> float:
@@ -100,27 +98,41 @@ class Start:
         return ratio ** (1 / (self.depth - 1))
 
     @property
+    def factors(self) -> list[float]:
+        """What each layer, but for the last, multiplies it by."""
+        norms = [max(norm, TINY) for norm in self.norms]
+        return [before / after for before, after in itertools.pairwise(norms)]
+
+    @property
     def predicted_factor(self) -> float:
         return math.exp(statistics.fmean(map(math.log, self.predicted)))
 
 
 @dataclass(frozen=True)
 class Course:
-    """‖∂C/∂b^ℓ‖ of the hidden layers before training and after every epoch, as long as
-    everything is finite."""
+    """The hidden layers before training and after every epoch, as long as everything is
+    finite."""
 
     activation: str
     init: str
     depth: int
-    speeds: list[list[float]]
+    norms: list[list[float]]  # ‖δ^ℓ‖
+    speeds: list[list[float]]  # ‖∂C/∂b^ℓ‖
     diverged: bool
+
+
+def slope_of(norms: list[float]) -> float:
+    """Of ln ‖δ^ℓ‖ over ℓ: above 0, the error vanishes on its way back."""
+    logs = [math.log(max(norm, TINY)) for norm in norms]
+    return reporting.slope(range(len(norms)), logs)
 
 
 def main(settings: Settings) -> dict[str, Any]:
     """Measure, print the tables, and return what is in results.json."""
     splits = reporting.load(settings)
+    print(reporting.stated(__doc__))
     images, labels = (t[: settings.examples] for t in splits.train)
-    with threads(1), reporting.Report("vanishing_gradient", settings) as report:
+    with cpu_threads(1), reporting.Report("vanishing_gradient", settings) as report:
         kinds = list(itertools.product(ACTIVATIONS, INITIALISATIONS))
         starts, courses = [], []
         for activation, init in kinds:
@@ -131,22 +143,20 @@ def main(settings: Settings) -> dict[str, Any]:
                 )
                 starts.append(start)
                 courses.append(course)
-        claims = judge(starts, courses)
-        print(f"\n{start_table(starts)}\n\n{depth_table(starts, courses)}\n")
-        print(reporting.table_of(claims))
-        results = {
-            "settings": reporting.plain(settings),
-            "starts": [
-                asdict(s) | ({"slope": s.slope} if s.depth > 1 else {}) for s in starts
-            ],
-            "courses": [asdict(course) for course in courses],
-            "claims": claims,
-            "shown": all(claims.values()),
-            "verdict": reporting.verdict(claims),
-        }
-        report.finish(results, curves(courses), lambda f: draw(f, starts, courses))
-    print(results["verdict"])
-    return results
+        print(f"\n{start_table(starts, courses)}\n\n{depth_table(starts, courses)}")
+        return report.conclude(
+            settings,
+            {
+                "starts": [
+                    asdict(start) | ({"slope": start.slope} if start.depth > 1 else {})
+                    for start in starts
+                ],
+                "courses": [asdict(course) for course in courses],
+            },
+            judge(starts, courses),
+            curves(courses),
+            lambda figure: draw(figure, starts, courses),
+        )
 
 
 def measure(
@@ -168,17 +178,19 @@ def measure(
         traces.append(probe(model, cost, x, labels)[:-1])
     start = summarise(activation, init, traces)
     # The model of the settings' own seed came last.
-    speeds = [norms(traces[-1], "mean_delta")]
+    found = [(norms(traces[-1], "delta"), norms(traces[-1], "mean_delta"))]
     sgd = torchbp.ExplicitSGD(model, cost, settings.lr)
     generator = torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.epochs):
         sgd.epoch(images, labels, BATCH_SIZE, generator)
-        found = norms(probe(model, cost, x, labels)[:-1], "mean_delta")
-        if not all(map(math.isfinite, found)):
+        trace = probe(model, cost, x, labels)[:-1]
+        now = norms(trace, "delta"), norms(trace, "mean_delta")
+        if not all(map(math.isfinite, itertools.chain(*now))):
             break
-        speeds.append(found)
-    diverged = len(speeds) <= settings.epochs
-    return start, Course(activation, init, depth, speeds, diverged)
+        found.append(now)
+    diverged = len(found) <= settings.epochs
+    of_epochs, speeds = (list(column) for column in zip(*found, strict=True))
+    return start, Course(activation, init, depth, of_epochs, speeds, diverged)
 
 
 def norms(trace: list[Record], quantity: str) -> list[float]:
@@ -207,12 +219,12 @@ def summarise(activation: str, init: str, traces: list[list[Record]]) -> Start:
 
 
 def predictions(trace: list[Record]) -> list[float]:
-    """s √n √(mean σ'²) of every hidden layer but the last: s √n is the root of the mean
-    square of W^{ℓ+1} times the number of its rows."""
+    """s √n √(mean σ'²) of every hidden layer but the last, s² being the mean square of
+    W^{ℓ+1} and n the number of its columns, the neurons of layer ℓ."""
     return [
         math.sqrt(
             after.weight.square().mean().item()
-            * len(after.weight)
+            * after.weight.shape[1]
             * record.sigma_prime.square().mean().item()
         )
         for record, after in itertools.pairwise(trace)
@@ -228,44 +240,54 @@ def judge(starts: list[Start], courses: list[Course]) -> dict[str, bool]:
     firsts = [start.speeds[0] for start in sorted(book, key=lambda s: s.depth)]
     sigmoids = [s.slope for (activation, _), s in deep.items() if activation == BOOK[0]]
     return {
+        f"BP2 predicts the factor a layer, within {AGREEMENT - 1:.0%}": all(
+            1 / AGREEMENT < s.factor / s.predicted_factor < AGREEMENT
+            for s in deep.values()
+        ),
+        f"and the factor at each layer, within {AT_EACH - 1:.0%}": all(
+            1 / AT_EACH < factor / predicted < AT_EACH
+            for s in deep.values()
+            for factor, predicted in zip(s.factors, s.predicted, strict=True)
+        ),
         "sigmoid, every initialisation: ‖δ^ℓ‖ falls towards the input": (
             min(sigmoids) > 0
         ),
-        "sigmoid, scaled: by more than half a layer": deep[BOOK].factor < 0.5,
+        "sigmoid, scaled: to less than half at every layer": deep[BOOK].factor < 0.5,
         "sigmoid, scaled: the deeper the network, the slower its first layer": all(
             deeper < shallower for shallower, deeper in itertools.pairwise(firsts)
-        ),
-        f"all: BP2 predicts the factor a layer within {AGREEMENT - 1:.0%}": all(
-            1 / AGREEMENT < s.factor / s.predicted_factor < AGREEMENT
-            for s in deep.values()
         ),
         "scaled: tanh and ReLU lose less than half as much a layer (in ln ‖δ‖)": all(
             deep[activation, "scaled"].slope < deep[BOOK].slope / 2
             for activation in ("tanh", "relu")
         ),
         "ReLU, normal: ‖δ^ℓ‖ grows towards the input": deep[EXPLODING].slope < 0,
-        "sigmoid, scaled: the first layer stays the slowest in every epoch": all(
-            speeds[0] == min(speeds) < speeds[-1]
+        "sigmoid, scaled: in training, too, ‖δ^1‖ and ‖∂C/∂b^1‖ are the smallest": all(
+            of_layers[0] == min(of_layers) < of_layers[-1]
             for course in trained
-            for speeds in course.speeds
+            for of_layers in (*course.norms, *course.speeds)
         ),
     }
 
 
-def start_table(starts: list[Start]) -> str:
-    """The deepest network of every kind, before training."""
+def start_table(starts: list[Start], courses: list[Course]) -> str:
+    """The deepest network of every kind: before training, and its slope after."""
     deepest = max(start.depth for start in starts)
-    titles = [
-        "activation", "initialisation", "‖δ^1‖", f"‖δ^{deepest}‖", "slope of ln ‖δ‖",
-        "factor a layer", "predicted", "saturated",
-    ]  # fmt: skip
-    lines = [titles]
-    for s in starts:
+    titles = ["activation", "init", "‖δ^1‖", f"‖δ^{deepest}‖", "slope", "factor"]
+    lines = [[*titles, "BP2's", "saturated", "slope, trained"]]
+    for s, course in zip(starts, courses, strict=True):
         if s.depth == deepest:
             figures = [f"{s.norms[0]:.2g}", f"{s.norms[-1]:.2g}", f"{s.slope:+.2f}"]
             figures += [f"{s.factor:.3g}", f"{s.predicted_factor:.3g}"]
-            lines.append([s.activation, s.init, *figures, f"{s.saturated:.0%}"])
-    return f"at the start, {deepest} hidden layers\n{aligned(lines, left=2)}"
+            figures += [f"{s.saturated:.0%}", f"{slope_of(course.norms[-1]):+.2f}"]
+            figures[-1] += " diverged" * course.diverged
+            lines.append([s.activation, s.init, *figures])
+    epochs = max(len(course.norms) - 1 for course in courses)
+    title = (
+        f"{deepest} hidden layers at the start: slope of ln ‖δ^ℓ‖ over ℓ, factor a "
+        f"layer on the way back,\nwhat BP2 predicts, share of saturated neurons; slope "
+        f"after {epochs} epochs"
+    )
+    return f"{title}\n{aligned(lines, left=2)}"
 
 
 def depth_table(starts: list[Start], courses: list[Course]) -> str:
@@ -286,33 +308,38 @@ def depth_table(starts: list[Start], courses: list[Course]) -> str:
 
 
 def curves(courses: list[Course]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: every layer's speed over the epochs."""
+    """What TensorBoard shows: every layer's ‖δ^ℓ‖ and ‖∂C/∂b^ℓ‖ over the epochs."""
     return {
-        f"{c.activation} {c.init} {c.depth}/speed_{ell}": list(enumerate(of_layer))
+        f"{c.activation} {c.init} {c.depth}/{name}_{ell}": list(enumerate(of_layer))
         for c in courses
-        for ell, of_layer in enumerate(zip(*c.speeds, strict=True), start=1)
+        for name, of_epochs in (("norm", c.norms), ("speed", c.speeds))
+        for ell, of_layer in enumerate(zip(*of_epochs, strict=True), start=1)
     }
 
 
 def draw(figure: Any, starts: list[Start], courses: list[Course]) -> None:
     """‖δ^ℓ‖ over ℓ at the start, and the book's network in training."""
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     deepest = max(start.depth for start in starts)
     styles = dict(zip(INITIALISATIONS, ("-", "--", ":"), strict=True))
     colours = dict(zip(ACTIVATIONS, ("C0", "C1", "C2"), strict=True))
-    for s in starts:
+    # In the order in which the lines end on the left, where they lie apart.
+    for s in sorted(starts, key=lambda s: -s.norms[0]):
         if s.depth == deepest:
             style = colours[s.activation] + styles[s.init]
             label = f"{s.activation}, {s.init}"
             left.semilogy(range(1, deepest + 1), s.norms, style, label=label)
-    left.set(xlabel="ℓ", ylabel="‖δ^ℓ‖ at the start")
-    left.legend(fontsize=7)
+    left.set_title(f"‖δ^ℓ‖ at the start, {deepest} hidden layers", fontsize=10)
+    left.set_xlabel("hidden layer ℓ")
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    depth = min(4, deepest)
     for c in courses:
-        if (c.activation, c.init, c.depth) == (*BOOK, min(4, deepest)):
-            for ell, of_layer in enumerate(zip(*c.speeds, strict=True), start=1):
+        if (c.activation, c.init, c.depth) == (*BOOK, depth):
+            for ell, of_layer in enumerate(zip(*c.norms, strict=True), start=1):
                 right.semilogy(of_layer, label=f"ℓ = {ell}")
-    right.set(xlabel="epoch", ylabel=f"‖∂C/∂b^ℓ‖, {', '.join(BOOK)}")
-    right.legend(fontsize=7)
+    right.set_title(f"‖δ^ℓ‖ in training: {', '.join(BOOK)}", fontsize=10)
+    right.set_xlabel("epoch")
+    right.legend(fontsize=8, ncols=2)
 
 
 def command_line(arguments: list[str] | None = None) -> int:

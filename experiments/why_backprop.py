@@ -4,34 +4,36 @@
     python experiments/why_backprop.py --sizes 8 6 4 --sizes 784 30 10
     python experiments/why_backprop.py --quick       up to 10⁴
 
-The claim: all P partial derivatives of C come from one pass forward and one pass back
-(BP1-BP4), where
+The claim: all P partial derivatives of C come from one pass forward and one pass back,
 
-    (C(w + ε e_j) - C(w)) / ε               takes P + 1 passes forward
-    (C(w + ε e_j) - C(w - ε e_j)) / (2ε)    takes 2 P
-    forward-mode differentiation            is exact, but takes P: one for each
-                                            parameter, since it starts at the inputs of
-                                            C, of which there are P. Backward starts at
-                                            C, which is one number.
+    BP1   δ^L = ∇_a C ⊙ σ'(z^L)                      BP3   ∂C/∂b^ℓ = δ^ℓ
+    BP2   δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)       BP4   ∂C/∂W^ℓ = δ^ℓ (a^{ℓ-1})ᵀ
 
-A pass takes time ~ P, so perturbation takes ~ P² where backprop takes ~ P: it is faster
-by a factor of about P. The derivation's "exponentially cheaper" is loose: the factor is
-proportional to P, and nothing is exponential in it.
+while the other ways take a pass forward, or two, for each parameter:
 
-The backward pass costs about as much as the forward: with n_ℓ neurons a layer and a
-product of matrices for δ^ℓ a^{ℓ-1} and, but for the first layer, Wᵀ δ,
+    forward difference    (C(w + ε e_j) - C(w)) / ε                P + 1 passes
+    central difference    (C(w + ε e_j) - C(w - ε e_j)) / (2ε)     2 P
+    forward mode          exact, too, but it starts at the         P
+                          parameters, of which there are P; back
+                          starts at C, which is one number
 
-    backward / forward = 1 + Σ_{ℓ≥2} n_ℓ n_{ℓ-1} / Σ_ℓ n_ℓ n_{ℓ-1}
+A pass takes time ~ P, so perturbation takes ~ P² where backprop takes ~ P. It is faster
+by a factor of about P: "exponentially cheaper" is loose, nothing is exponential in P.
 
-operations: 1.01 at [784, 30, 10], 1.40 at [784, 512, 512, 10], towards 2 when deep.
+The pass back costs about as much as the one forward: with a product of matrices for
+δ^ℓ (a^{ℓ-1})ᵀ and, but for the first layer, one for Wᵀ δ, it takes
 
-The error of the differences has the shape of a V over ε: truncation ~ ε (central ~ ε²)
-on the one side, rounding ~ u/ε on the other.
+    back / forward = 1 + Σ_{ℓ≥2} n_ℓ n_{ℓ-1} / Σ_ℓ n_ℓ n_{ℓ-1}      (operations)
 
-Past 10⁴ parameters the passes are made for a sample of them, and their number and time
-extrapolated; such figures are marked ~.
+1.01 at [784, 30, 10], 1.40 at [784, 512, 512, 10], towards 2 when deep.
+
+The error of the differences over ε is a V: rounding ~ u/ε on its left, truncation ~ ε
+(central ~ ε²) on its right; the best ε is about √u (central ∛u), u the rounding unit.
 
 Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments.
+
+Past 10⁴ parameters the passes are made for a sample of them; numbers and times that are
+extrapolated from it are marked ~.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
@@ -42,24 +44,36 @@ import itertools
 import math
 import statistics
 import sys
-import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import process_time as clock  # what other programs take does not count
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
 from experiments import reporting
-from experiments.timing import threads
+from experiments.gradient_ways import (
+    BATCH_SIZE,
+    BATCHED,
+    CENTRAL,
+    FORWARD,
+    LOOPS,
+    MODE,
+    PERTURBATIONS,
+    PERTURBING,
+    SWEEPS,
+    Problem,
+    batched,
+    parameters,
+)
 from torchbp.observation import aligned
+from torchbp.trainer import cpu_threads
 
 SIZES = (
     (8, 6, 4),
@@ -73,13 +87,17 @@ SIZES = (
 PASSES = ((784, 30, 10), (784, 512, 512, 10), (784, *[512] * 8, 10))
 V_SIZES = (8, 6, 4)
 ALL_UP_TO, SAMPLE = 10_000, 100  # parameters; sampled beyond
-BATCH_SIZE = 10
 STEP = 1e-3  # of the differences in the table, float32
-STEPS = {torch.float32: range(-7, 1), torch.float64: range(-15, 1)}  # powers of ten
-FORWARD, CENTRAL, MODE = "forward difference", "central difference", "forward mode"
-LOOPS, BATCHED = "BP1-BP4, loops", "BP1-BP4, batched"
-PERTURBING = {FORWARD: (1, 1), CENTRAL: (2, 0), MODE: (1, 0)}  # passes per P, and more
-QUICK: dict[str, Any] = {"sizes": SIZES[:3], "repeats": 3, "batch_size": 64}
+# Powers of ten, in halves.
+STEPS = {
+    dtype: [half / 2 for half in range(2 * first, 1)]
+    for dtype, first in ((torch.float32, -7), (torch.float64, -15))
+}
+BALANCE = {FORWARD: 1 / 2, CENTRAL: 1 / 3}  # the best ε is about u to this power
+NEAR = 30.0  # times or parts of that
+ABOUT = 10.0  # times or parts of P
+PREDICTED_WITHIN = 0.4  # of the time back / forward, beside the operations
+QUICK: dict[str, Any] = {"sizes": SIZES[:3], "repeats": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +118,6 @@ class Settings(reporting.Common):
             )
         for sizes in self.sizes:
             torchbp.MLP(sizes, device="meta")  # refuses what is no network
-
-
-def parameters(sizes: Sequence[int]) -> int:
-    return sum(n_out * (n_in + 1) for n_in, n_out in itertools.pairwise(sizes))
 
 
 @dataclass(frozen=True)
@@ -150,208 +164,108 @@ class Errors:
         return min(ends) >= 10 * self.errors[self.best]
 
     @property
-    def order(self) -> float:
-        """p of error ~ ε^p right of the best ε, where truncation rules."""
-        # From one decade past the best, where rounding no longer shows, to below 1.
+    def balance(self) -> float:
+        """The ε at which rounding, u/ε, is as large as truncation, ε or ε²."""
+        u: float = torch.finfo(getattr(torch, self.dtype)).eps / 2
+        return u ** BALANCE[self.way]
+
+    @property
+    def left(self) -> float:
+        """p of error ~ ε^p where rounding rules."""
+        return self._power(0, self.steps[self.best] / 10)
+
+    @property
+    def right(self) -> float:
+        """p of error ~ ε^p where truncation rules."""
+        return self._power(10 * self.steps[self.best], 0.5)
+
+    def _power(self, above: float, below: float) -> float:
+        """Between two ε, a decade from the best one, where the other side no longer
+        shows, and without errors of 30 % and more, which grow no further; NaN where too
+        little is left."""
         pairs = [
             (math.log10(step), math.log10(error))
             for step, error in zip(self.steps, self.errors, strict=True)
-            if 10 * self.steps[self.best] < step < 0.5
+            if above < step < below and 0 < error < 0.3
         ]
-        if len(pairs) < 2:
+        if len(pairs) < 3:
             return math.nan
         x, y = zip(*pairs, strict=True)
         return reporting.slope(x, y)
 
 
-@dataclass
-class Problem:
-    """A network, its cost and a mini-batch, with all passes counted."""
-
-    sizes: tuple[int, ...]
-    seed: int
-    dtype: torch.dtype = torch.float32
-    passes: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
-        # In float64 first: the same numbers for both.
-        model = torchbp.MLP(self.sizes, dtype=torch.float64)
-        x = torch.rand(BATCH_SIZE, self.sizes[0], dtype=torch.float64)
-        self.y = torch.rand(BATCH_SIZE, self.sizes[-1], dtype=torch.float64)
-        # What float64 is to be compared with are numbers that float32 can hold.
-        self.model = model.float().to(self.dtype)
-        self.x, self.y = (t.float().to(self.dtype) for t in (x, self.y))
-        self.cost = torchbp.QuadraticCost()
-        self.layers: list[nn.Linear] = list(self.model.layers)  # type: ignore[arg-type]
-        self.model.register_forward_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        self.passes += 1
-
-    @torch.no_grad()
-    def measure(self) -> float:
-        """C, by one pass forward."""
-        value: float = self.cost(self.model(self.x), self.y).item()
-        return value
-
-    def places(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """(flat parameter, index in it) of some of all P, in their order."""
-        flat = [p.detach().view(-1) for p in self.model.parameters()]
-        every = [(p, j) for p in flat for j in range(len(p))]
-        return [every[i] for i in indices]
-
-
-def forward_differences(problem: Problem, places: Any, step: float) -> list[float]:
-    C = problem.measure()
-    found = []
-    for p, j in places:
-        w = p[j].item()
-        p[j] = w + step
-        moved = p[j].item() - w  # what the dtype made of it
-        found.append((problem.measure() - C) / moved if moved else 0.0)
-        p[j] = w
-    return found
-
-
-def central_differences(problem: Problem, places: Any, step: float) -> list[float]:
-    found = []
-    for p, j in places:
-        w = p[j].item()
-        p[j] = w + step
-        above, C = p[j].item(), problem.measure()
-        p[j] = w - step
-        moved = above - p[j].item()
-        found.append((C - problem.measure()) / moved if moved else 0.0)
-        p[j] = w
-    return found
-
-
-def forward_mode(problem: Problem, places: Any, step: float) -> list[float]:
-    """One parameter's direction at a time, through our layers' own jvp."""
-    named = {n: p.detach() for n, p in problem.model.named_parameters()}
-    names = {p.data_ptr(): n for n, p in named.items()}
-    tangents = {n: torch.zeros_like(p) for n, p in named.items()}
-
-    def cost(values: dict[str, Tensor]) -> Tensor:
-        output = functional_call(problem.model, values, (problem.x,))
-        result: Tensor = problem.cost(output, problem.y)
-        return result
-
-    found = []
-    with warnings.catch_warnings():  # torch's, of its own use of torch.jit.script
-        warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
-        for p, j in places:
-            direction = tangents[names[p.data_ptr()]].view(-1)
-            direction[j] = 1
-            found.append(jvp(cost, (named,), (tangents,))[1].item())
-            direction[j] = 0
-    return found
-
-
-@torch.no_grad()
-def loops(problem: Problem) -> tuple[list[Tensor], int]:
-    """BP1-BP4 for one example after the other, the gradients added up; the gradients in
-    the order of the parameters, and the number of passes back."""
-    layers, n = problem.layers, len(problem.x)
-    grads = [torch.zeros_like(p) for p in problem.model.parameters()]
-    for x, y in zip(problem.x, problem.y, strict=True):
-        a = [x]
-        for layer in layers:
-            a.append(torch.sigmoid(layer.weight @ a[-1] + layer.bias))
-        problem.passes += 1
-        delta = (a[-1] - y) * a[-1] * (1 - a[-1])  # BP1
-        for ell in reversed(range(len(layers))):
-            grads[2 * ell + 1] += delta / n  # BP3
-            grads[2 * ell] += torch.outer(delta, a[ell]) / n  # BP4
-            if ell:
-                gate = a[ell] * (1 - a[ell])
-                delta = (layers[ell].weight.t() @ delta) * gate  # BP2
-    return grads, n
-
-
-def batched(problem: Problem) -> tuple[list[Tensor], int]:
-    _, grads = torchbp.backprop(problem.model, problem.cost, problem.x, problem.y)
-    problem.passes += 1  # it calls no forward that a hook could count
-    return list(grads.values()), 1
-
-
-PERTURBATIONS: dict[str, Callable[[Problem, Any, float], list[float]]] = {
-    FORWARD: forward_differences,
-    CENTRAL: central_differences,
-    MODE: forward_mode,
-}
-SWEEPS: dict[str, Callable[[Problem], tuple[list[Tensor], int]]] = {
-    LOOPS: loops,
-    BATCHED: batched,
-}
-
-
 def main(settings: Settings) -> dict[str, Any]:
     """Measure, print the tables, and return what is in results.json."""
-    with threads(1), reporting.Report("why_backprop", settings) as report:
+    print(f"{reporting.stated(__doc__)}")
+    with cpu_threads(1), reporting.Report("why_backprop", settings) as report:
         ways = []
         for sizes in sorted(settings.sizes, key=parameters):
             print(f"{list(sizes)}, {parameters(sizes):,} parameters ...", flush=True)
-            ways += compare(sizes, settings)
+            ways += compare(tuple(sizes), settings)
         passes = [time_passes(sizes, settings) for sizes in PASSES]
         errors = [
             error_over_step(settings, dtype, way)
             for dtype in STEPS
             for way in (FORWARD, CENTRAL)
         ]
-        claims = judge(ways, passes, errors)
-        print(f"\n{way_table(ways)}\n\n{growth_table(ways)}\n")
-        print(f"{pass_table(passes)}\n\n{error_table(errors)}\n")
-        print(reporting.table_of(claims))
-        results = {
-            "settings": reporting.plain(settings),
+        print(f"\n{way_table(ways, settings)}\n\n{growth_table(ways)}\n")
+        print(f"{pass_table(passes, settings)}\n\n{error_table(errors)}")
+        measured = {
             "ways": [asdict(way) for way in ways],
             "passes": [asdict(p) for p in passes],
             "errors": [asdict(e) for e in errors],
-            "claims": claims,
-            "shown": all(claims.values()),
-            "verdict": reporting.verdict(claims),
         }
-        report.finish(results, curves(ways, errors), lambda f: draw(f, ways, errors))
-    print(results["verdict"])
-    return results
+        return report.conclude(
+            settings,
+            measured,
+            judge(ways, passes, errors),
+            curves(ways, errors),
+            lambda figure: draw(figure, ways, errors),
+        )
 
 
 def compare(sizes: tuple[int, ...], settings: Settings) -> list[Way]:
-    """Every way on one network."""
+    """Every way on one network. They take turns, so that a disturbance meets all; the
+    perturbing ones have a part of the parameters in each turn."""
     problem = Problem(sizes, settings.seed)
-    exact, _ = batched(Problem(sizes, settings.seed, torch.float64))
+    exact = flat(batched(Problem(sizes, settings.seed, torch.float64)))
     P = parameters(sizes)
-    whole = torch.cat([grad.flatten() for grad in exact])
     indices = sample(P)
-    places, expected = problem.places(indices), whole[indices]
-    is_sampled = len(places) < P
-    ways = []
-    for name, perturb in PERTURBATIONS.items():
+    places = problem.places(indices)
+    turns = min(settings.repeats, len(places))
+    found: dict[str, list[float]] = {name: [] for name in PERTURBING}
+    counts = dict.fromkeys(PERTURBING, 0)
+    # Of one pass, and of one gradient.
+    times: dict[str, list[float]] = {name: [] for name in (*PERTURBING, *SWEEPS)}
+    for perturb in PERTURBATIONS.values():
         perturb(problem, places[:2], STEP)  # what is slow only once
-        problem.passes = 0
-        started = time.perf_counter()
-        found = perturb(problem, places, STEP)
-        seconds = time.perf_counter() - started
-        # The passes that are there once do not grow with the sample.
-        once = PERTURBING[name][1]
-        passes = (problem.passes - once) * P / len(places) + once
-        seconds *= passes / problem.passes
-        error = distance(torch.tensor(found, dtype=torch.float64), expected)
-        ways.append(Way(sizes, name, P, passes, 0, seconds, error, is_sampled))
+    for turn in range(turns):
+        part = places[turn * len(places) // turns : (turn + 1) * len(places) // turns]
+        for name, perturb in PERTURBATIONS.items():
+            problem.passes = 0
+            started = clock()
+            found[name] += perturb(problem, part, STEP)
+            seconds = clock() - started
+            times[name].append(seconds / problem.passes)
+            counts[name] += problem.passes
+        for name, sweep in SWEEPS.items():
+            times[name].append(seconds_a_call(lambda run=sweep: run(problem)))  # type: ignore[misc]
+    ways = []
+    for name, (_, once) in PERTURBING.items():
+        # What is there once a turn does not grow with the parameters.
+        passes = (counts[name] - turns * once) * P / len(places) + once
+        seconds = statistics.median(times[name]) * passes
+        error = distance(torch.tensor(found[name], dtype=torch.float64), exact[indices])
+        ways.append(Way(sizes, name, P, passes, 0, seconds, error, len(places) < P))
     for name, sweep in SWEEPS.items():
-        problem.passes = 0
-        grads, backward = sweep(problem)
-        forward = problem.passes
-        seconds = median_seconds(lambda run=sweep: run(problem), settings.repeats)  # type: ignore[misc]
-        flat = torch.cat([grad.flatten() for grad in grads]).double()
-        error = distance(flat, whole)
-        # A pass of a single example is a part of one of the batch.
-        share = 1 / BATCH_SIZE if name == LOOPS else 1
-        counts = forward * share, backward * share
-        ways.append(Way(sizes, name, P, *counts, seconds, error, False))
+        error = distance(flat(sweep(problem)).double(), exact)
+        seconds = statistics.median(times[name])
+        ways.append(Way(sizes, name, P, *PAIRS[name](problem), seconds, error, False))
     return ways
+
+
+def flat(grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def sample(P: int) -> list[int]:
@@ -365,19 +279,36 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of a call, the median over the repeats of at least 2 ms each."""
-    run()
-    started = time.perf_counter()
-    run()
-    calls = max(1, round(2e-3 / (time.perf_counter() - started)))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        times.append((time.perf_counter() - started) / calls)
-    return statistics.median(times)
+def seconds_a_call(run: Callable[[], Any]) -> float:
+    """Of the processor, over as many calls as 10 ms have room for."""
+    run()  # whoever ran before has filled the caches
+    calls, seconds, started = 0, 0.0, clock()
+    while seconds < 1e-2:
+        run()
+        calls += 1
+        seconds = clock() - started
+    return seconds / calls
+
+
+def count_loops(problem: Problem) -> tuple[float, float]:
+    """The passes counted, those of single examples as parts of the batch's."""
+    problem.passes = problem.passes_back = 0
+    SWEEPS[LOOPS](problem)
+    return problem.passes / BATCH_SIZE, problem.passes_back / BATCH_SIZE
+
+
+def count_batched(problem: Problem) -> tuple[float, float]:
+    """By operations: those of one pass forward are measured, and the rest, over those
+    that a pass back should take, has to be one pass back."""
+    forward = count(lambda: problem.model(problem.x))
+    rest = count(lambda: SWEEPS[BATCHED](problem)) - forward
+    return 1.0, rest / (forward * operations(problem.sizes))
+
+
+PAIRS: dict[str, Callable[[Problem], tuple[float, float]]] = {
+    LOOPS: count_loops,
+    BATCHED: count_batched,
+}
 
 
 def operations(sizes: Sequence[int]) -> float:
@@ -393,18 +324,20 @@ def time_passes(sizes: tuple[int, ...], settings: Settings) -> Passes:
     x = torch.rand(settings.batch_size, sizes[0])
     y = torch.rand(settings.batch_size, sizes[-1])
     inputs = list(model.parameters())
-    forward, backward = [], []
-    for _ in range(2 * settings.repeats + 1):
-        started = time.perf_counter()
-        C = cost(model(x), y)
-        turned = time.perf_counter()
-        torch.autograd.grad(C, inputs)
-        backward.append(time.perf_counter() - turned)
-        forward.append(turned - started)
-    measured = statistics.median(backward[1:]) / statistics.median(forward[1:])
+    ratios = []
+    for _ in range(settings.repeats + 1):  # the first allocates
+        forward = back = 0.0
+        while forward < 1e-2:
+            started = clock()
+            C = cost(model(x), y)
+            turned = clock()
+            torch.autograd.grad(C, inputs)
+            forward, back = forward + turned - started, back + clock() - turned
+        ratios.append(back / forward)
     counted = count(lambda: torchbp.backprop(model, cost, x, y)) / count(
         lambda: model(x)
     )
+    measured = statistics.median(ratios[1:])
     return Passes(sizes, operations(sizes), counted - 1, measured)
 
 
@@ -418,15 +351,14 @@ def count(run: Callable[[], Any]) -> int:
 
 def error_over_step(settings: Settings, dtype: torch.dtype, way: str) -> Errors:
     """The error of the differences for every ε of the dtype."""
-    exact, _ = batched(Problem(V_SIZES, settings.seed, torch.float64))
-    whole = torch.cat([grad.flatten() for grad in exact])
+    exact = flat(batched(Problem(V_SIZES, settings.seed, torch.float64)))
     problem = Problem(V_SIZES, settings.seed, dtype)
-    places = problem.places(range(len(whole)))
+    places = problem.places(range(len(exact)))
     steps = [10.0**power for power in STEPS[dtype]]
     errors = []
     for step in steps:
         found = PERTURBATIONS[way](problem, places, step)
-        errors.append(distance(torch.tensor(found, dtype=torch.float64), whole))
+        errors.append(distance(torch.tensor(found, dtype=torch.float64), exact))
     return Errors(str(dtype).removeprefix("torch."), way, steps, errors)
 
 
@@ -440,32 +372,58 @@ def judge(
         for name, (per, once) in PERTURBING.items()
         for w in of[name]
     )
-    growth = {name: advantage(of[name], of[BATCHED]) for name in PERTURBING}
+    pairs = all(
+        math.isclose(number, 1, rel_tol=1e-9)
+        for name in SWEEPS
+        for w in of[name]
+        for number in (w.forward, w.backward)
+    )
+    factors = [f / w.P for n in (FORWARD, CENTRAL) for w, f in factors_of(n, of)]
+    exponents = [advantage(of[name], of[BATCHED]) for name in PERTURBING]
     exact = [w.error for name in (MODE, LOOPS, BATCHED) for w in of[name]]
     rough = [w.error for name in (FORWARD, CENTRAL) for w in of[name]]
-    orders = {way: [e.order for e in errors if e.way == way] for way in PERTURBATIONS}
     return {
         "passes forward, counted: P + 1, 2 P and P": counted,
-        "backprop is faster by a factor that grows as P (exponent 0.8 to 1.2)": all(
-            0.8 < exponent < 1.2 for exponent in growth.values()
+        "BP1-BP4: one pass forward and one back, by operations as predicted": pairs
+        and all(math.isclose(p.counted, p.predicted, rel_tol=1e-6) for p in passes),
+        f"backprop is faster than differences by about P, P/{ABOUT:g} to {ABOUT:g} P": (
+            1 / ABOUT < min(factors) <= max(factors) < ABOUT
+        ),
+        "and than all three by a factor that grows as P (exponent 0.75 to 1.25)": all(
+            0.75 < exponent < 1.25 for exponent in exponents
         ),
         "BP1-BP4 and forward mode are exact to rounding, differences are not": (
             max(exact) < 1e-5 < 1e-4 < min(rough)
         ),
-        "backprop is one pass forward and one back, by the operations counted": all(
-            math.isclose(p.counted, p.predicted, rel_tol=1e-6) for p in passes
+        f"a pass back takes its operations' share of time, within "
+        f"{PREDICTED_WITHIN:.0%}": all(
+            abs(p.measured / p.predicted - 1) < PREDICTED_WITHIN for p in passes
         ),
-        "a pass back takes the time of half to three forward, more when deep": (
-            all(0.5 < p.measured < 3 for p in passes)
-            and passes[-1].measured > passes[0].measured
+        "and more of it in the deepest network": (
+            passes[-1].measured > passes[0].measured
         ),
         "the error over ε has the shape of a V": all(e.is_v for e in errors),
-        "whose right side is ε for forward, ε² for central differences": (
-            all(0.7 < p < 1.3 for p in orders[FORWARD] if not math.isnan(p))
-            and all(1.7 < p < 2.3 for p in orders[CENTRAL] if not math.isnan(p))
-            and not all(map(math.isnan, orders[FORWARD] + orders[CENTRAL]))
+        f"which is lowest at √u, central at ∛u (within {NEAR:g} x)": all(
+            1 / NEAR < e.steps[e.best] / e.balance < NEAR for e in errors
+        ),
+        "falls on its left as 1/ε": shown(-1, [e.left for e in errors]),
+        "and rises on its right as ε, central as ε²": all(
+            shown(power, [e.right for e in errors if e.way == way])
+            for way, power in ((FORWARD, 1), (CENTRAL, 2))
         ),
     }
+
+
+def shown(power: int, found: list[float]) -> bool:
+    """Whether those that could be measured, one at the least, are `power`."""
+    measured = [p for p in found if not math.isnan(p)]
+    return bool(measured) and all(abs(p - power) < 0.3 for p in measured)
+
+
+def factors_of(name: str, of: dict[str, list[Way]]) -> list[tuple[Way, float]]:
+    """Each network's time by that way over its time by batched backprop."""
+    pairs = zip(of[name], of[BATCHED], strict=True)
+    return [(way, way.seconds / batch.seconds) for way, batch in pairs]
 
 
 def advantage(slow: list[Way], fast: list[Way]) -> float:
@@ -476,53 +434,76 @@ def advantage(slow: list[Way], fast: list[Way]) -> float:
 
 
 def growth(ways: list[Way]) -> float:
-    """p of time ~ P^p between the two largest networks."""
-    two = sorted(ways, key=lambda w: w.P)[-2:]
-    P, seconds = [math.log(w.P) for w in two], [math.log(w.seconds) for w in two]
+    """p of time ~ P^p, over the networks past 10⁴ parameters if there are two."""
+    large = [w for w in ways if w.P > ALL_UP_TO]
+    chosen = large if len(large) > 1 else sorted(ways, key=lambda w: w.P)[-2:]
+    P, seconds = zip(*((math.log(w.P), math.log(w.seconds)) for w in chosen))  # noqa: B905
     return reporting.slope(P, seconds)
 
 
-def way_table(ways: list[Way]) -> str:
-    lines = [["network", "P", "way", "passes forward", "back", "time", "error"]]
+def way_table(ways: list[Way], settings: Settings) -> str:
+    title = [
+        f"float32, batches of {BATCH_SIZE}, ε {STEP:g}; passes of a whole batch; "
+        f"processor time, medians of {settings.repeats}"
+    ]
+    if any(w.is_sampled for w in ways):
+        title.append(f"~ extrapolated from {SAMPLE} parameters")
+    lines = [["network", "way", "P", "passes", "back", "time", "over batched", "error"]]
+    of = {BATCHED: [w for w in ways if w.way == BATCHED]}
+    batch = {w.sizes: w.seconds for w in of[BATCHED]}
     last = None
     for w in ways:
-        named = [str(list(w.sizes)), f"{w.P:,}"] if w.sizes != last else ["", ""]
+        name, P = (short(w.sizes), f"{w.P:,}") if w.sizes != last else ("", "")
         last = w.sizes
         mark = "~" * w.is_sampled
-        forward, seconds = f"{mark}{w.forward:,.0f}", f"{mark}{duration(w.seconds)}"
-        counts = [forward, f"{w.backward:,.0f}"]
-        lines.append([*named, w.way, *counts, seconds, f"{w.error:.0e}"])
-    turned = [[a, c, b, *rest] for a, b, c, *rest in lines]
-    table = aligned(turned, left=2)
-    if any(w.is_sampled for w in ways):
-        return f"~ extrapolated from {SAMPLE} parameters\n{table}"
-    return table
+        times = w.seconds / batch[w.sizes]
+        factor = f"{mark}{times / w.P:.2f} P" if w.way in PERTURBING else f"{times:.1f}"
+        figures = [f"{mark}{w.forward:,.0f}", f"{w.backward:,.0f}"]
+        figures += [f"{mark}{duration(w.seconds)}", factor, f"{w.error:.0e}"]
+        lines.append([name, w.way, P, *figures])
+    return "\n".join([*title, aligned(lines, left=2)])
 
 
 def duration(seconds: float) -> str:
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:
-            return f"{seconds / unit:,.3g} {name}"
-    return f"{seconds * 1e6:.3g} µs"
+            return f"{short_number(seconds / unit)} {name}"
+    return f"{short_number(seconds * 1e6)} µs"
+
+
+def short_number(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def growth_table(ways: list[Way]) -> str:
-    """The exponents."""
-    lines = [["way", "time ~ P^p, the largest two", "time / batched ~ P^p"]]
-    batch = [w for w in ways if w.way == BATCHED]
-    for name in (*PERTURBING, *SWEEPS):
-        mine = [w for w in ways if w.way == name]
-        lines.append([name, f"{growth(mine):.2f}", f"{advantage(mine, batch):.2f}"])
-    return aligned(lines, left=1)
+    """The exponents, and the words that are loose."""
+    of = {name: [w for w in ways if w.way == name] for name in (*PERTURBING, *SWEEPS)}
+    large = sum(w.P > ALL_UP_TO for w in of[BATCHED])
+    which = f"P > {ALL_UP_TO:,}" if large > 1 else "the largest two"
+    lines = [["way", f"time ~ P^p, {which}", "time / batched ~ P^p, all"]]
+    for name, mine in of.items():
+        faster = advantage(mine, of[BATCHED])
+        lines.append([name, f"{growth(mine):.2f}", f"{faster:.2f}"])
+    factors = [f / w.P for w, f in factors_of(FORWARD, of)]
+    said = (
+        '"exponentially cheaper" is loose: forward differences take '
+        f"{min(factors):.2f} P to {max(factors):.2f} P times\nas long as backprop, so "
+        "the factor is about P"
+    )
+    if large < 2:
+        said += "\nnetworks as small as these take as long a pass, whatever P"
+    return f"{aligned(lines, left=1)}\n{said}"
 
 
-def pass_table(passes: list[Passes]) -> str:
+def pass_table(passes: list[Passes], settings: Settings) -> str:
     lines = [["network", "operations, predicted", "counted", "time"]]
     lines += [
         [short(p.sizes), *(f"{v:.2f}" for v in (p.predicted, p.counted, p.measured))]
         for p in passes
     ]
-    return f"backward / forward\n{aligned(lines, left=1)}"
+    title = f"back / forward, batches of {settings.batch_size}, medians"
+    return f"{title}\n{aligned(lines, left=1)}"
 
 
 def short(sizes: Sequence[int]) -> str:
@@ -535,13 +516,15 @@ def short(sizes: Sequence[int]) -> str:
 
 
 def error_table(errors: list[Errors]) -> str:
-    lines = [["dtype", "way", "best ε", "error there", "at both ends", "error ~ ε^p"]]
+    titles = ["dtype", "way", "best ε", "√u or ∛u", "error there", "at both ends"]
+    lines = [[*titles, "left ~ ε^p", "right ~ ε^p"]]
     for e in errors:
+        best = [f"{e.steps[e.best]:.0e}", f"{e.balance:.0e}", f"{e.errors[e.best]:.0e}"]
         ends = f"{e.errors[0]:.0e}, {e.errors[-1]:.0e}"
-        best = [f"{e.steps[e.best]:.0e}", f"{e.errors[e.best]:.0e}"]
-        order = "—" if math.isnan(e.order) else f"{e.order:.2f}"
-        lines.append([e.dtype, e.way, *best, ends, order])
-    return aligned(lines, left=2)
+        powers = ["—" if math.isnan(p) else f"{p:.2f}" for p in (e.left, e.right)]
+        lines.append([e.dtype, e.way, *best, ends, *powers])
+    title = f"error over ε, {short(V_SIZES)}; — too few ε on that side"
+    return f"{title}\n{aligned(lines, left=2)}"
 
 
 def curves(ways: list[Way], errors: list[Errors]) -> dict[str, list[tuple[int, float]]]:
@@ -552,25 +535,36 @@ def curves(ways: list[Way], errors: list[Errors]) -> dict[str, list[tuple[int, f
             tag = f"{quantity}_over_P/{w.way}"
             shown.setdefault(tag, []).append((w.P, getattr(w, quantity)))
     for e in errors:
-        powers = [round(-math.log10(step)) for step in e.steps]
+        # Its steps are whole numbers: a tenth of a power each.
+        powers = [round(-10 * math.log10(step)) for step in e.steps]
         pairs = sorted(zip(powers, e.errors, strict=True))
-        shown[f"error_over_minus_log10_step/{e.dtype} {e.way}"] = pairs
+        shown[f"error_over_minus_10_log10_step/{e.dtype} {e.way}"] = pairs
     return shown
 
 
 def draw(figure: Any, ways: list[Way], errors: list[Errors]) -> None:
     """Time over P, and error over ε."""
     left, right = figure.subplots(1, 2)
-    for name in (*PERTURBING, *SWEEPS):
+    colours = {MODE: "C2", CENTRAL: "C1", FORWARD: "C0", LOOPS: "C3", BATCHED: "C4"}
+    for name, colour in colours.items():
         mine = [w for w in ways if w.way == name]
-        left.loglog([w.P for w in mine], [w.seconds for w in mine], "o-", label=name)
-    left.set(xlabel="parameters P", ylabel="seconds for the gradient")
-    left.legend(fontsize=7)
+        P, seconds = [w.P for w in mine], [w.seconds for w in mine]
+        left.loglog(P, seconds, colour + "-", label=name)
+        for w in mine:
+            face = "white" if w.is_sampled else colour
+            left.plot(w.P, w.seconds, colour + "o", markerfacecolor=face)
+    P, seconds = [w.P for w in mine], [w.seconds for w in mine]
+    guide = [seconds[-1] * p**2 / P[-1] for p in P]
+    left.loglog(P, guide, "k:", lw=1, label="slope 2: ∝ P²")
+    left.set_title("Time of all partial derivatives", fontsize=10)
+    left.set(xlabel="parameters P (hollow: extrapolated)", ylabel="seconds")
+    left.legend(fontsize=8)
     for e in errors:
-        label = f"{e.dtype}, {e.way}"
-        right.loglog(e.steps, e.errors, ".-", label=label)
+        style = colours[e.way] + ("-" if e.dtype == "float64" else "--")
+        right.loglog(e.steps, e.errors, style, label=f"{e.dtype}, {e.way}")
+    right.set_title("Error of the differences", fontsize=10)
     right.set(xlabel="ε", ylabel="relative error")
-    right.legend(fontsize=7)
+    right.legend(fontsize=8, loc="lower left")
 
 
 def command_line(arguments: list[str] | None = None) -> int:
@@ -581,7 +575,7 @@ def command_line(arguments: list[str] | None = None) -> int:
         "--sizes", type=int, nargs="+", action="append",
         help="neurons per layer; give it for each network, two or more",
     )  # fmt: skip
-    add("--repeats", type=int, help="of every timing (default 7)")
+    add("--repeats", type=int, help="turns of every timing (default 7)")
     add("--batch-size", type=int, help="of the timed passes (default 512)")
     return reporting.run(main, Settings, QUICK, parser, arguments)
 

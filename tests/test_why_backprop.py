@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments import gradient_ways
 from experiments import why_backprop as experiment
 
 TINY = ((3, 2), (5, 4, 2))
@@ -41,11 +41,16 @@ def test_everything_is_measured_and_written(small, tmp_path, capsys):
         passes = [by[sizes, name]["forward"] for name in experiment.PERTURBING]
         assert passes == pytest.approx([P + 1, 2 * P, P])
         assert by[sizes, experiment.CENTRAL]["is_sampled"] is is_sampled
+        for name in experiment.SWEEPS:
+            way = by[sizes, name]
+            assert (way["forward"], way["backward"]) == pytest.approx((1, 1))
         assert not by[sizes, experiment.BATCHED]["is_sampled"]
         for name in (experiment.MODE, experiment.LOOPS, experiment.BATCHED):
             assert by[sizes, name]["error"] < 1e-5
         assert 1e-5 < by[sizes, experiment.FORWARD]["error"] < 0.1
     assert "~68" in out and "~ extrapolated from 7" in out
+    assert '"exponentially cheaper" is loose' in out and "the factor is about P" in out
+    assert results["shown"] == all(results["claims"].values())
     assert out.splitlines()[-1] == results["verdict"]
     assert max(map(len, out.partition("verdict")[0].splitlines())) <= 100
     events = EventAccumulator(str(folder))
@@ -74,9 +79,20 @@ def test_every_way_gives_autograd_s_gradient(sizes):
         found = torch.tensor(perturb(problem, everywhere, 1e-6), dtype=torch.float64)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     for sweep in experiment.SWEEPS.values():
-        grads, _ = sweep(problem)
-        found = torch.cat([g.flatten() for g in grads])
+        found = experiment.flat(sweep(problem))
         torch.testing.assert_close(found, expected)
+
+
+def test_a_second_pass_of_backprop_would_be_seen(monkeypatch):
+    def twice(problem):
+        gradient_ways.batched(problem)
+        return gradient_ways.batched(problem)
+
+    problem = experiment.Problem((6, 5, 4), 0)
+    assert experiment.PAIRS[experiment.BATCHED](problem) == pytest.approx((1, 1))
+    assert experiment.PAIRS[experiment.LOOPS](problem) == pytest.approx((1, 1))
+    monkeypatch.setitem(experiment.SWEEPS, experiment.BATCHED, twice)
+    assert experiment.PAIRS[experiment.BATCHED](problem)[1] > 2
 
 
 def test_both_dtypes_have_the_same_numbers():
@@ -102,7 +118,7 @@ def test_operations_are_predicted_and_counted():
         assert passes.counted == pytest.approx(passes.predicted)
 
 
-def _ways(exponent=1.0, error=1e-7, rough=1e-2, extra=0):
+def _ways(exponent=1.0, error=1e-7, rough=1e-2, extra=0, factor=1.0, back=1):
     ways = []
     for sizes, P in zip(TINY, (100, 10_000), strict=True):
         for name, (per, once) in experiment.PERTURBING.items():
@@ -110,10 +126,10 @@ def _ways(exponent=1.0, error=1e-7, rough=1e-2, extra=0):
             if name == experiment.MODE:
                 off = error
             ways.append(experiment.Way(
-                sizes, name, P, passes, 0, 1e-6 * P**exponent, off, False
+                sizes, name, P, passes, 0, factor * 1e-6 * P**exponent, off, False
             ))  # fmt: skip
         ways += [
-            experiment.Way(sizes, name, P, 1, 1, 1e-6, error, False)
+            experiment.Way(sizes, name, P, 1, back, 1e-6, error, False)
             for name in experiment.SWEEPS
         ]
     return ways
@@ -125,18 +141,15 @@ PASSES = [
 ]
 
 
-def _errors(order=1.0, depth=1e-6):
-    """A V: rounding depth²/ε left, ε^order right."""
-    steps = [10.0**power for power in range(-12, 1)]
-    errors = [s**order + depth ** (order + 1) / s for s in steps]
-    return steps, errors
-
-
-def _vs(forward=1.0, central=2.0):
-    return [
-        experiment.Errors("float64", way, *_errors(order))
-        for way, order in ((experiment.FORWARD, forward), (experiment.CENTRAL, central))
-    ]
+def _vs(forward=1.0, central=2.0, left=1.0, wide=1.0):
+    """Vs: rounding u/ε^left, truncation ε^order."""
+    steps = [10.0 ** (half / 2) for half in range(-30, 1)]
+    u = torch.finfo(torch.float64).eps / 2
+    vs = []
+    for way, p in ((experiment.FORWARD, forward), (experiment.CENTRAL, central)):
+        errors = [(s * wide) ** p + u / (s * wide) ** left for s in steps]
+        vs.append(experiment.Errors("float64", way, steps, errors))
+    return vs
 
 
 def _failed(ways=None, passes=None, errors=None):
@@ -151,11 +164,14 @@ def test_all_claims_hold_on_what_they_say():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"exponent": 0.5}, "grows as P"),
-        ({"exponent": 2.0}, "grows as P"),
+        ({"exponent": 0.6, "factor": 30}, "grows as P"),
+        ({"exponent": 1.3, "factor": 0.1}, "grows as P"),
+        ({"factor": 20}, "by about P"),
+        ({"factor": 0.05}, "by about P"),
         ({"error": 1e-3}, "exact to rounding"),
         ({"rough": 1e-7}, "exact to rounding"),
         ({"extra": 1}, "passes forward, counted"),
+        ({"back": 2}, "one pass forward and one back"),
     ],
 )
 def test_claims_fail_on_other_ways(changes, said):
@@ -164,63 +180,68 @@ def test_claims_fail_on_other_ways(changes, said):
 
 
 def test_claims_fail_on_other_passes():
-    wrong = [PASSES[0], dataclasses.replace(PASSES[1], counted=2.8)]
-    assert "operations counted" in _failed(passes=wrong)[0]
-    for measured in (5.0, 0.9):  # too slow; not slower than the shallow one
-        wrong = [PASSES[0], dataclasses.replace(PASSES[1], measured=measured)]
-        (claim,) = _failed(passes=wrong)
-        assert "takes the time" in claim
-
-
-def test_claims_fail_on_other_errors():
-    (claim,) = _failed(errors=_vs(central=1.0))
-    assert "right side" in claim
-    falling = experiment.Errors("float64", experiment.FORWARD, [0.01, 0.1, 1.0], [
-        1.0, 0.1, 0.01
-    ])  # fmt: skip
-    assert not falling.is_v and math.isnan(falling.order)
-    failed = _failed(errors=[falling])
-    assert any("shape of a V" in claim for claim in failed)
-    assert any("right side" in claim for claim in failed)
-
-
-def test_orders_and_the_best_step():
-    for order in (1.0, 2.0):
-        errors = experiment.Errors("float64", "", *_errors(order))
-        assert errors.is_v and errors.order == pytest.approx(order, abs=0.05)
-    assert errors.steps[errors.best] == pytest.approx(1e-6)
-
-
-def test_exit_status_is_the_verdict(small, tmp_path, monkeypatch):
-    options = "--sizes 3 2 --sizes 4 2 --repeats 1 --batch-size 2 --logdir".split()
-    for holds, status in ((True, 0), (False, 1)):
-        monkeypatch.setattr(experiment, "judge", lambda *_, holds=holds: {"x": holds})
-        name = ["--name", f"run{status}"]
-        assert experiment.command_line([*options, str(tmp_path), *name]) == status
-        written = json.loads((tmp_path / f"run{status}" / "results.json").read_text())
-        assert written["settings"]["sizes"] == [[3, 2], [4, 2]]
+    for changes, said in (
+        ({"counted": 2.8}, "one pass forward and one back"),
+        ({"measured": 2.7}, "share of time"),
+        ({"measured": 1.0}, "share of time"),
+    ):
+        wrong = [PASSES[0], dataclasses.replace(PASSES[1], **changes)]
+        assert said in _failed(passes=wrong)[0]
+    (claim,) = _failed(passes=PASSES[::-1])
+    assert "deepest" in claim
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "said"),
     [
-        ("--sizes 3 2", "sizes: expected two networks or more"),
-        ("--sizes 3 2 --sizes 3 2", "sizes: expected two networks or more"),
-        ("--sizes 3 --sizes 4 2", "sizes: expected at least two, got [3]"),
-        ("--sizes 3 0 --sizes 4 2", "sizes: expected positive integers"),
-        ("--repeats 0", "repeats: expected at least 1, got 0"),
-        ("--name a/b", "name: expected a plain folder name"),
+        ({"central": 1.0}, "rises on its right"),
+        ({"forward": 2.0}, "rises on its right"),
+        ({"left": 0.5}, "falls on its left"),
+        ({"wide": 1000.0}, "lowest at √u"),
     ],
 )
-def test_bad_arguments(tmp_path, capsys, options, message):
-    assert experiment.command_line([*options.split(), "--logdir", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_claims_fail_on_other_errors(changes, said):
+    assert any(said in claim for claim in _failed(errors=_vs(**changes)))
 
 
-def test_without_matplotlib_a_line_says_so(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    experiment.main(settings(tmp_path))
-    assert 'pip install ".[plots]"' in capsys.readouterr().out
-    assert not list((tmp_path / "one").glob("*.png"))
+def test_errors_without_a_v_show_nothing():
+    falling = experiment.Errors("float64", experiment.FORWARD, [0.01, 0.1, 1.0], [
+        1.0, 0.1, 0.01
+    ])  # fmt: skip
+    assert not falling.is_v and math.isnan(falling.right)
+    failed = _failed(errors=[falling])
+    assert any("shape of a V" in claim for claim in failed)
+    assert any("right side" in claim or "on its right" in claim for claim in failed)
+
+
+def test_powers_and_the_best_step():
+    for errors, power in zip(_vs(), (1.0, 2.0), strict=True):
+        assert errors.is_v
+        assert errors.left == pytest.approx(-1, abs=0.05)
+        assert errors.right == pytest.approx(power, abs=0.05)
+        assert errors.steps[errors.best] == pytest.approx(errors.balance, rel=2)
+    assert errors.balance == pytest.approx((2.0**-53) ** (1 / 3))
+
+
+def test_a_wrong_backward_is_seen(monkeypatch):
+    """It is what the others are compared with: they would all be off."""
+
+    def wrong(problem):
+        first, *others = gradient_ways.batched(problem)
+        return [1.01 * first, *others]
+
+    monkeypatch.setitem(experiment.SWEEPS, experiment.BATCHED, wrong)
+    monkeypatch.setattr(experiment, "batched", wrong)
+    ways = [way for sizes in TINY for way in experiment.compare(sizes, settings("."))]
+    claims = experiment.judge(ways, PASSES, _vs())
+    (exact,) = (holds for claim, holds in claims.items() if "exact to r" in claim)
+    assert not exact
+
+
+def test_networks_of_the_command_line(small, tmp_path, capsys):
+    options = "--sizes 4 2 --sizes 3 2 --repeats 1 --batch-size 2 --name one".split()
+    status = experiment.command_line([*options, "--logdir", str(tmp_path)])
+    written = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert status == (0 if written["shown"] else 1)
+    assert written["settings"]["sizes"] == [[4, 2], [3, 2]]
+    assert capsys.readouterr().out.index("[3, 2], 8") > 0

@@ -58,7 +58,7 @@ class LinearFunction(TwoFormFunction):
         >>> x, b = torch.ones(2, 3), torch.zeros(4)
         >>> W = torch.ones(4, 3, requires_grad=True)
         >>> LinearFunction.apply(x, W, b).sum().backward()
-        >>> W.grad  # BP4: δ is 1 everywhere, and two examples add up
+        >>> W.grad  # δ is 1 everywhere, and two examples add up
         tensor([[2., 2., 2.],
                 [2., 2., 2.],
                 [2., 2., 2.],
