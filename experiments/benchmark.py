@@ -18,7 +18,6 @@ Exit status: 0, 1 if a loop was wrong, 2 for bad arguments or data.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
@@ -48,6 +47,7 @@ from experiments.training_loops import (
     Workload,
 )
 from torchbp import data
+from torchbp._terminal import Parser
 from torchbp.checkpoint import RunFolder
 from torchbp.trainer import choose_device, cpu_threads
 
@@ -357,11 +357,7 @@ def write_events(folder: Path, results: dict[str, Any]) -> None:
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
     default = Settings()
     parser.add_argument("--what", choices=WHAT, default=default.what)
     parser.add_argument("--device", default=default.device)

@@ -14,7 +14,6 @@ Exit status: 0 all pass, 1 a check failed, 2 bad arguments or no such device.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import torchbp
 from torchbp import costs, functional
+from torchbp._terminal import Parser
 from torchbp.trainer import choose_device
 
 Operation = Callable[..., Tensor]
@@ -279,13 +279,7 @@ def against_differences(
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
-    description, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     default = Settings()
     devices = ("auto", "cpu", "cuda", "mps")
     parser.add_argument(

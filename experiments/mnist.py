@@ -12,8 +12,10 @@
     torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
     tensorboard --logdir runs                             the curves
 
-Exit status: 0 done, 1 --target-accuracy missed or the cost diverged, 2 bad arguments or
-data, 130 interrupted, 143 terminated (both can be resumed).
+Exit status: 0 done; 1 --target-accuracy missed or the cost diverged; 2 bad arguments or
+data, or a run folder that cannot be read or written: full, read-only, gone, or in use
+by another process; 130 interrupted, 143 terminated. Both can be resumed, and so can a
+run that was killed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +61,7 @@ from torchbp.trainer import (
     Engine,
     EpochResult,
     Trainer,
+    check_state,
     cpu_threads,
 )
 
@@ -69,8 +74,10 @@ def main(settings: Settings) -> dict[str, Any]:
             run folder is left behind.
         DivergedError, KeyboardInterrupt: training stopped; the run can be resumed.
     """
-    with join(settings.device) as world:
+    with join(settings.device) as world, ExitStack() as held:
         folder = make_folder(settings) if world.rank == 0 else None
+        if folder is not None:
+            held.enter_context(folder.lock())
         try:
             splits, settings = load_data(settings)
             trainer = assemble(settings, splits, world)
@@ -92,54 +99,117 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: settings that contradict the run's, each named.
-        torchbp.checkpoint.CheckpointError: no checkpoint, or not a whole one.
+        torchbp.checkpoint.CheckpointError: no checkpoint, or not a whole one, and no
+            whole one before it.
+        BlockingIOError: another process is at work on the run.
         and as :func:`main`.
     """
     folder = checkpoint.RunFolder(run)
-    state = checkpoint.load(folder.checkpoint)
-    try:
-        old = {**state["settings"], "sizes": tuple(state["settings"]["sizes"])}
-        dataset, done = old["dataset"], state["trainer"]["epoch"]
-        settings = Settings(**{**old, **changes})
-    except (KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(
-            f"{folder.checkpoint}: expected a run of this program, got {error}"
-        ) from error
-    wrong = [
-        f"{name} is {old[name]!r} there and {new!r} here"
-        for name, new in changes.items()
-        if name not in CHANGEABLE and new != old[name] and (name, new) != _AUTO
-    ]
-    if wrong:
-        raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
-    if settings.epochs != old["epochs"] and settings.schedule != "constant":
-        raise ValueError(
-            f"epochs: expected the {old['epochs']} of {run}, over which its "
-            f"{settings.schedule} schedule goes, got {settings.epochs}"
-        )
-    if settings.epochs < done:
-        raise ValueError(
-            f"epochs: expected at least the {done} that {run} has completed, got "
-            f"{settings.epochs}"
-        )
-    settings = dataclasses.replace(settings, dataset=dataset)
-    with join(settings.device) as world:
+    with ExitStack() as held:
+        if RANK == 0:
+            held.enter_context(folder.lock())
+        state = find_state(folder)
+        settings = reconcile(folder, state, changes)
+        world = held.enter_context(join(settings.device))
         splits, _ = load_data(settings)
         trainer = assemble(settings, splits, world)
-        try:
-            trainer.load_state_dict(state["trainer"])
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise checkpoint.CheckpointError(
-                f"{folder.checkpoint}: expected the state of {settings.sizes}: {reason}"
-            ) from error
+        if state["trainer"] is not None:
+            try:
+                trainer.load_state_dict(state["trainer"])
+            except (RuntimeError, LookupError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise checkpoint.CheckpointError(
+                    f"{folder.checkpoint}: expected the state of this run: {reason}"
+                ) from error
         log = None
         if world.rank == 0:
             log = open_log(folder, settings, world, resumed_at=trainer.epoch)
         return train(settings, trainer, log)
 
 
-_AUTO = ("dataset", "auto")
+def find_state(folder: checkpoint.RunFolder) -> dict[str, Any]:
+    """The run's newest whole checkpoint. A run that was stopped before its first has
+    settings alone: its "trainer" is None."""
+    if folder.never_began:
+        state = {"settings": folder.read("settings"), "trainer": None}
+        try:
+            read_settings(state)
+        except (LookupError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{folder.path}: expected a run of this program, got {error}"
+            ) from error
+        note(f"{folder.path} has no checkpoint yet: it begins anew")
+        return state
+    state, failure = folder.load(check_run)
+    if failure is not None:
+        epoch = state["trainer"]["epoch"]
+        note(f"{failure}; going on from {folder.previous}, epoch {epoch}")
+    return state
+
+
+def note(message: str) -> None:
+    """One line on standard error, by one of the processes."""
+    if RANK == 0:
+        print(f"NOTE: {message}", file=sys.stderr)
+
+
+def check_run(state: dict[str, Any]) -> None:
+    """Raise something unless `state` is what a run of this program saves."""
+    settings = read_settings(state)
+    check_memory(settings)
+    model = build(settings)
+    check_state(state["trainer"], model)
+    engine = AutogradSGD(model, COSTS[settings.cost][0](), settings.lr)
+    engine.load_state_dict(state["trainer"]["engine"])
+
+
+def read_settings(state: dict[str, Any]) -> Settings:
+    saved = state["settings"]
+    return Settings(**{**saved, "sizes": tuple(saved["sizes"])})
+
+
+def reconcile(
+    folder: checkpoint.RunFolder, state: dict[str, Any], changes: dict[str, Any]
+) -> Settings:
+    """The run's settings with those of `changes` that may be changed.
+
+    Raises:
+        ValueError: settings that contradict the run's, each named.
+    """
+    old = read_settings(state)
+    settings = dataclasses.replace(old, **changes)
+    settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
+    # Where the run is now says more than where it began.
+    path = folder.path.resolve()
+    there = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
+    agreed = {
+        "dataset": settings.dataset in ("auto", old.dataset),
+        "logdir": Path(settings.logdir).resolve() == path.parent,
+        "threads": number_of_threads(settings) == number_of_threads(old),
+    }
+    wrong = [
+        f"{name} is {there[name]!r} there and {new!r} here"
+        for name in changes
+        for new in [getattr(settings, name)]
+        if name not in CHANGEABLE and not agreed.get(name, new == there[name])
+    ]
+    if wrong:
+        raise ValueError(
+            f"resume: expected the settings of {folder.path}: {'; '.join(wrong)}"
+        )
+    if settings.epochs != old.epochs and settings.schedule != "constant":
+        raise ValueError(
+            f"epochs: expected the {old.epochs} of {folder.path}, over which its "
+            f"{settings.schedule} schedule goes, got {settings.epochs}"
+        )
+    done = 0 if state["trainer"] is None else state["trainer"]["epoch"]
+    if settings.epochs < done:
+        raise ValueError(
+            f"epochs: expected at least the {done} that {folder.path} has completed, "
+            f"got {settings.epochs}"
+        )
+    kept = {name: getattr(old, name) for name in agreed}
+    return dataclasses.replace(settings, **kept, name=old.name)
 
 
 def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
@@ -334,14 +404,29 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
 
 
 def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
-    """Train with events, checkpoints and progress."""
+    """Train with events, checkpoints and progress, and say how to go on if anything
+    stops it."""
+    try:
+        _train_and_log(settings, trainer, log)
+    except DivergedError:
+        raise
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # of the output
+            raise
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"{log.folder.path}: the run cannot be written: {reason}; "
+            f"{log.folder.what_is_left()}"
+        ) from error
+    except BaseException:
+        print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
+        raise
+
+
+def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
     split = trainer.data.train
     progress = PROGRESS[settings.output](
         settings.epochs, len(split.labels), trainer.epoch
-    )
-
-    log.dashboard.watch(
-        trainer.model, trainer.cost, split, trainer.data.test, settings.dataset
     )
 
     def on_epoch(result: EpochResult) -> None:
@@ -355,23 +440,18 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
             "settings": dataclasses.asdict(settings),
             "versions": log.versions,
         }
-        checkpoint.save(log.folder.checkpoint, content)
+        log.folder.save(content)
 
-    if settings.output == "text":
-        print(headline(settings, trainer, log.versions), flush=True)
-    if settings.output == "text" and trainer.epoch == settings.epochs:
-        print(f"already complete: {trainer.epoch} of {settings.epochs} epochs")
+    every = settings.checkpoint_every
     try:
-        trainer.fit(
-            settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
+        log.dashboard.watch(
+            trainer.model, trainer.cost, split, trainer.data.test, settings.dataset
         )
-    except DivergedError:
-        progress.close()
-        raise
-    except BaseException:
-        progress.close()
-        print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
-        raise
+        if settings.output == "text":
+            print(headline(settings, trainer, log.versions), flush=True)
+        if settings.output == "text" and trainer.epoch == settings.epochs:
+            print(f"already complete: {trainer.epoch} of {settings.epochs} epochs")
+        trainer.fit(settings.epochs, on_epoch, progress.update, save, every)
     finally:
         progress.close()
         log.dashboard.close(complete=trainer.epoch == settings.epochs)
@@ -441,6 +521,7 @@ def command_line(arguments: list[str] | None = None) -> int:
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = 0 if PROCESSES == 1 else int(os.environ["RANK"])
 
 
 def complain(message: str) -> None:
@@ -455,6 +536,14 @@ def terminate(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def say_once(failure: threading.ExceptHookArgs) -> None:
+    """The event file's thread hands its OSError to the main thread, which reports it:
+    no traceback besides."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 if __name__ == "__main__":
+    threading.excepthook = say_once
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(command_line())

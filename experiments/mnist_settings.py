@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 import torchbp
 from torchbp import data
+from torchbp._terminal import Parser
 from torchbp.dashboard import LEVELS
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 from torchbp.trainer import SCHEDULES
@@ -156,13 +157,6 @@ class Settings:
             )
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
 def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
     """The options that were given, by name; those that were not are absent.
 
@@ -170,13 +164,7 @@ def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]
         doc: the program's docstring: what ``--help`` says around the options.
         arguments: of the command line.
     """
-    parser = Parser(
-        description=(doc or "").partition("\n")[0],
-        epilog=(doc or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(doc, argument_default=argparse.SUPPRESS)
     default = Settings()
 
     def add(name: str, help: str, **kwargs: Any) -> None:

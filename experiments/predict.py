@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,7 +35,7 @@ if __name__ == "__main__":  # the repository, where this file's own folder was
 from experiments import mnist
 from experiments.mnist_settings import COSTS, Settings
 from torchbp import checkpoint, data
-from torchbp._terminal import in_colour, paint
+from torchbp._terminal import Parser, in_colour, paint
 
 SIDE, BOX = 28, 20
 LARGEST = 1024  # pixels a side, to which larger pictures are reduced first
@@ -320,21 +320,9 @@ def report(path: str, answer: Answer, show: bool, colour: bool) -> str:
     return "\n".join([paint(head, "bold", colour), *indented])
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint")
     parser.add_argument(
         "pictures", metavar="PICTURE", nargs="+", help="a picture's file"

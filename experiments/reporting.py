@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 import torchbp
 from experiments.timing import processor
-from torchbp import data
+from torchbp import _terminal, data
 from torchbp.checkpoint import RunFolder
 
 # Tag: its points (step, value).
@@ -193,34 +193,16 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return covariance / sum((a - mx) ** 2 for a in x)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as help, and its errors on one line."""
+class Parser(_terminal.Parser):
+    """With the options of every experiment."""
 
     def __init__(self, doc: str | None) -> None:
-        super().__init__(
-            description=(doc or "").partition("\n")[0],
-            epilog=(doc or "").partition("\n\n")[2],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+        super().__init__(doc or "", argument_default=argparse.SUPPRESS)
         self.add_argument("--quick", action="store_true", help="a small version")
         self.add_argument("--seed", type=int, help="of the random numbers")
         self.add_argument("--data", help="folder of MNIST; also TORCHBP_DATA")
         self.add_argument("--logdir", help="where run folders are made (default runs)")
         self.add_argument("--name", help="of the run folder")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = sys.argv[1:] if args is None else args
-        for text in given:
-            if text.startswith("--") and text.endswith("=--"):
-                # Python 3.11 makes an empty list of this, whatever the type.
-                self.error(f"argument {text[:-3]}: expected a value, got '--'")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        message = " ".join(message.splitlines())
-        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 S = TypeVar("S", bound=Common)

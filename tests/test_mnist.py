@@ -255,6 +255,131 @@ def test_resume_refuses_settings_that_contradict_naming_each(capsys, tmp_path):
     assert mnist.command_line(["--resume", one, "--lr", "3", "--epochs", "3"]) == 0
 
 
+SAME = [
+    "--lr 3", "--lr 3e0", "--weight-decay -0.0", "--sizes 784 12 10", "--dataset auto",
+    "--dataset digits", "--threads 1", "--name one", "--logdir {logdir}/../runs",
+    "--schedule constant --distort 0 --train-on train", "--cost quadratic --seed 00",
+]  # fmt: skip
+OTHER = {
+    "--batch-size 11 --lr 3": ["batch_size is 10 there and 11 here"],
+    "--init torch --cost cross-entropy": [
+        "init is 'scaled' there and 'torch' here",
+        "cost is 'quadratic' there and 'cross-entropy' here",
+    ],
+    "--sizes 784 13 10": ["sizes is (784, 12, 10) there and (784, 13, 10) here"],
+    "--dataset mnist": ["dataset is 'digits' there and 'mnist' here"],
+    "--threads 2": ["threads is 0 there and 2 here"],
+    "--name two": ["name is 'one' there and 'two' here"],
+    "--logdir {logdir}/runs": ["logdir is '{logdir}' there and '{logdir}/runs' here"],
+    "--layers native": ["layers is 'bp' there and 'native' here"],
+    "--activation tanh": ["activation is 'sigmoid' there and 'tanh' here"],
+    "--distort 0.5 --weight-decay 1": [
+        "distort is 0.0 there and 0.5 here",
+        "weight_decay is 0.0 there and 1.0 here",
+    ],
+    "--schedule cosine": ["schedule is 'constant' there and 'cosine' here"],
+    "--train-on all": ["train_on is 'train' there and 'all' here"],
+    "--epochs 1": ["expected at least the 2 that {logdir}/one has completed, got 1"],
+    "--recipe best": ["lr is 3.0 there and 0.5 here", "batch_size is 10 there and"],
+}  # fmt: skip
+
+
+def test_resume_knows_a_setting_in_any_spelling(capsys, tmp_path):
+    """What is the same is taken as such, however it is written; what contradicts is
+    named, each, and nothing but it."""
+    run(capsys, tmp_path, "--name", "one")
+    logdir = tmp_path / "runs"
+    one, settings_file = str(logdir / "one"), logdir / "one" / "settings.json"
+    before = settings_file.read_text()
+    for options in SAME:
+        arguments = ["--resume", one, *options.format(logdir=logdir).split()]
+        assert mnist.command_line([*arguments, "--log-level", "off"]) == 0, options
+        assert capsys.readouterr().err == ""
+    kept = json.loads(settings_file.read_text())
+    assert {**kept, "log_level": "full"} == json.loads(before)
+    state = (logdir / "one" / "checkpoint.pt").read_bytes()
+    for options, messages in OTHER.items():
+        arguments = options.format(logdir=logdir).split()
+        assert mnist.command_line(["--resume", one, *arguments]) == 2, options
+        err = capsys.readouterr().err
+        for message in messages:
+            assert message.format(logdir=logdir) in err
+        if "recipe" not in options:
+            assert err.count(" there and ") == len(
+                [m for m in messages if "there" in m]
+            )
+        assert err.count("\n") == 1
+    assert state == (logdir / "one" / "checkpoint.pt").read_bytes()
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is(capsys, tmp_path):
+    run(capsys, tmp_path, "--name", "one")
+    (tmp_path / "runs" / "one").rename(tmp_path / "moved")
+    moved = ["--resume", str(tmp_path / "moved"), "--epochs", "3"]
+    assert mnist.command_line([*moved, "--name", "one"]) == 2
+    assert "name is 'moved' there and 'one' here" in capsys.readouterr().err
+    assert mnist.command_line([*moved, "--name", "moved"]) == 0
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_resume_from_python_takes_lists_and_names_unknown_settings(tmp_path):
+    metrics = mnist.main(settings(tmp_path, name="one"))
+    assert mnist.resume(metrics["run"], sizes=[784, 12, 10])["epoch"] == 2
+    with pytest.raises(TypeError, match="nonsense"):
+        mnist.resume(metrics["run"], nonsense=3)
+
+
+def spoil_settings(state):
+    state["settings"]["lr"] = "high"
+
+
+def spoil_epoch(state):
+    state["trainer"]["epoch"] = -1
+
+
+def spoil_rate(state):
+    state["trainer"]["engine"]["lr"] = -1.0
+
+
+def spoil_shape(state):
+    state["trainer"]["model"]["layers.0.weight"] = torch.ones(12, 783)
+
+
+def spoil_trainer(state):
+    state["trainer"] = [1, 2]
+
+
+def spoil_keys(state):
+    del state["trainer"]["model"]["layers.1.bias"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_settings, spoil_epoch, spoil_rate, spoil_shape, spoil_trainer, spoil_keys],
+)
+def test_a_whole_checkpoint_with_a_state_that_does_not_fit(capsys, tmp_path, spoil):
+    """One line, status 2, the file as it was; and where there is one, on from the one
+    before."""
+    run(capsys, tmp_path, "--name", "one")
+    one = tmp_path / "runs" / "one"
+    state = checkpoint.load(one / "checkpoint.pt")
+    spoil(state)
+    checkpoint.save(one / "checkpoint.pt", state)
+    spoilt = (one / "checkpoint.pt").read_bytes()
+    command = ["--resume", str(one), "--epochs", "3"]
+    before = (one / "checkpoint.previous.pt").read_bytes()
+    (one / "checkpoint.previous.pt").unlink()
+    assert mnist.command_line(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {one / 'checkpoint.pt'}: expected a run of this")
+    assert err.count("\n") == 1
+    assert (one / "checkpoint.pt").read_bytes() == spoilt
+    (one / "checkpoint.previous.pt").write_bytes(before)
+    assert mnist.command_line(command) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert (one / "checkpoint.damaged.pt").read_bytes() == spoilt
+
+
 def test_resuming_another_programs_checkpoint(capsys, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", {"epoch": 3})
     assert mnist.command_line(["--resume", str(tmp_path)]) == 2
@@ -270,13 +395,13 @@ BAD = {
     "--lr -1": "lr: expected a number from 0 to 3.4e+38, got -1.0",
     "--lr nan": "lr: expected a number from 0 to 3.4e+38, got nan",
     "--lr 1e300": "lr: expected a number from 0 to 3.4e+38, got 1e+300",
-    "--sizes 784 10000000000 10": "expected a network that fits into memory",
+    "--sizes 784 10000000000 10": "expected a network that fits into",
     "--weight-decay -1": "weight_decay: expected a number from 0",
     "--batch-size 0": "batch_size: expected at least 1, got 0",
     "--batch-size 1298": "batch_size: expected 1 to 1297",
     "--epochs 0": "epochs: expected at least 1, got 0",
     "--checkpoint-every 0": "checkpoint_every: expected at least 1",
-    "--threads -1": "threads: expected 0 (automatic) or more, got -1",
+    "--threads -1": "threads: expected 0 (automatic) to 1024, got -1",
     "--seed -1": "seed: expected 0 to 2^63 - 1, got -1",
     "--target-accuracy 95": "target_accuracy: expected 0 to 1, got 95",
     "--name a/b": "expected a plain folder name, got 'a/b'",

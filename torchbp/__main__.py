@@ -12,24 +12,9 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong usage in one line."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        given = sys.argv[1:] if args is None else args
-        for text in given:
-            if text.startswith("--") and text.endswith("=--"):
-                # Python 3.11 makes an empty list of this, whatever the type.
-                self.error(f"argument {text[:-3]}: expected a value, got '--'")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-        raise SystemExit(2)
-
+from torchbp._terminal import Parser
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and

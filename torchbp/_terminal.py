@@ -1,14 +1,48 @@
-"""Colours, where somebody sees them, and waiting for a key."""
+"""The command line, colours where somebody sees them, and waiting for a key."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a program's docstring as its help, and its errors on one line.
+
+    Args:
+        doc: the docstring: its first line, and what comes after the first empty one.
+        options: of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, doc: str | None = None, **options: Any) -> None:
+        if doc is not None:
+            description, _, epilog = doc.partition("\n\n")
+            options = {
+                "description": description,
+                "epilog": epilog,
+                "formatter_class": argparse.RawDescriptionHelpFormatter,
+                "allow_abbrev": False,
+                **options,
+            }
+        super().__init__(**options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        for text in given:
+            if text.startswith("--") and text.endswith("=--"):
+                # Python 3.11 makes an empty list of this, whatever the type.
+                self.error(f"argument {text[:-3]}: expected a value, got '--'")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.splitlines())
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def is_terminal(stream: Any) -> bool:

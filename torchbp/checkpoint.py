@@ -1,38 +1,75 @@
-"""Save and resume: run folders, and files that are either whole or the one before."""
+"""Save and resume: run folders, and files that are either whole or the one before.
+
+A checkpoint is a file of ``torch.save``, which ``torch.load(path, weights_only=True)``
+opens too: {"format", "version", "state"}. It is a zip archive, and the archive's
+comment is the SHA-256 of all bytes before it: no byte can change unnoticed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 __all__ = ["CheckpointError", "RunFolder", "load", "save", "write_atomically"]
 
 FORMAT = "torchbp-checkpoint"
-VERSION = 2
+VERSION = 3
+UNSEALED = 2  # the last version without a checksum
+SEAL = b"torchbp sha256 "
+SEAL_SIZE = len(SEAL) + 64
+END_OF_ZIP = b"PK\5\6"  # begins a zip archive's last 22 bytes, where it has no comment
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read; the message is one line and names the file."""
+    """A checkpoint cannot be read; the message is one line and names the file.
+
+    Examples:
+        >>> load("nowhere/checkpoint.pt")
+        Traceback (most recent call last):
+            ...
+        torchbp.checkpoint.CheckpointError: nowhere/checkpoint.pt: no such checkpoint
+    """
 
 
-def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    state: dict[str, Any],
+    previous: str | os.PathLike[str] | None = None,
+) -> None:
     """Write `state` to `path`; whoever reads `path` finds the old file or the new one.
 
     Args:
         path: the file; its folder must exist.
         state: tensors, numbers, strings, and lists and dicts of them.
+        previous: where the old file is kept, in the same folder; it is not, if None.
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is intact.
         TypeError: `state` holds something that :func:`load` would refuse.
+
+    Examples:
+        >>> import tempfile, torchbp
+        >>> model = torchbp.MLP([4, 3, 2])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state = {"sizes": model.sizes, "model": model.state_dict()}
+        ...     save(f"{folder}/mlp.pt", state)
+        ...     state = load(f"{folder}/mlp.pt")
+        >>> again = torchbp.MLP(state["sizes"])
+        >>> again.load_state_dict(state["model"])
+        <All keys matched successfully>
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
@@ -44,7 +81,8 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             "state: expected tensors, numbers, strings, lists and dicts, got what "
             f"cannot be loaded again: {' '.join(str(error).split())[-200:]}"
         ) from error
-    write_atomically(path, buffer.getbuffer())
+    _seal(buffer)
+    write_atomically(path, buffer.getbuffer(), previous)
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -56,9 +94,18 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
 
     Raises:
         CheckpointError: no such file, not one of ours, damaged, or of a newer version.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/state.pt", {"epoch": 3, "weights": [torch.ones(2)]})
+        ...     load(f"{folder}/state.pt")
+        {'epoch': 3, 'weights': [tensor([1., 1.])]}
     """
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        with open(path, "rb") as file:
+            is_sealed = _check_seal(file)
+            content = torch.load(file, map_location=map_location, weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises whatever its parsers raise
@@ -70,50 +117,168 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a {FORMAT}, got another kind of file")
     version = content.get("version")
-    if version != VERSION:
-        raise CheckpointError(f"{path}: expected version {VERSION}, got {version!r}")
+    if type(version) is not int or not UNSEALED <= version <= VERSION:
+        raise CheckpointError(
+            f"{path}: expected version {UNSEALED} or {VERSION}, got {version!r}"
+        )
+    if version > UNSEALED and not is_sealed:
+        raise CheckpointError(
+            f"{path}: expected a whole checkpoint, got one without its checksum"
+        )
     state = content.get("state")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a state inside, got {type(state)}")
     return state
 
 
-def write_atomically(path: str | os.PathLike[str], data: Any) -> None:
-    """Write bytes to a temporary file beside `path`, then rename it over `path`."""
+def _seal(buffer: io.BytesIO) -> None:
+    """Give the zip archive in `buffer` its checksum as its comment."""
+    buffer.seek(-22, os.SEEK_END)
+    end = buffer.read()
+    assert end.startswith(END_OF_ZIP) and end.endswith(b"\0\0"), "no comment so far"
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(struct.pack("<H", SEAL_SIZE))
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    buffer.write(SEAL + digest.encode())
+
+
+def _check_seal(file: IO[bytes]) -> bool:
+    """Whether `file` ends with a checksum, and raise ValueError if it is not that of
+    the bytes before it; `file` is left at its start."""
+    size = file.seek(0, os.SEEK_END)
+    left = max(0, size - SEAL_SIZE)
+    file.seek(left)
+    seal = file.read(SEAL_SIZE)
+    file.seek(0)
+    if not seal.startswith(SEAL):
+        return False
+    digest = hashlib.sha256()
+    while left:
+        piece = file.read(min(left, 1 << 20))
+        if not piece:
+            raise ValueError("the file shrank while it was read")
+        digest.update(piece)
+        left -= len(piece)
+    if seal != SEAL + digest.hexdigest().encode():
+        raise ValueError("its checksum is not that of its content")
+    file.seek(0)
+    return True
+
+
+TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.torchbp")
+
+
+def _temporary(path: Path) -> Path:
+    """A free name beside `path`, which says whose it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.torchbp")
+
+
+def write_atomically(
+    path: str | os.PathLike[str],
+    data: Any,
+    previous: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write bytes to a temporary file beside `path`, then rename it over `path`.
+
+    Args:
+        path: the file; its folder must exist.
+        data: its bytes.
+        previous: where the old file is kept, in the same folder; it is not, if None.
+
+    Raises:
+        OSError: the folder is missing, read-only or full; the old file is intact.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomically(f"{folder}/note.txt", b"whole")
+        ...     Path(folder, "note.txt").read_text()
+        'whole'
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    # Not mkstemp: its files are for their owner alone, whatever the umask says.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    temporary = _temporary(path)
     try:
+        # Not mkstemp: its files are for their owner alone, whatever the umask says.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None:
+            _keep(path, Path(previous))
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):  # it names the temporary file, or none
+            reason = f"cannot be written: {error.strerror}"
+            raise OSError(error.errno, reason, str(path)) from error
         raise
     _sync_folder(path.parent)
 
 
+def _keep(path: Path, previous: Path) -> None:
+    """Make `previous` a second name of the file at `path`, if there is one: at every
+    moment both names lead to whole files."""
+    link = _temporary(previous)
+    try:
+        try:
+            os.link(path, link)
+        except FileNotFoundError:
+            raise
+        except OSError:  # no hard links here: for a moment there is `previous` alone
+            os.replace(path, previous)
+        else:
+            os.replace(link, previous)
+    except FileNotFoundError:  # there is nothing to keep
+        pass
+    finally:
+        # Still there where both names led to one file: to rename it does nothing then.
+        with contextlib.suppress(OSError):
+            os.unlink(link)
+
+
 class RunFolder:
-    """``runs/<name>/``: settings.json, versions.json, checkpoint.pt and event files.
+    """``runs/<name>/``: settings.json, versions.json, checkpoint.pt, the one before it
+    in checkpoint.previous.pt, and event files.
 
     Args:
         path: the folder; :meth:`create` makes one, this opens it as it is.
+
+    Attributes:
+        path: the folder.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as logdir:
+        ...     run = RunFolder.create(logdir, "first")
+        ...     run.write(settings={"lr": 3.0})
+        ...     run.save({"epoch": 0})
+        ...     sorted(path.name for path in run.path.iterdir()), run.load()
+        (['checkpoint.pt', 'settings.json'], ({'epoch': 0}, None))
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._is_damaged = False
 
     @property
     def checkpoint(self) -> Path:
+        """The newest checkpoint."""
         return self.path / "checkpoint.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The one before it."""
+        return self.path / "checkpoint.previous.pt"
 
     @classmethod
     def create(cls, logdir: str | os.PathLike[str], name: str) -> RunFolder:
         """Make ``logdir/name``.
+
+        Args:
+            logdir: the folder of all runs; made if it is not there.
+            name: of this one, a plain folder name that is not taken.
 
         Raises:
             ValueError: `name` is not a plain folder name, or the run exists.
@@ -144,10 +309,169 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, **contents: Any) -> None:
-        """Write each of `contents` as ``<key>.json``."""
+        """Write each of the keyword arguments `contents` as ``<key>.json``."""
         for name, content in contents.items():
             text = json.dumps(content, indent=2, default=str) + "\n"
             write_atomically(self.path / f"{name}.json", text.encode())
+
+    def read(self, name: str) -> Any:
+        """What :meth:`write` wrote under `name`.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds something else.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected {name}, got {error}") from error
+
+    @property
+    def never_began(self) -> bool:
+        """Whether a run was stopped here before its first checkpoint."""
+        written = self.checkpoint, self.previous
+        settings = self.path / "settings.json"
+        return settings.is_file() and not any(map(os.path.lexists, written))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep the run from every other process for as long as the block lasts, and
+        remove what a save that was killed has left.
+
+        The system gives the lock back however this process ends. Where there are no
+        such locks (Windows, some network file systems), nothing is locked or removed.
+
+        Raises:
+            BlockingIOError: another process has it.
+        """
+        descriptor = _lock(self.path)
+        if descriptor is None:
+            yield
+            return
+        try:
+            self._remove_leftovers()
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of processes that are no more."""
+        for path in self.path.iterdir():
+            match = TEMPORARY.fullmatch(path.name)
+            if match and not _is_another_alive(int(match[1])):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """:func:`save` `state` as the newest checkpoint, and keep the one before it.
+
+        Raises:
+            OSError, TypeError: as there.
+        """
+        if self._is_damaged:  # not to take the place of the good one before it
+            self._set_aside()
+        save(self.checkpoint, state, self.previous)
+
+    def what_is_left(self) -> str:
+        """What there is to go on with, for the last words of a run."""
+        for path in (self.checkpoint, self.previous):
+            with contextlib.suppress(CheckpointError):
+                load(path)
+                return f"{path} is whole, to go on: --resume {self.path}"
+        return "no checkpoint is left"
+
+    def _set_aside(self) -> None:
+        for i in range(1, 1000):
+            aside = self.path / f"checkpoint.damaged{f'-{i}' if i > 1 else ''}.pt"
+            if not os.path.lexists(aside):
+                break
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.checkpoint, aside)
+        self._is_damaged = False
+
+    def load(
+        self, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> tuple[dict[str, Any], str | None]:
+        """The newest checkpoint that is whole and passes `check`, and what is wrong
+        with the newest if it is the one before it.
+
+        Args:
+            check: raises whatever it likes about a state that is not to be used.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        try:
+            return _load_checked(self.checkpoint, check), None
+        except CheckpointError as error:
+            failure = error
+        if not os.path.lexists(self.previous):
+            raise failure
+        try:
+            state = _load_checked(self.previous, check)
+        except CheckpointError as error:
+            raise CheckpointError(f"{failure}; {error}") from failure
+        self._is_damaged = True
+        return state, str(failure)
+
+
+def _load_checked(
+    path: Path, check: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    state = load(path)
+    try:
+        if check is not None:
+            check(state)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            reason = f"none of {reason}"
+        raise CheckpointError(
+            f"{path}: expected a run of this program, got {reason}"
+        ) from error
+    return state
+
+
+def _lock(folder: Path) -> int | None:
+    """The folder itself, open and locked: nothing is left behind. None if it cannot be
+    had.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(
+            f"run: expected one that no process is at work on, got {folder}, which "
+            "another process has"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_another_alive(pid: int) -> bool:
+    """Whether a process other than this one has that number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

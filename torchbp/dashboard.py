@@ -100,7 +100,9 @@ class Dashboard:
         _wait_for_a_later_name(earlier)
         # Epoch 0 is logged anew by a run that did not complete its first.
         purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
-        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        # An interrupt while the writer is handed an event may keep its thread waiting
+        # until the next flush is due, and with it the end of the program: a second.
+        self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=1)
         # What stands at step 0 was superseded with it, or was never written.
         self._is_new = not resumed_at or not earlier
         if self._is_new:

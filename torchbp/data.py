@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import importlib
 import importlib.util
+import io
 import math
 import os
 import queue
@@ -51,6 +52,7 @@ _MNIST_UNPACKED_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+_GZ_EXTRA = 1 << 16  # for gzip's header, which may hold a name, and its trailer
 _PROBE_SECONDS = 10.0  # imports included, a lack of network shows within 15 s
 _STALL_SECONDS = 15.0
 _TIMEOUT_LOCK = threading.Lock()  # the default time-out belongs to the whole process
@@ -58,21 +60,52 @@ _DIGITS_BOUNDS = (0, 1_297, 1_547, 1_797)
 
 
 class DataError(RuntimeError):
-    """Data that is missing, damaged or cannot be loaded; the message is one line."""
+    """Data that is missing, damaged or cannot be loaded; the message is one line.
+
+    Args:
+        message: what is wrong; its lines are joined.
+
+    Examples:
+        >>> try:
+        ...     load("mnist", root="/nowhere", download=False)
+        ... except DataError as error:
+        ...     print(len(str(error).splitlines()), "line")
+        1 line
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
 
 
 class Split(NamedTuple):
-    """Images, uint8 (n, 784), and their labels, int64 (n)."""
+    """Images and what they show.
+
+    Attributes:
+        images: uint8 (n, 784).
+        labels: int64 (n).
+
+    Examples:
+        >>> blank = Split(torch.zeros(2, 784, dtype=torch.uint8), torch.tensor([3, 7]))
+        >>> images, labels = blank
+        >>> images.shape
+        torch.Size([2, 784])
+    """
 
     images: Tensor
     labels: Tensor
 
 
 class Splits(NamedTuple):
-    """The three splits of a dataset."""
+    """The three splits of a dataset.
+
+    Attributes:
+        train, validation, test: a :class:`Split` each.
+
+    Examples:
+        >>> splits = load("digits")
+        >>> [len(split.labels) for split in splits]
+        [1297, 250, 250]
+    """
 
     train: Split
     validation: Split
@@ -101,13 +134,18 @@ def load(
         ValueError: the name is unknown; gives the choices and what came.
         DataError: files are missing, damaged, another dataset's or out of reach, or
             the library that reads them is missing or broken; tells what to do.
+
+    Examples:
+        >>> train, validation, test = load("digits")
+        >>> train.images.shape, train.images.dtype, len(test.labels)
+        (torch.Size([1297, 784]), torch.uint8, 250)
     """
     folder = _folder(name, root)
     if name == "digits":
         return _load_digits()
     try:
         return _load_family(name, folder, download)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that no system takes
         raise DataError(f"cannot load {name} from {folder}: {error}") from error
 
 
@@ -120,6 +158,11 @@ def join_validation(splits: Splits) -> Splits:
 
     Returns:
         Splits: with an empty validation split.
+
+    Examples:
+        >>> splits = join_validation(load("digits"))
+        >>> [len(split.labels) for split in splits]
+        [1547, 0, 250]
     """
     train, validation, test = splits
     joined = Split(*(torch.cat(pair) for pair in zip(train, validation, strict=True)))
@@ -140,13 +183,17 @@ def find(name: str, root: str | os.PathLike[str] | None = None) -> bool:
 
     Raises:
         ValueError: the name is unknown; gives the choices and what came.
+
+    Examples:
+        >>> find("mnist", root="/nowhere")
+        False
     """
-    folder = _folder(name, root)
-    if name == "digits":
-        return importlib.util.find_spec("sklearn") is not None
     try:
+        folder = _folder(name, root)
+        if name == "digits":
+            return importlib.util.find_spec("sklearn") is not None
         return bool(_locate(name, folder))
-    except OSError:  # a folder that may not be searched
+    except (OSError, DataError):  # a folder that may not be searched, or is nobody's
         return False
 
 
@@ -168,6 +215,10 @@ def scale(
     Raises:
         TypeError: images is not a uint8 tensor or dtype not a floating-point type;
             gives what was expected and what came.
+
+    Examples:
+        >>> scale(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([0.0000, 0.2000, 1.0000])
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         came = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -179,7 +230,12 @@ def scale(
 
 
 def default_root() -> Path:
-    """Returns `$XDG_CACHE_HOME/torchbp`, or `~/.cache/torchbp` if that is not set."""
+    """Returns `$XDG_CACHE_HOME/torchbp`, or `~/.cache/torchbp` if that is not set.
+
+    Examples:
+        >>> default_root().name
+        'torchbp'
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "torchbp"
@@ -189,7 +245,11 @@ def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
     """Checks the name of a dataset and says where its files are looked for."""
     if name not in NAMES:
         raise ValueError(f"expected a dataset name among {NAMES}, got {name!r}")
-    return default_root() if root is None else Path(root).expanduser()
+    try:
+        return default_root() if root is None else Path(root).expanduser()
+    except RuntimeError as error:  # ~ of a user that there is not
+        place = "~/.cache" if root is None else root
+        raise DataError(f"root: expected a folder, got {place}: {error}") from error
 
 
 def _load_family(name: str, root: Path, download: bool) -> Splits:
@@ -198,6 +258,11 @@ def _load_family(name: str, root: Path, download: bool) -> Splits:
         raise DataError(f"expected a folder as root, got the file {root}")
     found = _locate(name, root)
     missing = [file for file in _FILES if file not in found]
+    for path in (path for file in missing for path in _places(name, root, file)):
+        # A download would replace it, unless another process's just did.
+        if os.path.lexists(path) and not path.is_file():
+            came = "a folder" if path.is_dir() else "a link to nothing or a device"
+            raise DataError(f"{path}: expected a file, got {came}; move or remove it")
     if missing and not download:
         state = f"lacks {len(missing)} of 4 files" if found else "holds no file"
         state = state if root.exists() else "does not exist and holds no file"
@@ -240,11 +305,16 @@ def _locate(name: str, root: Path) -> dict[str, Path]:
     """Finds the files of a dataset; .gz before unpacked, for the checksum's sake."""
     found: dict[str, Path] = {}
     for file in _FILES:
-        for folder in (root / _CLASSES[name] / "raw", root):
-            for path in (folder / f"{file}.gz", folder / file):
-                if path.is_file():
-                    found.setdefault(file, path)
+        for path in _places(name, root, file):
+            if path.is_file():
+                found.setdefault(file, path)
     return found
+
+
+def _places(name: str, root: Path, file: str) -> list[Path]:
+    """Where a file may lie, the best place first."""
+    folders = root / _CLASSES[name] / "raw", root
+    return [folder / f for folder in folders for f in (f"{file}.gz", file)]
 
 
 def _remedy(name: str, root: Path, files: list[str]) -> str:
@@ -278,7 +348,10 @@ def _plain(path: Path, size: int, mnist_md5: str | None, is_mnist: bool) -> byte
     """Reads an unpacked file of the right size which is MNIST's if it should be."""
     if path.stat().st_size != size:  # before a file of any size is read
         raise _damaged(path, f"{size} bytes", f"{path.stat().st_size}")
-    content = path.read_bytes()
+    with path.open("rb") as stream:
+        content = stream.read(size + 1)
+    if len(content) != size:  # changed since
+        raise _damaged(path, f"{size} bytes", f"{len(content)} or more")
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if mnist_md5 and (md5 == mnist_md5) != is_mnist:
         other = "" if is_mnist else "other than MNIST's "
@@ -288,15 +361,19 @@ def _plain(path: Path, size: int, mnist_md5: str | None, is_mnist: bool) -> byte
 
 def _gunzipped(path: Path, size: int, expected: str) -> bytes:
     """Unpacks a .gz file of the right MD5, reading at most a byte more than size."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    if (md5 := digest.hexdigest()) != expected:
-        came = f"{md5} ({path.stat().st_size} bytes{_owner(md5)})"
+    # Deflate adds 5 bytes to a block that does not shrink, at worst to each 16 KB; more
+    # is not read, however large the file is.
+    largest = size + size // 1024 + _GZ_EXTRA
+    with path.open("rb") as file:
+        packed = file.read(largest + 1)
+    if len(packed) > largest:
+        raise _damaged(path, f"at most {largest} bytes", f"{path.stat().st_size}")
+    md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
+    if md5 != expected:
+        came = f"{md5} ({len(packed)} bytes{_owner(md5)})"
         raise _damaged(path, f"MD5 {expected}", came)
-    try:
-        with gzip.open(path, "rb") as stream:
+    try:  # the very bytes that were checked, not the file again
+        with gzip.open(io.BytesIO(packed), "rb") as stream:
             content = stream.read(size + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked: {error}") from error

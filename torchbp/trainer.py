@@ -33,6 +33,7 @@ __all__ = [
     "Score",
     "Trainer",
     "batches",
+    "check_state",
     "choose_device",
     "count_outputs",
     "cpu_threads",
@@ -55,7 +56,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 class DivergedError(RuntimeError):
-    """The cost is NaN or infinite; the message names epoch, step and learning rate."""
+    """The cost or a parameter is NaN or infinite; the message names the epoch, the step
+    where there is one, the learning rate, and the parameters that are not finite.
+
+    Examples:
+        >>> raise DivergedError("the cost became nan in epoch 1, step 3, at lr 9")
+        Traceback (most recent call last):
+            ...
+        torchbp.trainer.DivergedError: the cost became nan in epoch 1, step 3, at lr 9
+    """
 
 
 class Engine(Protocol):
@@ -63,6 +72,20 @@ class Engine(Protocol):
 
     Once a generator that `steps` returned is exhausted or closed, the model's own
     parameters are up to date.
+
+    Attributes:
+        lr: η; it may be changed between steps.
+
+    Examples:
+        >>> import torchbp
+        >>> model, cost = torchbp.MLP([784, 30, 10]), torchbp.QuadraticCost()
+        >>> images = torch.randint(256, (20, 784), dtype=torch.uint8)
+        >>> for make in (AutogradSGD, torchbp.ExplicitSGD):
+        ...     engine: Engine = make(model, cost, lr=0.1)
+        ...     steps = engine.steps(images, torch.arange(20) % 10, torch.arange(20), 8)
+        ...     print(len(torch.cat(list(steps))))
+        3
+        3
     """
 
     lr: float
@@ -70,13 +93,24 @@ class Engine(Protocol):
     def steps(
         self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
     ) -> Generator[Tensor, None, None]:
-        """One update for each mini-batch of the examples `order`, the last one as large
-        as what is left; yields the mini-batches' costs before their updates, a few at
-        a time, 1-d, detached."""
+        """One update for each mini-batch of the examples `order`.
 
-    def state_dict(self) -> dict[str, Any]: ...
+        Args:
+            images: uint8 (n, n_in).
+            labels: int64 (n).
+            order: indices of examples.
+            batch_size: m; the last mini-batch has what is left.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+        Yields:
+            the mini-batches' costs before their updates, a few at a time, 1-d,
+            detached.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on, as a checkpoint keeps it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the `state` of :meth:`state_dict`."""
 
 
 class AutogradSGD:
@@ -91,6 +125,20 @@ class AutogradSGD:
     Raises:
         ValueError: a negative or non-finite lr or weight decay, or a cost that takes z
             on a network that gives a.
+
+    Attributes:
+        model, cost, weight_decay: as given.
+        optimizer: the ``torch.optim.SGD`` behind it.
+
+    Examples:
+        >>> import torchbp
+        >>> _ = torch.manual_seed(0)
+        >>> model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
+        >>> engine = AutogradSGD(model, cost, lr=1.0)
+        >>> x, y = torch.rand(10, 4), torch.tensor([[1.0, 0.0]]).expand(10, 2)
+        >>> costs = [engine.step(x, y).item() for _ in range(20)]
+        >>> costs[-1] < costs[0]
+        True
     """
 
     def __init__(
@@ -101,7 +149,7 @@ class AutogradSGD:
         self._set_rates(lr, weight_decay)
 
     def _set_rates(self, lr: float, weight_decay: float) -> None:
-        check_rates(lr, weight_decay)
+        check_rates(lr, weight_decay, self.model)
         self.weight_decay = weight_decay
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         if weight_decay:
@@ -120,12 +168,17 @@ class AutogradSGD:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        check_rates(value, self.weight_decay)
+        check_rates(value, self.weight_decay, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
-        """One update; returns the mini-batch's cost before it, 0-d, detached."""
+        """One update; returns the mini-batch's cost before it, 0-d, detached.
+
+        Args:
+            input: (m, n_in).
+            target: as the cost takes it.
+        """
         self.optimizer.zero_grad()
         C: Tensor = self.cost(self.model(input), target)
         C.backward()
@@ -135,6 +188,7 @@ class AutogradSGD:
     def steps(
         self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
     ) -> Generator[Tensor, None, None]:
+        """As :meth:`Engine.steps`, of `images`, `labels`, `order` and `batch_size`."""
         dtype = next(self.model.parameters()).dtype
         classes = count_outputs(self.model, images)
         split = Split(images, labels)
@@ -143,7 +197,7 @@ class AutogradSGD:
             yield self.collect(torch.stack(costs))
 
     def collect(self, costs: Tensor) -> Tensor:
-        """What `step` returned for several mini-batches, as the mini-batches' costs."""
+        """The mini-batches' costs, of the `costs` that `step` returned for several."""
         return costs
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,11 +205,23 @@ class AutogradSGD:
         return {"lr": self.lr, "weight_decay": self.weight_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The rates from the `state` of :meth:`state_dict`."""
         self._set_rates(state["lr"], state["weight_decay"])
 
 
 def count_outputs(model: nn.Module, images: Tensor) -> int:
-    """K, the number of outputs of `model`, tried on one of the images (n, n_in)."""
+    """K, the number of outputs of `model`, tried on one of the images.
+
+    Args:
+        model: the network.
+        images: uint8 (n, n_in), one at least.
+
+    Examples:
+        >>> import torchbp
+        >>> images = torch.zeros(5, 784, dtype=torch.uint8)
+        >>> count_outputs(torchbp.MLP([784, 30, 10]), images)
+        10
+    """
     dtype = next(model.parameters()).dtype
     with torch.inference_mode():
         return int(model(scale(images[:1], dtype)).shape[-1])
@@ -164,8 +230,15 @@ def count_outputs(model: nn.Module, images: Tensor) -> int:
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA if there is one, else the CPU.
 
+    Args:
+        name: "auto", "cpu", "cuda" or "mps".
+
     Raises:
         ValueError: the device is not there.
+
+    Examples:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +255,16 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def cpu_threads(number: int) -> Iterator[None]:
-    """Run with `number` CPU threads; afterwards there are as many as before."""
+    """Run with `number` CPU threads; afterwards there are as many as before.
+
+    Args:
+        number: of threads within an operation, 1 at least.
+
+    Examples:
+        >>> with cpu_threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -192,7 +274,16 @@ def cpu_threads(number: int) -> Iterator[None]:
 
 
 class Score(NamedTuple):
-    """The mean cost per example and the share of right answers."""
+    """How a model does on a split.
+
+    Attributes:
+        cost: the mean cost per example.
+        accuracy: the share of right answers, 0 to 1.
+
+    Examples:
+        >>> print(f"{Score(cost=0.03, accuracy=0.9574).accuracy:.2%}")
+        95.74%
+    """
 
     cost: float
     accuracy: float
@@ -210,6 +301,11 @@ class EpochResult:
             None for epoch 0.
         seconds: spent on training steps, and on varying the images.
         images_per_second: examples trained on, per second of that.
+
+    Examples:
+        >>> scores = {"test": Score(cost=0.03, accuracy=0.9574)}
+        >>> EpochResult(30, scores, 0.02, 2.0, 25_000.0).scores["test"].accuracy
+        0.9574
     """
 
     epoch: int
@@ -226,9 +322,23 @@ def batches(
 
     Every index of `order` comes once; the last batch may be smaller than the others.
 
+    Args:
+        split: images and labels.
+        order: indices of examples.
+        batch_size: m.
+        classes: K, the length of a one-hot row.
+        dtype: of inputs and targets.
+
     Yields:
         a list of inputs (m, 784) in [0, 1] and the list of their one-hot targets (m,
         classes).
+
+    Examples:
+        >>> images = torch.zeros(25, 784, dtype=torch.uint8)
+        >>> split = Split(images, torch.arange(25) % 10)
+        >>> for xs, ys in batches(split, torch.randperm(25), 10, 10, torch.float32):
+        ...     print([tuple(x.shape) for x in xs], [tuple(y.shape) for y in ys])
+        [(10, 784), (10, 784), (5, 784)] [(10, 10), (10, 10), (5, 10)]
     """
     for rows in order.split(BATCHES_AT_ONCE * batch_size):
         x = scale(split.images.index_select(0, rows), dtype)
@@ -238,7 +348,20 @@ def batches(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
-    """The score of `model` on `split`; changes nothing, and draws no random number."""
+    """The score of `model` on `split`; changes nothing, and draws no random number.
+
+    Args:
+        model: the network.
+        cost: what the score's cost is measured by.
+        split: images and labels, on the model's device.
+
+    Examples:
+        >>> import torchbp
+        >>> split = Split(torch.zeros(4, 784, dtype=torch.uint8), torch.arange(4))
+        >>> model = torchbp.MLP([784, 10], output="identity")
+        >>> evaluate(model, torchbp.LogLikelihoodCost(), split).accuracy  # one answer
+        0.25
+    """
     wide = summing_dtype(split.labels.device)
     total = torch.zeros((), dtype=wide, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
@@ -286,6 +409,17 @@ class Trainer:
     Raises:
         ValueError: a batch size below 1 or above the training set's size, an empty
             training or test set, images or labels that do not fit the model.
+
+    Examples:
+        >>> import torchbp
+        >>> from torchbp import data
+        >>> _ = torch.manual_seed(0)
+        >>> model, cost = torchbp.MLP([784, 10]), torchbp.QuadraticCost()
+        >>> engine = torchbp.ExplicitSGD(model, cost, lr=1.0)
+        >>> trainer = Trainer(model, engine, cost, data.load("digits"), batch_size=10)
+        >>> trainer.fit(epochs=3)
+        >>> trainer.epoch, trainer.score()["test"].accuracy > 0.8
+        (3, True)
     """
 
     def __init__(
@@ -339,6 +473,7 @@ class Trainer:
                 )
 
     def score(self) -> dict[str, Score]:
+        """How the model does now on each of the splits, by name."""
         return {
             name: evaluate(self.model, self.cost, split)
             for name, split in self.scored.items()
@@ -354,8 +489,10 @@ class Trainer:
                 the last call and the mean cost of their batches.
 
         Raises:
-            DivergedError: the cost is NaN or infinite.
+            DivergedError: the cost, or a parameter before or after the epoch, is NaN or
+                infinite.
         """
+        self._check_start()
         images, labels = self.data.train
         n, m = len(labels), self.batch_size
         order = torch.randperm(n, generator=self.generator).to(labels.device)
@@ -366,16 +503,21 @@ class Trainer:
         waiting: list[Tensor] = []
         if self.vary is not None:
             images = self.vary(images, self.generator)
-        with closing(self.engine.steps(images, labels, order, m)) as steps:
-            for costs in steps:
-                waiting.append(costs)
-                # To look at a cost is to wait for the device, so not at every one.
-                now = time.perf_counter()
-                if now - looked < LOOK_EVERY:
-                    continue
-                looked = now
+        try:
+            with closing(self.engine.steps(images, labels, order, m)) as steps:
+                for costs in steps:
+                    waiting.append(costs)
+                    # To look at a cost is to wait for the device, so not at every one.
+                    now = time.perf_counter()
+                    if now - looked < LOOK_EVERY:
+                        continue
+                    looked = now
+                    total, seen = self._look(waiting, total, seen, on_progress)
                 total, seen = self._look(waiting, total, seen, on_progress)
-            total, seen = self._look(waiting, total, seen, on_progress)
+        except DivergedError as error:  # now that the model has its parameters back
+            bad = self._not_finite()
+            since = f"; by now not finite: {bad}" if bad else ""
+            raise DivergedError(f"{error}{since}") from None
         seconds = time.perf_counter() - started
         self.epoch += 1
         scores = self.score()
@@ -424,10 +566,13 @@ class Trainer:
             save: called with :meth:`state_dict` at the start, every `save_every` epochs
                 and after the last one. If anything stops the training, Ctrl-C included,
                 it is called with the state that the last complete epoch left.
+            save_every: epochs from one to the next.
 
         Raises:
             DivergedError: see :meth:`run_epoch`.
         """
+        if self.epoch < epochs:
+            self._check_start()
         kept, saved_at = self.state_dict(), self.epoch if self.epoch else None
         try:
             if self.epoch == 0 and on_epoch is not None:
@@ -451,6 +596,21 @@ class Trainer:
                 save(kept)
             raise
 
+    def _not_finite(self) -> str:
+        """The names of the parameters that are not finite, the first few of them."""
+        named = self.model.named_parameters()
+        bad = [name for name, p in named if not p.isfinite().all()]
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        return ", ".join(bad[:4]) + more
+
+    def _check_start(self) -> None:
+        """Refuse to train a network that is not finite: the rate is not to blame."""
+        if bad := self._not_finite():
+            raise DivergedError(
+                f"expected finite parameters before epoch {self.epoch + 1}, got NaN or "
+                f"infinity in {bad}"
+            )
+
     def _check_finite(self, values: list[float], step: int) -> None:
         for i, value in enumerate(values):
             if not math.isfinite(value):
@@ -464,7 +624,8 @@ class Trainer:
         bad = [
             f"{name} cost" for name, s in scores.items() if not math.isfinite(s.cost)
         ]
-        bad += [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if parameters := self._not_finite():
+            bad.append(parameters)
         if bad:
             raise DivergedError(
                 f"not finite after epoch {self.epoch}: {', '.join(bad)}, at lr "
@@ -478,24 +639,134 @@ class Trainer:
         if self.best is None or accuracy > self.best[1]:
             self.best = (result.epoch, accuracy, result.scores["test"].accuracy)
 
+    @property
+    def step(self) -> int:
+        """Steps taken, all epochs together."""
+        return self.epoch * self._steps_per_epoch
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train.labels) / self.batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data and the model are."""
+        return self.data.train.labels.device
+
     def state_dict(self) -> dict[str, Any]:
         """All that decides how training goes on, as copies; for epoch ends."""
         return {
             "epoch": self.epoch,
+            "step": self.step,
             "best": self.best,
             "model": {k: v.clone() for k, v in self.model.state_dict().items()},
             "engine": copy.deepcopy(self.engine.state_dict()),
             "generator": self.generator.get_state(),
+            "torch_generators": _generator_states(self.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, to the bit on the same kind of device.
+        """Go on from the `state` of :meth:`state_dict`, to the bit on the same kind of
+        device.
 
         Raises:
-            RuntimeError: parameters that do not fit the model, as torch raises it.
+            ValueError, TypeError, LookupError, RuntimeError: a state of another
+                network, or of none, or of another number of steps in an epoch; nothing
+                is changed.
         """
-        self.model.load_state_dict(state["model"])
+        check_state(state, self.model)
+        step = state["epoch"] * self._steps_per_epoch
+        if state.get("step", step) != step:
+            raise ValueError(
+                f"step: expected {step} after {state['epoch']} epochs, "
+                f"got {state['step']!r}"
+            )
         self.engine.load_state_dict(state["engine"])
+        self.model.load_state_dict(state["model"])
         self.generator.set_state(state["generator"].cpu())
         self.epoch = state["epoch"]
         self.best = None if state["best"] is None else tuple(state["best"])
+        _set_generator_states(state.get("torch_generators", {}), self.device)
+
+
+def check_state(state: dict[str, Any], model: nn.Module) -> None:
+    """Refuse what :meth:`Trainer.state_dict` would not give for such a model.
+
+    Args:
+        state: what it is to be.
+        model: what it is for.
+
+    Raises:
+        ValueError, TypeError, LookupError, RuntimeError: what is wrong with it.
+
+    Examples:
+        >>> check_state([3], nn.Linear(2, 1))
+        Traceback (most recent call last):
+            ...
+        TypeError: trainer: expected its state, got list
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"trainer: expected its state, got {type(state).__name__}")
+    epoch, best = state["epoch"], state["best"]
+    if type(epoch) is not int or epoch < 0:
+        raise ValueError(f"epoch: expected a number of epochs, got {epoch!r}")
+    if best is not None and not _is_best(best, epoch):
+        raise ValueError(
+            f"best: expected (an epoch from 1 to {epoch}, two accuracies), got {best!r}"
+        )
+    _check_parameters(state["model"], model.state_dict())
+    if not isinstance(state["engine"], dict):
+        raise TypeError(f"engine: expected its state, got {state['engine']!r}")
+    generators = {"trainer": state["generator"], **state.get("torch_generators", {})}
+    for name, generator in generators.items():
+        if not isinstance(generator, Tensor) or generator.dtype != torch.uint8:
+            got = getattr(generator, "dtype", type(generator).__name__)
+            raise TypeError(f"{name} generator: expected its bytes, got {got}")
+        if name in ("trainer", "cpu"):
+            torch.Generator().set_state(generator.cpu())
+
+
+def _is_best(best: Any, epoch: int) -> bool:
+    if not isinstance(best, (list, tuple)) or len(best) != 3:
+        return False
+    is_epoch = type(best[0]) is int and 1 <= best[0] <= epoch
+    return is_epoch and all(isinstance(a, float) and 0 <= a <= 1 for a in best[1:])
+
+
+def _check_parameters(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse parameters of other names, shapes or dtypes, and those not finite."""
+    if not isinstance(found, dict):
+        raise TypeError(f"model: expected parameters, got {type(found).__name__}")
+    if found.keys() != expected.keys():
+        odd = ", ".join(sorted(map(str, found.keys() ^ expected.keys()))[:4])
+        raise ValueError(f"model: expected other parameters, in one of both are {odd}")
+    for name, there in expected.items():
+        t = found[name]
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if (t.shape, t.dtype) != (there.shape, there.dtype):
+            raise ValueError(
+                f"{name}: expected {tuple(there.shape)} of {there.dtype}, "
+                f"got {tuple(t.shape)} of {t.dtype}"
+            )
+        if not t.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's own generators, which dropout and the like draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
