@@ -48,7 +48,7 @@ from experiments.training_loops import (
 )
 from torchbp import data
 from torchbp._terminal import Parser
-from torchbp.checkpoint import RunFolder
+from torchbp.run_folder import RunFolder
 from torchbp.trainer import choose_device, cpu_threads
 
 WORKLOADS = (

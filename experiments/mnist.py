@@ -42,17 +42,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the file beside this o
 
 import torchbp
 from experiments.mnist_settings import (
-    CHANGEABLE,
     COMPARED,
     COSTS,
     Settings,
+    number_of_threads,
     parse,
+    read_settings,
+    reconcile,
 )
 from torchbp import checkpoint, data
 from torchbp.dashboard import Dashboard
 from torchbp.distortion import distort
 from torchbp.parallel import ParallelSGD, World, join
 from torchbp.progress import PROGRESS
+from torchbp.run_folder import RunFolder
 from torchbp.trainer import (
     EVALUATE_AT_ONCE,
     SCHEDULES,
@@ -104,12 +107,13 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
         BlockingIOError: another process is at work on the run.
         and as :func:`main`.
     """
-    folder = checkpoint.RunFolder(run)
+    folder = RunFolder(run)
     with ExitStack() as held:
         if RANK == 0:
             held.enter_context(folder.lock())
         state = find_state(folder)
-        settings = reconcile(folder, state, changes)
+        done = 0 if state["trainer"] is None else state["trainer"]["epoch"]
+        settings = reconcile(folder.path, read_settings(state), done, changes)
         world = held.enter_context(join(settings.device))
         splits, _ = load_data(settings)
         trainer = assemble(settings, splits, world)
@@ -127,7 +131,7 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
         return train(settings, trainer, log)
 
 
-def find_state(folder: checkpoint.RunFolder) -> dict[str, Any]:
+def find_state(folder: RunFolder) -> dict[str, Any]:
     """The run's newest whole checkpoint. A run that was stopped before its first has
     settings alone: its "trainer" is None."""
     if folder.never_began:
@@ -161,55 +165,6 @@ def check_run(state: dict[str, Any]) -> None:
     check_state(state["trainer"], model)
     engine = AutogradSGD(model, COSTS[settings.cost][0](), settings.lr)
     engine.load_state_dict(state["trainer"]["engine"])
-
-
-def read_settings(state: dict[str, Any]) -> Settings:
-    saved = state["settings"]
-    return Settings(**{**saved, "sizes": tuple(saved["sizes"])})
-
-
-def reconcile(
-    folder: checkpoint.RunFolder, state: dict[str, Any], changes: dict[str, Any]
-) -> Settings:
-    """The run's settings with those of `changes` that may be changed.
-
-    Raises:
-        ValueError: settings that contradict the run's, each named.
-    """
-    old = read_settings(state)
-    settings = dataclasses.replace(old, **changes)
-    settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
-    # Where the run is now says more than where it began.
-    path = folder.path.resolve()
-    there = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
-    agreed = {
-        "dataset": settings.dataset in ("auto", old.dataset),
-        "logdir": Path(settings.logdir).resolve() == path.parent,
-        "threads": number_of_threads(settings) == number_of_threads(old),
-    }
-    wrong = [
-        f"{name} is {there[name]!r} there and {new!r} here"
-        for name in changes
-        for new in [getattr(settings, name)]
-        if name not in CHANGEABLE and not agreed.get(name, new == there[name])
-    ]
-    if wrong:
-        raise ValueError(
-            f"resume: expected the settings of {folder.path}: {'; '.join(wrong)}"
-        )
-    if settings.epochs != old.epochs and settings.schedule != "constant":
-        raise ValueError(
-            f"epochs: expected the {old.epochs} of {folder.path}, over which its "
-            f"{settings.schedule} schedule goes, got {settings.epochs}"
-        )
-    done = 0 if state["trainer"] is None else state["trainer"]["epoch"]
-    if settings.epochs < done:
-        raise ValueError(
-            f"epochs: expected at least the {done} that {folder.path} has completed, "
-            f"got {settings.epochs}"
-        )
-    kept = {name: getattr(old, name) for name in agreed}
-    return dataclasses.replace(settings, **kept, name=old.name)
 
 
 def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
@@ -311,33 +266,21 @@ def build(settings: Settings) -> nn.Module:
     return model if settings.layers == "bp" else torchbp.to_native(model)
 
 
-def make_folder(settings: Settings) -> checkpoint.RunFolder:
+def make_folder(settings: Settings) -> RunFolder:
     """The run's folder: its name, or what distinguishes runs, and when they started:
     784-30-10_quadratic_bp_seed0_20260102-030405."""
     if settings.name is not None:
-        return checkpoint.RunFolder.create(settings.logdir, settings.name)
+        return RunFolder.create(settings.logdir, settings.name)
     sizes = "-".join(map(str, settings.sizes))[:80]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     how = settings.layers if settings.engine == "autograd" else settings.engine
     name = f"{sizes}_{settings.cost}_{how}_seed{settings.seed}_{stamp}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         try:
-            return checkpoint.RunFolder.create(settings.logdir, name + suffix)
+            return RunFolder.create(settings.logdir, name + suffix)
         except ValueError:  # taken, by a run that started in the same second
             continue
     raise ValueError(f"name: expected a free one, got a thousand called {name}")
-
-
-def number_of_threads(settings: Settings) -> int:
-    """The settings' number of CPU threads; one, where they leave it open, below batches
-    of 128.
-
-    There a second thread costs more in hand-over than it gains: 3 to 10 % of the speed
-    at batch 10, and most of it when another program wants that core. One thread also
-    makes the bits independent of the machine's number of cores.
-    """
-    automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
-    return settings.threads or automatic
 
 
 def describe_versions(settings: Settings, world: World) -> dict[str, str]:
@@ -358,13 +301,13 @@ def describe_versions(settings: Settings, world: World) -> dict[str, str]:
 class Log:
     """Where a run is written: by the process of rank 0, so the others have none."""
 
-    folder: checkpoint.RunFolder
+    folder: RunFolder
     dashboard: Dashboard
     versions: dict[str, str]
 
 
 def open_log(
-    folder: checkpoint.RunFolder,
+    folder: RunFolder,
     settings: Settings,
     world: World,
     resumed_at: int | None = None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,6 +157,68 @@ class Settings:
                 f"sizes: expected {INPUTS} first (28 x 28 pixels) and {CLASSES} last "
                 f"(the classes), got {self.sizes[0]} and {self.sizes[-1]}"
             )
+
+
+def number_of_threads(settings: Settings) -> int:
+    """The settings' number of CPU threads; one, where they leave it open, below batches
+    of 128.
+
+    There a second thread costs more in hand-over than it gains: 3 to 10 % of the speed
+    at batch 10, and most of it when another program wants that core. One thread also
+    makes the bits independent of the machine's number of cores.
+    """
+    automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
+    return settings.threads or automatic
+
+
+def read_settings(state: dict[str, Any]) -> Settings:
+    """Those that a checkpoint or settings.json holds."""
+    saved = state["settings"]
+    return Settings(**{**saved, "sizes": tuple(saved["sizes"])})
+
+
+def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> Settings:
+    """A run's settings with those of `changes` that may be changed.
+
+    Args:
+        run: its folder.
+        old: its settings so far.
+        done: the epochs that it has completed.
+        changes: settings given anew.
+
+    Raises:
+        ValueError: settings that contradict the run's, each named.
+    """
+    settings = dataclasses.replace(old, **changes)
+    settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
+    # Where the run is now says more than where it began.
+    path = run.resolve()
+    there = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
+    agreed = {
+        "dataset": settings.dataset in ("auto", old.dataset),
+        "logdir": Path(settings.logdir).resolve() == path.parent,
+        "threads": number_of_threads(settings) == number_of_threads(old),
+    }
+    wrong = [
+        f"{name} is {there[name]!r} there and {new!r} here"
+        for name in changes
+        for new in [getattr(settings, name)]
+        if name not in CHANGEABLE and not agreed.get(name, new == there[name])
+    ]
+    if wrong:
+        raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
+    if settings.epochs != old.epochs and settings.schedule != "constant":
+        raise ValueError(
+            f"epochs: expected the {old.epochs} of {run}, over which its "
+            f"{settings.schedule} schedule goes, got {settings.epochs}"
+        )
+    if settings.epochs < done:
+        raise ValueError(
+            f"epochs: expected at least the {done} that {run} has completed, "
+            f"got {settings.epochs}"
+        )
+    kept = {name: getattr(old, name) for name in agreed}
+    return dataclasses.replace(settings, **kept, name=old.name)
 
 
 def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from experiments import mnist
 from experiments.mnist_settings import COSTS, Settings
 from torchbp import checkpoint, data
 from torchbp._terminal import Parser, in_colour, paint
+from torchbp.run_folder import RunFolder
 
 SIDE, BOX = 28, 20
 LARGEST = 1024  # pixels a side, to which larger pictures are reduced first
@@ -77,7 +78,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:
     path = Path(run)
     if not path.exists():
         raise checkpoint.CheckpointError(f"{path}: no such run")
-    path = checkpoint.RunFolder(path).checkpoint if path.is_dir() else path
+    path = RunFolder(path).checkpoint if path.is_dir() else path
     state = checkpoint.load(path)
     try:
         saved = {**state["settings"], "sizes": tuple(state["settings"]["sizes"])}

@@ -21,7 +21,7 @@ import torch
 import torchbp
 from experiments.timing import processor
 from torchbp import _terminal, data
-from torchbp.checkpoint import RunFolder
+from torchbp.run_folder import RunFolder
 
 # Tag: its points (step, value).
 Curves = Mapping[str, Sequence[tuple[int, float]]]

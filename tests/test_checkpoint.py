@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 import torchbp
 from torchbp import checkpoint
-from torchbp.checkpoint import CheckpointError, RunFolder
+from torchbp.checkpoint import CheckpointError
 from torchbp.data import Split, Splits
+from torchbp.run_folder import RunFolder
 from torchbp.trainer import AutogradSGD, Trainer, check_state
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": 2, "nested": {"b": [1, None, "c"]}}

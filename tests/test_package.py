@@ -31,9 +31,9 @@ MODULES = sorted((ROOT / "torchbp").glob("*.py"))
 ORDER = (
     "_version _naming _checks _exam_tools _exam_subject _exam_verdicts "
     "_exam_derivatives _exam_layouts _exam_backward _exam_transforms _exam_costs "
-    "examination _wording _forms functional costs data checkpoint nn _steps explicit "
-    "convert observation _sweeps comparison _terminal tour _captions _graph _pictures "
-    "dashboard trainer parallel progress distortion "
+    "examination _wording _forms functional costs data checkpoint run_folder nn _steps "
+    "explicit convert observation _sweeps comparison _terminal tour _captions _graph "
+    "_pictures dashboard _trainer_state trainer parallel progress distortion "
     "__init__ __main__"
 ).split()
 

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import mnist
 from experiments.mnist_settings import ENGINES
 from torchbp import checkpoint
-from torchbp.checkpoint import CheckpointError, RunFolder
+from torchbp.checkpoint import CheckpointError
+from torchbp.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
