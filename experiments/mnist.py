@@ -14,8 +14,8 @@
 
 Exit status: 0 done; 1 --target-accuracy missed or the cost diverged; 2 bad arguments or
 data, or a run folder that cannot be read or written: full, read-only, gone, or in use
-by another process; 130 interrupted, 143 terminated. Both can be resumed, and so can a
-run that was killed.
+by another process; 130 interrupted, 141 whoever read the output left, 143
+terminated. These can be resumed, and so can a run that was killed.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from experiments.mnist_settings import (
     reconcile,
 )
 from torchbp import checkpoint, data
+from torchbp._terminal import reader_left
 from torchbp.dashboard import Dashboard
 from torchbp.distortion import distort
 from torchbp.parallel import ParallelSGD, World, join
@@ -113,7 +114,8 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
             held.enter_context(folder.lock())
         state = find_state(folder)
         done = 0 if state["trainer"] is None else state["trainer"]["epoch"]
-        settings = reconcile(folder.path, read_settings(state), done, changes)
+        old = read_settings(state)
+        settings = reconcile(folder.path, old, done, changes)
         world = held.enter_context(join(settings.device))
         splits, _ = load_data(settings)
         trainer = assemble(settings, splits, world)
@@ -127,6 +129,12 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
                 ) from error
         log = None
         if world.rank == 0:
+            if state["trainer"] is not None and settings != old:
+                # Or they would be forgotten if this sitting ends in its first epoch.
+                try:
+                    folder.save({**state, "settings": dataclasses.asdict(settings)})
+                except OSError as error:
+                    raise cannot_be_written(folder, error) from error
             log = open_log(folder, settings, world, resumed_at=trainer.epoch)
         return train(settings, trainer, log)
 
@@ -160,7 +168,7 @@ def note(message: str) -> None:
 def check_run(state: dict[str, Any]) -> None:
     """Raise something unless `state` is what a run of this program saves."""
     settings = read_settings(state)
-    check_memory(settings)
+    check_memory(settings, torch.device("cpu"))
     model = build(settings)
     check_state(state["trainer"], model)
     engine = AutogradSGD(model, COSTS[settings.cost][0](), settings.lr)
@@ -169,7 +177,7 @@ def check_run(state: dict[str, Any]) -> None:
 
 def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
     """The network, its cost and its engine, joined to the data on the device."""
-    check_memory(settings)
+    check_memory(settings, world.device)
     try:
         model = build(settings).to(world.device)
     except RuntimeError as error:  # the allocator's
@@ -210,12 +218,15 @@ def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
     )
 
 
-def check_memory(settings: Settings) -> None:
-    """Refuse a network that this machine cannot hold: systems that promise more memory
-    than there is would end the program without a word."""
-    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= getattr(os, "sysconf_names", {}).keys():
+def check_memory(settings: Settings, device: torch.device) -> None:
+    """Refuse a network that this machine or its GPU cannot hold: systems that promise
+    more memory than there is would end the program without a word."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= getattr(os, "sysconf_names", {}).keys():
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
         return
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     pairs = itertools.pairwise(settings.sizes)
     weights = sum(n_out * (n_in + 1) for n_in, n_out in pairs)
     rows = max(min(settings.batch_size, 60_000), EVALUATE_AT_ONCE)
@@ -355,15 +366,19 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         raise
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # of the output
+            print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
             raise
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"{log.folder.path}: the run cannot be written: {reason}; "
-            f"{log.folder.what_is_left()}"
-        ) from error
+        raise cannot_be_written(log.folder, error) from error
     except BaseException:
         print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
         raise
+
+
+def cannot_be_written(folder: RunFolder, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    return OSError(
+        f"{folder.path}: the run cannot be written: {reason}; {folder.what_is_left()}"
+    )
 
 
 def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
@@ -442,6 +457,11 @@ def command_line(arguments: list[str] | None = None) -> int:
     except DivergedError as error:
         complain(f"error: {error}")
         return 1
+    except BrokenPipeError:
+        return reader_left()
+    except torch.OutOfMemoryError as error:
+        complain(f"error: out of memory: {str(error).partition(chr(10))[0]}")
+        return 2
     except (
         ValueError, TypeError, OSError, ImportError,
         data.DataError, checkpoint.CheckpointError,

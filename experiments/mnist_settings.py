@@ -189,7 +189,8 @@ def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> S
     Raises:
         ValueError: settings that contradict the run's, each named.
     """
-    settings = dataclasses.replace(old, **changes)
+    # How a sitting speaks is its own business.
+    settings = dataclasses.replace(old, **{"output": "text", **changes})
     settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
     # Where the run is now says more than where it began.
     path = run.resolve()
@@ -269,7 +270,7 @@ def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]
         dest="output",
         action="store_const",
         const="quiet",
-        help="only errors",
+        help="only notes and errors",
     )
     said.add_argument(
         "--json", dest="output", action="store_const", const="json",

@@ -33,9 +33,9 @@ if __name__ == "__main__":  # the repository, where this file's own folder was
     sys.path[0] = str(Path(__file__).parents[1])
 
 from experiments import mnist
-from experiments.mnist_settings import COSTS, Settings
+from experiments.mnist_settings import COSTS, Settings, read_settings
 from torchbp import checkpoint, data
-from torchbp._terminal import Parser, in_colour, paint
+from torchbp._terminal import Parser, in_colour, paint, reader_left
 from torchbp.run_folder import RunFolder
 
 SIDE, BOX = 28, 20
@@ -78,12 +78,14 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:
     path = Path(run)
     if not path.exists():
         raise checkpoint.CheckpointError(f"{path}: no such run")
-    path = RunFolder(path).checkpoint if path.is_dir() else path
-    state = checkpoint.load(path)
+    state, failure = (
+        RunFolder(path).load() if path.is_dir() else (checkpoint.load(path), None)
+    )
+    if failure is not None:
+        print(f"NOTE: {failure}; the checkpoint before it answers", file=sys.stderr)
     try:
-        saved = {**state["settings"], "sizes": tuple(state["settings"]["sizes"])}
-        settings = Settings(**saved)
-        with torch.random.fork_rng(devices=[]):
+        settings = read_settings(state)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model = mnist.build(settings)
         model.load_state_dict(state["trainer"]["model"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -347,9 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except checkpoint.CheckpointError as error:
         complain(str(error))
         return 2
-    except BrokenPipeError:  # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return reader_left()
     except KeyboardInterrupt:
         complain("interrupted")
         return 130

@@ -23,6 +23,7 @@ from experiments.timing import processor
 from torchbp import _terminal, data
 from torchbp.run_folder import RunFolder
 
+MOST = 1_000_000
 # Tag: its points (step, value).
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -54,9 +55,12 @@ class OnImages(Common):
 
 
 def at_least(settings: Any, **least: float) -> None:
-    """Raise ValueError unless each named setting is a finite number of that size."""
+    """Raise ValueError unless each named setting is a finite number of that size, and
+    none counts more than MOST things."""
     for name, bound in least.items():
         value = getattr(settings, name)
+        if isinstance(value, int) and value > MOST:  # which no float may hold
+            raise ValueError(f"{name}: expected at most {MOST:,}, got a larger number")
         if not (math.isfinite(value) and value >= bound):
             raise ValueError(f"{name}: expected at least {bound}, got {value}")
 
@@ -109,7 +113,6 @@ class Report:
     ) -> dict[str, Any]:
         """Print which claims the measurements show, write everything, and return what
         is in results.json: `measured` among it."""
-        print(f"\n{table_of(claims)}")
         results = {
             "settings": plain(settings),
             **measured,
@@ -117,6 +120,9 @@ class Report:
             "shown": all(claims.values()),
             "verdict": verdict(claims),
         }
+        # Before anything is printed: whoever reads may have left.
+        self.folder.write(results=results)
+        print(f"\n{table_of(claims)}")
         self.finish(results, curves, draw, size)
         return results
 
@@ -234,6 +240,8 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return _terminal.reader_left()
     except (ValueError, OSError, ImportError, data.DataError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -489,3 +489,11 @@ def test_define_cost_refuses_functions_that_overwrite():
         torchbp.define_cost(
             "N", lambda a, y: a.sub_(y).square().sum(-1), lambda a, y: 2 * (a - y)
         )
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_nan_in_z_is_not_hidden_by_the_log_likelihood(outputs):
+    z = torch.full((1, outputs), math.nan, requires_grad=True)
+    C = torchbp.LogLikelihoodCost()(z, torch.zeros(1, dtype=torch.int64))
+    C.backward()
+    assert C.isnan() and z.grad.isnan().all()

@@ -556,3 +556,47 @@ def test_every_level_trains_the_same_and_leaves_what_repeats_it(tmp_path, level)
     )
     for name, parameter in ours.items():
         assert torch.equal(parameter, theirs[name])
+
+
+def test_a_later_sitting_at_full_level_draws_the_graph_once(tmp_path, split):
+    write(tmp_path, split, [0, 1], level="basic")
+    assert not read(tmp_path).Tags()["graph"]
+    write(tmp_path, split, [2], resumed_at=1)
+    assert read(tmp_path).Tags()["graph"]
+    write(tmp_path, split, [3], resumed_at=2)
+    graphs = [
+        event
+        for file in sorted(tmp_path.iterdir())
+        for event in EventFileLoader(str(file)).Load()
+        if event.HasField("graph_def")
+    ]
+    assert len(graphs) == 1
+
+
+def test_the_graph_says_b_and_sigma_where_they_are():
+    model = torch.nn.Sequential(
+        torchbp.BPLinearSigmoid(6, 5, bias=False), torchbp.BPLinear(5, 3)
+    )
+    x, y = torch.rand(4, 6), torch.randint(0, 3, (4,))
+    records = probe(model, torchbp.LogLikelihoodCost(), x, y)
+    formulas = {node.op for node in _graph.draw(records, "LogLikelihoodCost").node}
+    assert {"z^1 = W^1 a^0", "a^1 = σ(z^1)"} <= formulas
+    assert {"z^2 = W^2 a^1 + b^2", "a^2 = z^2"} <= formulas
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_distributions_of_every_dtype(tmp_path, split, dtype):
+    write(tmp_path, split, [0], model=seen().to(dtype))
+    assert read(tmp_path).Tags()["histograms"]
+
+
+def test_letters_without_freetype(monkeypatch):
+    from PIL import ImageFont
+
+    def load_default(size=None):
+        if size is not None:
+            raise ImportError("FreeType is not there")
+        return "the only one"
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    assert _pictures._font.__wrapped__(13) == "the only one"

@@ -194,3 +194,14 @@ def test_without_matplotlib_a_line_says_so(tmp_path, capsys, monkeypatch):
 def test_slope():
     assert reporting.slope([0, 1, 2, 3], [1, 3, 5, 7]) == pytest.approx(2)
     assert reporting.slope([0, 1, 2], [1, 0, 1]) == pytest.approx(0)
+
+
+def test_what_was_measured_stays_when_the_reader_leaves(tmp_path, monkeypatch):
+    def left(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", left)
+    with pytest.raises(BrokenPipeError):
+        conclude(tmp_path, figures=[1, 2])
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert results["figures"] == [1, 2] and results["claims"] == CLAIMS

@@ -93,6 +93,45 @@ def test_a_resumed_run_may_say_it_in_another_way(capsys, tmp_path):
     assert [line["epoch"] for line in lines] == [3, 3]
 
 
+def test_how_a_sitting_speaks_is_its_own_business(capsys, tmp_path):
+    metrics = mnist.main(settings(tmp_path, output="quiet"))
+    assert mnist.command_line(["--resume", metrics["run"], "--epochs", "3"]) == 0
+    assert "epoch 3/3" in capsys.readouterr().out
+
+
+def test_settings_of_a_sitting_that_was_cut_short_are_kept(capsys, tmp_path):
+    metrics = mnist.main(settings(tmp_path))
+    options = {"epochs": 4, "engine": "explicit", "checkpoint_every": 2}
+    stop_after(2, lambda: mnist.resume(metrics["run"], **options))
+    capsys.readouterr()
+    assert mnist.command_line(["--resume", metrics["run"]]) == 0
+    assert "epoch 4/4" in capsys.readouterr().out
+    saved = json.loads((Path(metrics["run"]) / "settings.json").read_text())
+    assert {name: saved[name] for name in options} == options
+
+
+def test_a_reader_who_leaves_ends_the_run_resumably(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    options = ["--engine", "explicit", "--logdir", str(tmp_path), "--name", "one"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *SMALL[:-1], "200", "--json", *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert json.loads(process.stdout.readline())["epoch"] == 0
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert (
+        process.stderr.read() == f"\nstopped; to go on: --resume {tmp_path / 'one'}\n"
+    )
+    process.stderr.close()
+    state = checkpoint.load(tmp_path / "one" / "checkpoint.pt")
+    assert 0 <= state["trainer"]["epoch"] < 200
+
+
 def test_what_is_given_beside_a_recipe_wins(capsys, tmp_path):
     best = mnist.parse("", ["--recipe", "best", "--lr", "0.25", "--epochs", "3"])
     assert best == {**RECIPES["best"], "lr": 0.25, "epochs": 3}

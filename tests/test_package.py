@@ -29,7 +29,7 @@ MODULES = sorted((ROOT / "torchbp").glob("*.py"))
 
 # A module may import those to its left; nothing runs back up.
 ORDER = (
-    "_version _naming _checks _exam_tools _exam_subject _exam_verdicts "
+    "_version _naming _checks _modes _exam_tools _exam_subject _exam_verdicts "
     "_exam_derivatives _exam_layouts _exam_backward _exam_transforms _exam_costs "
     "examination _wording _forms functional costs data checkpoint run_folder nn _steps "
     "explicit convert observation _sweeps comparison _terminal tour _captions _graph "

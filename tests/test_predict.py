@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -453,3 +454,17 @@ def test_as_a_script_whose_reader_leaves(small_run, digit):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=60) == 141
+
+
+def test_the_checkpoint_before_a_damaged_one_answers(
+    capsys, tmp_path, small_run, digit
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(small_run, folder)
+    newest = folder / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    status, out, err = run(capsys, str(folder), digit(7))
+    assert status == 0 and "(probability " in out
+    assert err.startswith("NOTE: ") and "checkpoint.pt" in err and err.count("\n") == 1
+    (folder / "checkpoint.previous.pt").unlink()
+    assert run(capsys, str(folder), digit(7))[0] == 2

@@ -384,3 +384,28 @@ def test_empty_training_and_test_sets_are_refused():
         make_trainer(data=DATA._replace(test=split(0, 0)))
     with pytest.raises(ValueError, match="train: expected at least one example"):
         make_trainer(data=DATA._replace(train=split(0, 0)))
+
+
+def test_scoring_leaves_every_module_in_its_mode():
+    model = torch.nn.Sequential(torchbp.BPLinear(6, 4), torch.nn.BatchNorm1d(4))
+    model.train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, torchbp.LogLikelihoodCost(), DATA.test)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_network_with_batch_norm_trains():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torchbp.BPLinearSigmoid(6, 4),
+        torch.nn.BatchNorm1d(4),
+        torchbp.BPLinearSigmoid(4, 3),
+    )
+    cost = torchbp.QuadraticCost()
+    trainer = Trainer(model, AutogradSGD(model, cost, 0.5), cost, DATA, 5)
+    remembered = model[1].running_mean.clone()
+    trainer.score()
+    assert torch.equal(model[1].running_mean, remembered)
+    assert math.isfinite(trainer.run_epoch().running_cost)
+    assert not torch.equal(model[1].running_mean, remembered)

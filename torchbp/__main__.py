@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torchbp._terminal import Parser
+from torchbp._terminal import Parser, reader_left
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -266,9 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return reader_left()
     except KeyboardInterrupt:
         return 130
     except ValueError as error:

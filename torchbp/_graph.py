@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchbp.functional import LinearFunction
+
 if TYPE_CHECKING:
     from torchbp.observation import Record
 
-__all__ = ["draw"]
+__all__ = ["FIRST", "draw"]
+
+FIRST = "a0_input"  # the first node, by which an event file is known to have a graph
 
 
 def draw(records: list[Record], cost: str) -> Any:
@@ -40,7 +44,7 @@ def draw(records: list[Record], cost: str) -> Any:
         for i, record in enumerate(records, start=1)
     ]
     # The shapes are of one example, as the book writes them.
-    a = node("a0_input", "a^0 = x", records[0].x.shape[-1:])
+    a = node(FIRST, "a^0 = x", records[0].x.shape[-1:])
     before = []
     for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
         if i > 1 and not torch.equal(record.x, records[i - 2].a):
@@ -50,10 +54,14 @@ def draw(records: list[Record], cost: str) -> Any:
         before.append(a)
         n_out = record.a.shape[-1:]
         parts = [a, node(f"{name}/W", f"W^{i}", tuple(record.weight.shape))]
+        plus_b, sigma = "", f"z^{i}"
+        if record.function is not LinearFunction:
+            sigma = f"σ(z^{i})"
         if record.bias is not None:
+            plus_b = f" + b^{i}"
             parts.append(node(f"{name}/b", f"b^{i}", n_out))
-        z = node(f"{name}/z", f"z^{i} = W^{i} a^{i - 1} + b^{i}", n_out, *parts)
-        a = node(f"{name}/a", f"a^{i} = σ(z^{i})", n_out, z)
+        z = node(f"{name}/z", f"z^{i} = W^{i} a^{i - 1}{plus_b}", n_out, *parts)
+        a = node(f"{name}/a", f"a^{i} = {sigma}", n_out, z)
     target = node("y_target", "y", records[-1].a.shape[-1:])
     node("cost/C", f"C = 1/n Σ_x C_x, {cost}", (), a, target)
     above = node("cost/grad_a", "∇_a C", records[-1].a.shape[-1:], a, target)

@@ -259,7 +259,8 @@ def _font(size: int) -> Any:
 
     try:
         return ImageFont.load_default(size)
-    except (TypeError, OSError):  # before Pillow 10.1, or without FreeType: one size
+    except (TypeError, OSError, ImportError):
+        # Before Pillow 10.1, or without FreeType: one size.
         return ImageFont.load_default()
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
@@ -43,6 +43,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.splitlines())
         self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def reader_left() -> int:
+    """When whoever read standard output has seen enough, as head does: nothing more is
+    said. Returns the exit status, that of SIGPIPE."""
+    with suppress(OSError, ValueError):  # what stands for it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def is_terminal(stream: Any) -> bool:

@@ -71,7 +71,7 @@ def save(
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
     buffer.seek(0)
     try:
-        torch.load(buffer, weights_only=True)
+        torch.load(buffer, map_location="cpu", weights_only=True)
     except Exception as error:
         raise TypeError(
             "state: expected tensors, numbers, strings, lists and dicts, got what "

@@ -187,7 +187,7 @@ def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     index = z.argmax(-1, keepdim=True)
     top = torch.arange(z.shape[-1], device=z.device) == index
     # 0 by itself, since inf - inf is NaN: one z at +inf has probability 1.
-    shifted = (z - z.gather(-1, index)).masked_fill(top, 0)
+    shifted = (z - z.gather(-1, index)).masked_fill(top & z.isinf(), 0)
     rest = shifted.exp().masked_fill(top, 0).sum(-1, keepdim=True)
     return top, shifted, rest
 

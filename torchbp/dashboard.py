@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchbp import _graph, _pictures
 from torchbp._captions import LAYOUT, caption
+from torchbp._modes import evaluating
 from torchbp.convert import from_native
 from torchbp.data import Split, scale
 from torchbp.observation import Record, observe
@@ -104,8 +105,9 @@ class Dashboard:
         # until the next flush is due, and with it the end of the program: a second.
         self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=1)
         # What stands at step 0 was superseded with it, or was never written.
-        self._is_new = not resumed_at or not earlier
-        if self._is_new:
+        # Not so the graph: a sitting whose level is higher draws it, at any epoch.
+        self._is_drawn = any(_graph.FIRST.encode() in f.read_bytes() for f in earlier)
+        if not resumed_at or not earlier:
             from torch.utils.tensorboard.summary import custom_scalars
 
             self.writer.add_text("settings", _as_code(settings), 0)
@@ -136,7 +138,7 @@ class Dashboard:
             return
         dtype = next(model.parameters()).dtype
         input = scale(train.images[:PROBE], dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             classes = model(input[:1]).shape[-1]
         target = nn.functional.one_hot(train.labels[:PROBE], classes).to(dtype)
         names = _pictures.CLASS_NAMES.get(dataset or "", list(map(str, range(classes))))
@@ -175,7 +177,8 @@ class Dashboard:
             self._distributions(f"layer_{number}", record, epoch)
         if is_pictured(epoch) or last:
             self._show(watched, records, epoch)
-        if self._is_new and epoch == 0:
+        if not self._is_drawn:
+            self._is_drawn = True
             from tensorboard.compat.proto.event_pb2 import Event
 
             graph = _graph.draw(records, type(watched.cost).__name__)
@@ -235,7 +238,8 @@ class Dashboard:
         finite = values.detach()[values.isfinite()]
         if not len(finite):
             return
-        summary = histogram(tag, finite.cpu().numpy(), bins=64)
+        wide = torch.promote_types(finite.dtype, torch.float32)  # NumPy has no bfloat16
+        summary = histogram(tag, finite.to(wide).cpu().numpy(), bins=64)
         self._add(summary, "histograms", epoch)
 
     def _image(self, tag: str, picture: Image, epoch: int) -> None:
@@ -301,15 +305,11 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
     """
     # A native network is seen through a twin of our layers on the same parameters.
     twin = from_native(model)
-    was_training = {module: module.training for module in twin.modules()}
-    twin.eval()  # dropout would draw random numbers, batch norm would remember
     input = input.detach().requires_grad_()
-    with torch.enable_grad(), observe(twin) as trace:
+    with evaluating(twin), torch.enable_grad(), observe(twin) as trace:
         # The gradient of the input alone: the sweep passes every layer on its way
         # there.
         torch.autograd.grad(cost(twin(input), target), input)
-    for module, training in was_training.items():
-        module.training = training
     return list(trace)
 
 
@@ -317,13 +317,9 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
     """The class of the largest output for each of the images, uint8 (n, n_in)."""
     dtype = next(model.parameters()).dtype
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     chunks = images.split(ANSWERED_AT_ONCE)
-    answers = [model(scale(chunk, dtype)).argmax(-1) for chunk in chunks]
-    for module, training in was_training.items():
-        module.training = training
-    return torch.cat(answers)
+    with evaluating(model):
+        return torch.cat([model(scale(x, dtype)).argmax(-1) for x in chunks])
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> Any:

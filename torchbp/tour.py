@@ -89,6 +89,7 @@ class Tour:
     def __init__(self, seed: int = 0) -> None:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, got {seed}")
+        self.seed = seed
         self.model, self.x, self.y = _problem(seed)
         cost = QuadraticCost()
         with observe(self.model) as trace:
@@ -426,7 +427,7 @@ class Tour:
             "",
             "From here:",
             "",
-            "  python -m torchbp tour --seed 1   another network",
+            f"  python -m torchbp tour --seed {self.seed + 1}   another network",
             "  python -m torchbp observe         a batch of examples, layer by layer",
             "  torchbp/explicit.py               all of this as code, on one screen",
         ]
@@ -436,7 +437,8 @@ class Tour:
 def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
     """The network, an example and its target, rounded to what can be shown."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # a tour leaves nothing behind
+    # A tour leaves nothing behind.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = MLP(SIZES, dtype=torch.float64)
     with torch.no_grad():

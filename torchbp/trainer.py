@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from torchbp._modes import evaluating
 from torchbp._trainer_state import (
     check_state,
     generator_states,
@@ -228,7 +229,7 @@ def count_outputs(model: nn.Module, images: Tensor) -> int:
         10
     """
     dtype = next(model.parameters()).dtype
-    with torch.inference_mode():
+    with torch.inference_mode(), evaluating(model):
         return int(model(scale(images[:1], dtype)).shape[-1])
 
 
@@ -376,15 +377,11 @@ def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
         split.labels.split(EVALUATE_AT_ONCE),
         strict=True,
     )
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for images, labels in chunks:
             output = model(scale(images, dtype))
             total += cost(output, labels).to(wide) * len(labels)
             right += (output.argmax(-1) == labels).sum()
-    finally:
-        model.train(was_training)
     n = len(split.labels)
     # In float64 both: a float32 share of 10,000 would print as 0.9542999863624573.
     return Score(total.item() / n, right.item() / n)
