@@ -19,7 +19,6 @@ Exit status: 0, 1 if a loop was wrong, 2 for bad arguments or data.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -145,7 +144,7 @@ def main(settings: Settings) -> dict[str, Any]:
 def training_set(settings: Settings) -> data.Split:
     """MNIST's training set or, where it is not, as many random bytes, and says so."""
     try:
-        root = settings.data or os.environ.get("TORCHBP_DATA")
+        root = settings.data
         return data.load("mnist", root, download=False).train
     except data.DataError as error:
         print(f"NOTE: random bytes instead of MNIST: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@
                                                           batches, torch's own layers
     python experiments/mnist.py --sizes 784 100 10 --cost cross-entropy --lr 0.5
     python experiments/mnist.py --recipe best             the most accurate, 10 minutes
-    python experiments/mnist.py --json | jq .accuracy     a JSON object for each epoch
+    python experiments/mnist.py --json                    a JSON object for each epoch
     python experiments/mnist.py --resume runs/NAME        go on where a run stopped
     torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
     tensorboard --logdir runs                             the curves
@@ -247,7 +247,7 @@ def rate(settings: Settings, epoch: int) -> float:
 
 def load_data(settings: Settings) -> tuple[data.Splits, Settings]:
     """The data set, and the settings with "auto" replaced by what was found."""
-    name, root = settings.dataset, settings.data or os.environ.get("TORCHBP_DATA")
+    name, root = settings.dataset, settings.data
     if name != "auto":
         return data.load(name, root), settings
     try:
@@ -346,7 +346,9 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         "epoch": trainer.epoch,
         "test_accuracy": accuracy,
         "target_accuracy": settings.target_accuracy,
-        "best": trainer.best,
+        "best": None
+        if trainer.best is None
+        else dict(zip(("epoch", "validation", "test"), trainer.best, strict=True)),
         "seconds": time.perf_counter() - started,
         "run": None if log is None else str(log.folder.path),
     }
@@ -408,7 +410,12 @@ def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         if settings.output == "text":
             print(headline(settings, trainer, log.versions), flush=True)
         if settings.output == "text" and trainer.epoch == settings.epochs:
-            print(f"already complete: {trainer.epoch} of {settings.epochs} epochs")
+            print(
+                f"already complete: {trainer.epoch} of {settings.epochs} epochs; "
+                "more with --epochs"
+            )
+        elif settings.output == "text" and trainer.epoch:
+            print(f"going on after epoch {trainer.epoch}")
         trainer.fit(settings.epochs, on_epoch, progress.update, save, every)
     finally:
         progress.close()
@@ -420,16 +427,18 @@ def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> 
     many = "" if versions["processes"] == "1" else f" x {versions['processes']}"
     return (
         f"{settings.dataset}: {n:,} images   network {list(settings.sizes)}, "
-        f"{settings.activation}   {settings.layers} layers   {settings.engine} engine\n"
+        f"{settings.activation}\n"
+        f"{settings.layers} layers   {settings.engine} engine   seed {settings.seed}   "
+        f"{versions['device']}{many}\n"
         f"{settings.cost} cost   batch {settings.batch_size}   lr {settings.lr:g}   "
-        f"seed {settings.seed}   {versions['device']}{many}"
+        "below: cost, accuracy"
     )
 
 
 def summary(metrics: dict[str, Any], tested: int) -> str:
     best = ""
     if metrics["best"] is not None:
-        epoch, validation, test = metrics["best"]
+        epoch, validation, test = metrics["best"].values()
         best = (
             f"\nbest epoch      {epoch} (validation {validation:.2%}, test {test:.2%})"
         )
@@ -437,7 +446,7 @@ def summary(metrics: dict[str, Any], tested: int) -> str:
     return (
         f"\ntest accuracy   {metrics['test_accuracy']:.2%} of all {tested:,} images"
         f"{best}"
-        f"\ntime            {metrics['seconds']:.1f} s"
+        f"\ntime            {metrics['seconds']:.1f} s, this sitting"
         f"\nrun             {run}"
         f"\ncurves          tensorboard --logdir {run.parent}"
     )

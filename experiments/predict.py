@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Answer:
     digit: int
     values: list[float]
     kind: str
-    image: Tensor
+    image: Tensor = field(repr=False)
 
 
 def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:

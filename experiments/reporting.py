@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib
 import math
-import os
 import platform
 import statistics
 import sys
@@ -76,8 +75,7 @@ def one_of(settings: Any, **choices: Sequence[Any]) -> None:
 
 def load(settings: Common) -> data.Splits:
     """The data set, from ``--data``, TORCHBP_DATA or where a download puts it."""
-    root = settings.data or os.environ.get("TORCHBP_DATA")
-    return data.load(getattr(settings, "dataset", "mnist"), root)
+    return data.load(getattr(settings, "dataset", "mnist"), settings.data)
 
 
 class Report:

@@ -30,7 +30,7 @@ def mnist_root() -> Path:
     """
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("needs torchvision, which reads MNIST")
-    root = Path(os.environ.get("TORCHBP_DATA") or data.default_root())
+    root = data.default_root()
     if data.find("mnist", root):
         return root
     message = f"MNIST not found in {root}: set TORCHBP_DATA to a folder that has it"

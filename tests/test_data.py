@@ -123,6 +123,7 @@ def family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Family:
     monkeypatch.setattr(data, "_COUNTS", COUNTS)
     monkeypatch.setattr(data, "_VALIDATION", VALIDATION)
     monkeypatch.setattr(data, "_MNIST_UNPACKED_MD5", {})
+    monkeypatch.delenv("TORCHBP_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     family = Family({n: synthetic(i) for i, n in enumerate(RAW)}, monkeypatch)
     for name, files in family.files.items():
@@ -226,6 +227,9 @@ def test_unknown_name(function: Callable[..., object], name: str) -> None:
 
 
 def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHBP_DATA", str(tmp_path / "chosen"))
+    assert data.default_root() == tmp_path / "chosen"
+    monkeypatch.delenv("TORCHBP_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data.default_root() == tmp_path / "torchbp"
     for ignored in ("", "relative/folder"):

@@ -240,7 +240,7 @@ def test_resume_across_engines(capsys, tmp_path, first, second):
     capsys.readouterr()
     command = ["--resume", part["run"], "--epochs", "4", "--engine", second]
     assert mnist.command_line(command) == 0
-    assert second in capsys.readouterr().out.splitlines()[0]
+    assert second in capsys.readouterr().out.splitlines()[1]
     torch.testing.assert_close(final_weights(part), final_weights(whole))
     saved = json.loads((Path(part["run"]) / "settings.json").read_text())
     assert saved["engine"] == second

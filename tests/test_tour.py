@@ -287,16 +287,16 @@ class Terminal:
 @pty
 def test_a_key_at_a_terminal_then_ctrl_c():
     terminal = Terminal()
-    first = terminal.until("2 of 10: any key to go on, q to leave --")
+    first = terminal.until("1 of 10: any key to go on, q to leave --")
     assert "\x1b[1m1/10   The network and the example\x1b[0m" in first
     assert "2/10" not in first
     terminal.press(b" ")
-    second = terminal.until("3 of 10: any key")
+    second = terminal.until("2 of 10: any key")
     assert "\r" + " " * 20 in second  # the prompt is wiped out
     assert "\x1b[32m" in second
     terminal.press(b"\x1b[B")  # an arrow key is one key
-    third = terminal.until("4 of 10: any key")
-    assert "5 of 10" not in third
+    third = terminal.until("3 of 10: any key")
+    assert "4 of 10" not in third
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("\r")
     assert terminal.end() == 130
@@ -306,7 +306,7 @@ def test_a_key_at_a_terminal_then_ctrl_c():
 @pty
 def test_no_color_and_q():
     terminal = Terminal(NO_COLOR="1")
-    assert "\x1b[" not in terminal.until("2 of 10: any key")
+    assert "\x1b[" not in terminal.until("1 of 10: any key")
     terminal.press(b"q")
     terminal.until("\r")
     assert terminal.end() == 0

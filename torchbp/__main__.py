@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -171,7 +170,7 @@ def run_observe(arguments: argparse.Namespace) -> int:
     )
     ok = _look_at(sizes, arguments, torch.rand(examples, sizes[0]), target, "random")
 
-    root = arguments.data or os.environ.get("TORCHBP_DATA") or data.default_root()
+    root = arguments.data or data.default_root()
     print()
     if data.find("mnist", root):
         try:
@@ -251,7 +250,12 @@ def _look_at(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = Parser(prog="python -m torchbp", description=__doc__)
+    parser = Parser(
+        prog="python -m torchbp",
+        description="Look at backpropagation from a terminal.",
+        epilog="Exit status: 0 all well, 1 findings, 2 it could not be done, with one "
+        "line that says why.",
+    )
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
     )

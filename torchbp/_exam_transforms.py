@@ -253,7 +253,7 @@ def _compiled(s: Subject) -> Any:
 def compile(s: Subject) -> str:
     """Values and gradients under torch.compile are the eager ones."""
     if s.backend is None:
-        raise NotApplicable("not asked for: compile=True")
+        raise NotApplicable("not asked for (compile=True, --compile)")
     right = s.gradients(s.copies())
     with supported("torch.compile takes no jvp, and operations that it can trace"):
         ours = s.gradients(s.copies(), function=_compiled(s))
@@ -265,7 +265,7 @@ def compiled_backward(s: Subject) -> str:
     """Right numbers do not show whose backward ran, since a compiler may differentiate
     the forward itself. So it is run once more with the backward wrong on purpose."""
     if s.backend is None:
-        raise NotApplicable("not asked for: compile=True")
+        raise NotApplicable("not asked for (compile=True, --compile)")
     arguments = s.copies()
     s.leaves(arguments)
     nodes = custom_nodes(s.evaluate(arguments))

@@ -230,12 +230,14 @@ def scale(
 
 
 def default_root() -> Path:
-    """Returns `$XDG_CACHE_HOME/torchbp`, or `~/.cache/torchbp` if that is not set.
+    """Returns `$TORCHBP_DATA`, else `$XDG_CACHE_HOME/torchbp`, else `~/.cache/torchbp`.
 
     Examples:
-        >>> default_root().name
-        'torchbp'
+        >>> default_root().is_absolute()
+        True
     """
+    if chosen := os.environ.get("TORCHBP_DATA"):
+        return Path(chosen).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "torchbp"

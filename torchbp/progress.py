@@ -12,7 +12,8 @@ from torchbp.trainer import EpochResult
 __all__ = ["PROGRESS", "JSONLines", "Progress", "Quiet"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SHOWN = 24  # epochs in the trend
+SHOWN = 8  # epochs in the trend
+SHORT = {"validation": "val"}  # a line fits 80 columns
 
 
 class Progress:
@@ -29,7 +30,7 @@ class Progress:
         >>> progress = Progress(epochs=30, images=50_000)
         >>> scores = {"test": Score(cost=0.4, accuracy=0.1)}
         >>> progress.epoch(EpochResult(0, scores, None, 0.0, 0.0))
-        epoch  0/30  test 0.4000  10.00%
+        epoch  0/30  test 0.4000 10.00%
     """
 
     def __init__(
@@ -39,7 +40,6 @@ class Progress:
         self.stream = sys.stdout if stream is None else stream
         self.bar: Any = None
         self.done = self.done_before = done
-        self.accuracy: float | None = None
         self.costs: list[float] = []
         self.started: float | None = None
 
@@ -54,8 +54,6 @@ class Progress:
         shown = {"cost": f"{cost:.4f}"}
         if self.costs:
             shown["trend"] = trend(self.costs)
-        if self.accuracy is not None:
-            shown["accuracy"] = f"{self.accuracy:.2%}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(images)
 
@@ -65,7 +63,7 @@ class Progress:
         self.bar = tqdm(
             total=self.images,
             desc=f"epoch {self.done + 1}/{self.epochs}",
-            unit=" images",
+            unit="",
             unit_scale=True,
             leave=False,
             file=self.stream,
@@ -77,15 +75,14 @@ class Progress:
         self.close()
         self.done = result.epoch
         scores = result.scores
-        self.accuracy = scores.get("validation", scores["test"]).accuracy
         if result.running_cost is not None:
             self.costs.append(result.running_cost)
         said = [
-            f"{name} {score.cost:.4f} {score.accuracy:7.2%}"
+            f"{SHORT.get(name, name)} {score.cost:.4f} {score.accuracy:6.2%}"
             for name, score in scores.items()
         ]
         if result.images_per_second:
-            said.append(f"{result.images_per_second / 1000:.3g}k images/s")
+            said.append(f"{result.images_per_second / 1000:.0f}k/s")
             said.append(f"{duration(self._left())} left")
         width = len(str(self.epochs))
         line = "  ".join([f"epoch {result.epoch:{width}}/{self.epochs}", *said])

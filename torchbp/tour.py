@@ -535,7 +535,9 @@ def show(sections: Sequence[Section], colour: bool, step: bool) -> bool:
     """
     for number, section in enumerate(sections, start=1):
         if step and number > 1:
-            prompt = f"-- {number} of {len(sections)}: any key to go on, q to leave --"
+            prompt = (
+                f"-- {number - 1} of {len(sections)}: any key to go on, q to leave --"
+            )
             if wait_for_key(prompt).strip().lower() == "q":
                 return False
         if number > 1:
