@@ -30,7 +30,7 @@ class Progress:
         >>> progress = Progress(epochs=30, images=50_000)
         >>> scores = {"test": Score(cost=0.4, accuracy=0.1)}
         >>> progress.epoch(EpochResult(0, scores, None, 0.0, 0.0))
-        epoch  0/30  test 0.4000 10.00%
+        epoch  0/30  test 0.400 10.00%
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class Progress:
         self.bar = tqdm(
             total=self.images,
             desc=f"epoch {self.done + 1}/{self.epochs}",
-            unit="",
+            unit=" images",
             unit_scale=True,
             leave=False,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {rate_fmt}{postfix}",
             file=self.stream,
             dynamic_ncols=True,
         )
@@ -78,11 +79,10 @@ class Progress:
         if result.running_cost is not None:
             self.costs.append(result.running_cost)
         said = [
-            f"{SHORT.get(name, name)} {score.cost:.4f} {score.accuracy:6.2%}"
+            f"{SHORT.get(name, name)} {score.cost:.3f} {score.accuracy:6.2%}"
             for name, score in scores.items()
         ]
         if result.images_per_second:
-            said.append(f"{result.images_per_second / 1000:.0f}k/s")
             said.append(f"{duration(self._left())} left")
         width = len(str(self.epochs))
         line = "  ".join([f"epoch {result.epoch:{width}}/{self.epochs}", *said])
