@@ -40,17 +40,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import reporting
+from experiments import mnist_settings, reporting
 from torchbp import data
 from torchbp.dashboard import probe
 from torchbp.observation import aligned
 from torchbp.trainer import AutogradSGD, cpu_threads
 
-# The cost and the output layer that fits it.
-COSTS: dict[str, tuple[Any, str]] = {
-    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
-    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
-}
+COSTS = {name: mnist_settings.COSTS[name] for name in ("quadratic", "cross-entropy")}
 HIDDEN, CLASSES, BATCH_SIZE = 30, 10, 10
 NEURON_LR, NEURON_EPOCHS = 0.15, 300
 NEURON_STARTS = {"good": (0.6, 0.9), "bad": (2.0, 2.0)}

@@ -256,11 +256,10 @@ def load_data(settings: Settings) -> tuple[data.Splits, Settings]:
         if data.find("mnist", root):
             raise  # there, but damaged: not to be passed over
         name, splits = "digits", data.load("digits")
-        print(
-            f"NOTE: MNIST cannot be had: {error}\n"
-            "NOTE: training on scikit-learn's 1,797 digits instead; their accuracy is "
-            "NOT comparable with MNIST's.",
-            file=sys.stderr,
+        note(f"MNIST cannot be had: {error}")
+        note(
+            "training on scikit-learn's 1,797 digits instead; their accuracy is NOT "
+            "comparable with MNIST's."
         )
     return splits, dataclasses.replace(settings, dataset=name)
 
@@ -364,15 +363,12 @@ def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
     stops it."""
     try:
         _train_and_log(settings, trainer, log)
-    except DivergedError:
-        raise
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # of the output
+    except BaseException as error:
+        # A broken pipe is that of the output, not of the run's folder.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise cannot_be_written(log.folder, error) from error
+        if not isinstance(error, DivergedError):
             print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
-            raise
-        raise cannot_be_written(log.folder, error) from error
-    except BaseException:
-        print(f"\nstopped; to go on: --resume {log.folder.path}", file=sys.stderr)
         raise
 
 
@@ -402,21 +398,15 @@ def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         }
         log.folder.save(content)
 
-    every = settings.checkpoint_every
     try:
         log.dashboard.watch(
             trainer.model, trainer.cost, split, trainer.data.test, settings.dataset
         )
         if settings.output == "text":
             print(headline(settings, trainer, log.versions), flush=True)
-        if settings.output == "text" and trainer.epoch == settings.epochs:
-            print(
-                f"already complete: {trainer.epoch} of {settings.epochs} epochs; "
-                "more with --epochs"
-            )
-        elif settings.output == "text" and trainer.epoch:
-            print(f"going on after epoch {trainer.epoch}")
-        trainer.fit(settings.epochs, on_epoch, progress.update, save, every)
+        trainer.fit(
+            settings.epochs, on_epoch, progress.update, save, settings.checkpoint_every
+        )
     finally:
         progress.close()
         log.dashboard.close(complete=trainer.epoch == settings.epochs)
@@ -425,13 +415,19 @@ def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
 def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
     n = len(trainer.data.train.labels)
     many = "" if versions["processes"] == "1" else f" x {versions['processes']}"
+    begun = f"\ngoing on after epoch {trainer.epoch}" if trainer.epoch else ""
+    if trainer.epoch == settings.epochs:
+        begun = (
+            f"\nalready complete: {trainer.epoch} of {settings.epochs} epochs; "
+            "more with --epochs"
+        )
     return (
         f"{settings.dataset}: {n:,} images   network {list(settings.sizes)}, "
         f"{settings.activation}\n"
         f"{settings.layers} layers   {settings.engine} engine   seed {settings.seed}   "
         f"{versions['device']}{many}\n"
         f"{settings.cost} cost   batch {settings.batch_size}   lr {settings.lr:g}   "
-        "below: cost, accuracy"
+        f"below: cost, accuracy{begun}"
     )
 
 
@@ -499,7 +495,7 @@ RANK = 0 if PROCESSES == 1 else int(os.environ["RANK"])
 def complain(message: str) -> None:
     """One line on standard error, which names the process where there are several."""
     message = " ".join(message.splitlines())
-    who = "" if PROCESSES == 1 else f"process {os.environ['RANK']}: "
+    who = "" if PROCESSES == 1 else f"process {RANK}: "
     print(f"{who}{message}", file=sys.stderr)
 
 

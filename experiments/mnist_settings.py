@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import torchbp
+from experiments.reporting import one_of
 from torchbp import data
 from torchbp._terminal import Parser
 from torchbp.dashboard import LEVELS
@@ -27,8 +28,19 @@ COSTS = {
 # How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
 # whole algorithm at once.
 ENGINES = ("autograd", "explicit")
-TRAIN_ON = ("train", "all")
-OUTPUTS = ("text", "json", "quiet")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset": ("auto", *data.NAMES),
+    "activation": tuple(ACTIVATIONS),
+    "cost": tuple(COSTS),
+    "init": tuple(INITIALISATIONS),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "layers": ("bp", "native"),
+    "engine": ENGINES,
+    "schedule": tuple(SCHEDULES),
+    "train_on": ("train", "all"),
+    "output": ("text", "json", "quiet"),
+    "log_level": LEVELS,
+}
 INPUTS, CLASSES = 784, 10
 LARGEST = torch.finfo(torch.float32).max
 MOST_THREADS = 1024
@@ -97,24 +109,7 @@ class Settings:
     log_level: str = "full"  # what TensorBoard gets
 
     def __post_init__(self) -> None:
-        choices = {
-            "dataset": ("auto", *data.NAMES),
-            "activation": tuple(ACTIVATIONS),
-            "cost": tuple(COSTS),
-            "init": tuple(INITIALISATIONS),
-            "device": ("auto", "cpu", "cuda", "mps"),
-            "layers": ("bp", "native"),
-            "engine": ENGINES,
-            "schedule": tuple(SCHEDULES),
-            "train_on": TRAIN_ON,
-            "output": OUTPUTS,
-            "log_level": LEVELS,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                names = ", ".join(allowed)
-                raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+        one_of(self, **CHOICES)
         if (self.engine, self.layers) == ("explicit", "native"):
             raise ValueError(
                 "engine: expected autograd for native layers, got 'explicit', which "
@@ -233,33 +228,33 @@ def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]
     default = Settings()
 
     def add(name: str, help: str, **kwargs: Any) -> None:
-        value = getattr(default, name[2:].replace("-", "_"), None)
+        field = name[2:].replace("-", "_")
+        value, choices = getattr(default, field, None), CHOICES.get(field)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         note = "" if value is None else f" (default {shown})"
-        parser.add_argument(name, help=help + note, **kwargs)
+        parser.add_argument(name, help=help + note, **{"choices": choices, **kwargs})
 
-    datasets, devices = ("auto", *data.NAMES), ("auto", "cpu", "cuda", "mps")
-    add("--dataset", "auto: MNIST if it can be had, else digits", choices=datasets)
+    add("--dataset", "auto: MNIST if it can be had, else digits")
     add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
     add("--sizes", "neurons per layer", type=int, nargs="+")
-    add("--activation", "of the hidden layers", choices=tuple(ACTIVATIONS))
-    add("--cost", "sets the output layer that fits it, too", choices=tuple(COSTS))
-    add("--init", "initial weights", choices=tuple(INITIALISATIONS))
+    add("--activation", "of the hidden layers")
+    add("--cost", "sets the output layer that fits it, too")
+    add("--init", "initial weights")
     add("--recipe", "best: the most accurate in ten minutes", choices=tuple(RECIPES))
     add("--epochs", "passes over the training set, in all", type=int)
     add("--batch-size", "examples in a mini-batch", type=int)
     add("--lr", "learning rate", type=float)
     add("--weight-decay", "λ/n, on weights only", type=float)
-    add("--schedule", "of the learning rate over the epochs", choices=tuple(SCHEDULES))
+    add("--schedule", "of the learning rate over the epochs")
     add("--distort", "turn, stretch, shift, bend the images; 1 is usual", type=float)
-    add("--train-on", "all: on the validation set's images, too", choices=TRAIN_ON)
+    add("--train-on", "all: on the validation set's images, too")
     add("--seed", "of initial weights and batches", type=int)
-    add("--device", "auto: CUDA if there is one", choices=devices)
+    add("--device", "auto: CUDA if there is one")
     add("--threads", "0: one for batches below 128, else all cores", type=int)
-    add("--engine", "of the steps; explicit is the fast one", choices=ENGINES)
-    add("--layers", "hand-written, or torch's own", choices=("bp", "native"))
+    add("--engine", "of the steps; explicit is the fast one")
+    add("--layers", "hand-written, or torch's own")
     add("--logdir", "where run folders are made")
-    add("--log-level", "basic: curves; full: pictures, too", choices=LEVELS)
+    add("--log-level", "basic: curves; full: pictures, too")
     add("--name", "of the run folder; default from settings and time")
     add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
     add("--checkpoint-every", "epochs between checkpoints", type=int)

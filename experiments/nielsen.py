@@ -46,9 +46,9 @@ import torchbp
 from experiments import reporting
 from experiments.learning_slowdown import NEURON_STARTS, Curve, neuron
 from experiments.nielsen_runs import (
-    COSTS,
     ENGINES,
     EXAMPLES,
+    SHORT,
     Run,
     Training,
     build,
@@ -341,7 +341,7 @@ def neuron_result(cost: str, lr: float, waits: bool, curves: list[Curve]) -> Res
     epochs = [None if math.isinf(halved) else int(halved) for halved in (good, bad)]
     return Result(
         "3",
-        f"neuron {COSTS[cost][2]} η {lr:g}, 2 starts",
+        f"neuron {SHORT[cost]} η {lr:g}, 2 starts",
         "cost halves",
         "waits" if waits else "at once",
         epochs,
@@ -502,7 +502,7 @@ def curves_of(
             curves[tag] = list(enumerate(run.accuracies, start=1))
     for (cost, lr), of_starts in neurons.items():
         for curve in of_starts:
-            tag = f"neuron/{COSTS[cost][2]} η {lr:g} {curve.start} start"
+            tag = f"neuron/{SHORT[cost]} η {lr:g} {curve.start} start"
             curves[tag] = list(zip(curve.times, curve.C, strict=True))
     return curves
 

@@ -17,14 +17,11 @@ from typing import Any
 import torch
 
 import torchbp
+from experiments.mnist_settings import COSTS
 from torchbp import data
 from torchbp.trainer import AutogradSGD, DivergedError, Engine
 
-# The cost, the output layer that fits it, and its short name.
-COSTS: dict[str, tuple[Any, str, str]] = {
-    "quadratic": (torchbp.QuadraticCost, "sigmoid", "quad"),
-    "cross-entropy": (torchbp.CrossEntropyCost, "identity", "CE"),
-}
+SHORT = {"quadratic": "quad", "cross-entropy": "CE"}
 ENGINES: dict[str, Any] = {"explicit": torchbp.ExplicitSGD, "autograd": AutogradSGD}
 EXAMPLES, BATCH_SIZE, INPUTS, CLASSES = 50_000, 10, 784, 10
 TIMED_STEPS = 500  # for the estimate
@@ -45,7 +42,7 @@ class Training:
     examples: int = EXAMPLES
 
     def __str__(self) -> str:
-        parts = ["-".join(map(str, self.hidden)), COSTS[self.cost][2], f"η {self.lr:g}"]
+        parts = ["-".join(map(str, self.hidden)), SHORT[self.cost], f"η {self.lr:g}"]
         parts += [f"λ {self.lam:g}"] * bool(self.lam)
         parts += [self.init]
         parts += [f"n {self.examples}"] * (self.examples != EXAMPLES)

@@ -106,7 +106,9 @@ class Dashboard:
         self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=1)
         # What stands at step 0 was superseded with it, or was never written.
         # Not so the graph: a sitting whose level is higher draws it, at any epoch.
-        self._is_drawn = any(_graph.FIRST.encode() in f.read_bytes() for f in earlier)
+        self._is_drawn = level != "full" or any(
+            _graph.FIRST.encode() in file.read_bytes() for file in earlier
+        )
         if not resumed_at or not earlier:
             from torch.utils.tensorboard.summary import custom_scalars
 
