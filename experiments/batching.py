@@ -42,12 +42,12 @@ from torch.nn.functional import one_hot
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import reporting
-from experiments.timing import take_turns
+from experiments.support import reporting
+from experiments.support.timing import take_turns
 from torchbp import data
-from torchbp.dashboard import probe
-from torchbp.observation import aligned
-from torchbp.trainer import cpu_threads
+from torchbp._terminal import aligned
+from torchbp.inspection import probe
+from torchbp.training import cpu_threads
 
 HIDDEN, CLASSES = 30, 10
 BATCHES = (1, 2, 5, 10, 20, 50, 100, 200, 500)

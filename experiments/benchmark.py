@@ -32,9 +32,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
-from experiments import layer_benchmark
-from experiments.timing import machine, ratios, synchronize, take_turns
-from experiments.training_loops import (
+from experiments.support import layer_loops as layer_benchmark
+from experiments.support.timing import machine, ratios, synchronize, take_turns
+from experiments.support.training_loops import (
     COMPILED,
     EXPLICIT,
     LOOPS,
@@ -47,8 +47,7 @@ from experiments.training_loops import (
 )
 from torchbp import data
 from torchbp._terminal import Parser
-from torchbp.run_folder import RunFolder
-from torchbp.trainer import choose_device, cpu_threads
+from torchbp.training import RunFolder, choose_device, cpu_threads
 
 WORKLOADS = (
     Workload("nielsen", (784, 30, 10), 10, 3.0),

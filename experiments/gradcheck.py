@@ -27,7 +27,7 @@ from torch import Tensor
 import torchbp
 from torchbp import costs, functional
 from torchbp._terminal import Parser
-from torchbp.trainer import choose_device
+from torchbp.training import choose_device
 
 Operation = Callable[..., Tensor]
 

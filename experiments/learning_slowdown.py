@@ -40,11 +40,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import mnist_settings, reporting
+from experiments.support import reporting
+from experiments.support import settings as mnist_settings
 from torchbp import data
-from torchbp.dashboard import probe
-from torchbp.observation import aligned
-from torchbp.trainer import AutogradSGD, cpu_threads
+from torchbp._terminal import aligned
+from torchbp.inspection import probe
+from torchbp.training import AutogradSGD, cpu_threads
 
 COSTS = {name: mnist_settings.COSTS[name] for name in ("quadratic", "cross-entropy")}
 HIDDEN, CLASSES, BATCH_SIZE = 30, 10, 10

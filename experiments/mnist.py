@@ -41,7 +41,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the file beside this one
 
 import torchbp
-from experiments.mnist_settings import (
+from experiments.support.settings import (
     COMPARED,
     COSTS,
     Settings,
@@ -50,23 +50,26 @@ from experiments.mnist_settings import (
     read_settings,
     reconcile,
 )
-from torchbp import checkpoint, data
+from torchbp import data
 from torchbp._terminal import reader_left
-from torchbp.dashboard import Dashboard
-from torchbp.distortion import distort
-from torchbp.parallel import ParallelSGD, World, join
-from torchbp.progress import PROGRESS
-from torchbp.run_folder import RunFolder
-from torchbp.trainer import (
+from torchbp.data import distort
+from torchbp.training import (
     EVALUATE_AT_ONCE,
+    PROGRESS,
     SCHEDULES,
     AutogradSGD,
+    Dashboard,
     DivergedError,
     Engine,
     EpochResult,
+    ParallelSGD,
+    RunFolder,
     Trainer,
+    World,
     check_state,
+    checkpoint,
     cpu_threads,
+    join,
 )
 
 
@@ -103,7 +106,7 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: settings that contradict the run's, each named.
-        torchbp.checkpoint.CheckpointError: no checkpoint, or not a whole one, and no
+        torchbp.training.CheckpointError: no checkpoint, or not a whole one, and no
             whole one before it.
         BlockingIOError: another process is at work on the run.
         and as :func:`main`.

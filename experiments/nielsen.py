@@ -43,9 +43,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import reporting
 from experiments.learning_slowdown import NEURON_STARTS, Curve, neuron
-from experiments.nielsen_runs import (
+from experiments.support import reporting
+from experiments.support.nielsen_runs import (
     ENGINES,
     EXAMPLES,
     SHORT,
@@ -55,9 +55,9 @@ from experiments.nielsen_runs import (
     collect,
 )
 from torchbp import data
-from torchbp.dashboard import probe
-from torchbp.observation import aligned
-from torchbp.trainer import cpu_threads
+from torchbp._terminal import aligned
+from torchbp.inspection import probe
+from torchbp.training import cpu_threads
 
 CHAPTERS = ("1", "3", "5", "all")
 TOLERANCE, SHOWN = 0.3, 6.0  # points of accuracy: of the verdict, of the figure

@@ -33,10 +33,10 @@ if __name__ == "__main__":  # the repository, where this file's own folder was
     sys.path[0] = str(Path(__file__).parents[1])
 
 from experiments import mnist
-from experiments.mnist_settings import COSTS, Settings, read_settings
-from torchbp import checkpoint, data
+from experiments.support.settings import COSTS, Settings, read_settings
+from torchbp import data
 from torchbp._terminal import Parser, in_colour, paint, reader_left
-from torchbp.run_folder import RunFolder
+from torchbp.training import RunFolder, checkpoint
 
 SIDE, BOX = 28, 20
 LARGEST = 1024  # pixels a side, to which larger pictures are reduced first
@@ -73,7 +73,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:
     """The trained network of a run folder, or of a checkpoint in one, and its settings.
 
     Raises:
-        torchbp.checkpoint.CheckpointError: no such run, or none that learned digits.
+        torchbp.training.CheckpointError: no such run, or none that learned digits.
     """
     path = Path(run)
     if not path.exists():

@@ -40,12 +40,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import reporting
+from experiments.support import reporting
 from torchbp import data
-from torchbp.dashboard import probe
+from torchbp._terminal import aligned
+from torchbp.inspection import Record, probe
 from torchbp.nn import INITIALISATIONS
-from torchbp.observation import Record, aligned
-from torchbp.trainer import cpu_threads
+from torchbp.training import cpu_threads
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 BOOK = ("sigmoid", "scaled")

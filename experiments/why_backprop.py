@@ -57,8 +57,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments import reporting
-from experiments.gradient_ways import (
+from experiments.support import reporting
+from experiments.support.gradient_ways import (
     BATCH_SIZE,
     BATCHED,
     CENTRAL,
@@ -72,8 +72,8 @@ from experiments.gradient_ways import (
     batched,
     parameters,
 )
-from torchbp.observation import aligned
-from torchbp.trainer import cpu_threads
+from torchbp._terminal import aligned
+from torchbp.training import cpu_threads
 
 SIZES = (
     (8, 6, 4),

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import torchbp
-from torchbp import checkpoint, costs, data, functional
-from torchbp.comparison import Comparison
-from torchbp.examination import Report
+from torchbp import costs, data, functional
+from torchbp.examination.examiner import Report
+from torchbp.inspection.comparison import Comparison
+from torchbp.inspection.observation import Record
 from torchbp.nn import BPLinear
-from torchbp.observation import Record
-from torchbp.trainer import AutogradSGD, Score, Trainer
+from torchbp.training import checkpoint
+from torchbp.training.trainer import AutogradSGD, Score, Trainer
 
 x, labels = torch.rand(5, 784), torch.arange(5)
 

@@ -41,9 +41,11 @@ For layers ℓ = 1 ... L, σ entrywise, ⊙ elementwise, C = (1/n) Σ_x C_x::
   log-likelihood cost takes z, and gives δ^L = (softmax(z) - y)/n directly.
 """
 
+import importlib
+from typing import Any
+
 from torchbp import costs, functional
 from torchbp._version import __version__
-from torchbp.comparison import compare
 from torchbp.convert import from_native, to_native
 from torchbp.costs import (
     CrossEntropyCost,
@@ -53,6 +55,7 @@ from torchbp.costs import (
 )
 from torchbp.examination import examine
 from torchbp.explicit import ExplicitSGD, backprop
+from torchbp.inspection import compare, observe
 from torchbp.nn import (
     MLP,
     BPLinear,
@@ -61,7 +64,6 @@ from torchbp.nn import (
     BPLinearTanh,
     define_layer,
 )
-from torchbp.observation import observe
 
 __all__ = [
     "MLP",
@@ -85,3 +87,10 @@ __all__ = [
     "observe",
     "to_native",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import :mod:`torchbp.data` and :mod:`torchbp.training` at their first use."""
+    if name in ("data", "training"):
+        return importlib.import_module(f"torchbp.{name}")
+    raise AttributeError(f"module 'torchbp' has no attribute {name!r}")

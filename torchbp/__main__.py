@@ -75,8 +75,7 @@ def run_examine(arguments: argparse.Namespace) -> int:
     """`examine`: the report on one function; 1 if it has failures."""
     import torch
 
-    from torchbp._wording import draw, find
-    from torchbp.examination import examine
+    from torchbp.examination import draw, examine, find
 
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
@@ -215,7 +214,7 @@ def add_tour(commands: Any) -> None:
 def run_tour(arguments: argparse.Namespace) -> int:
     """`tour`: all of it, from the first neuron to the check; 1 if that fails."""
     from torchbp._terminal import in_colour
-    from torchbp.tour import Tour, show
+    from torchbp.inspection import Tour, show
 
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from torchbp._forms import TwoFormFunction, autocast_dtype, call
-from torchbp._naming import check_name, make_class, place
+from torchbp._autograd import TwoFormFunction, autocast_dtype, call
+from torchbp._define import check_name, make_class, place
 
 __all__ = [
     "CostFunction",

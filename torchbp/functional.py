@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchbp._checks import check_entrywise, explain
-from torchbp._forms import (
+from torchbp._autograd import (
     HAS_BOXED_GRADS,
     TwoFormFunction,
     autocast_dtype,
@@ -28,7 +27,8 @@ from torchbp._forms import (
     times,
     transforming,
 )
-from torchbp._naming import check_name, make_class
+from torchbp._checks import check_entrywise, explain
+from torchbp._define import check_name, make_class
 
 __all__ = [
     "LinearFunction",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp import functional
-from torchbp._naming import check_name, make_class, place
+from torchbp._define import check_name, make_class, place
 
 __all__ = [
     "ACTIVATIONS",

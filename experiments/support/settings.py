@@ -1,0 +1,277 @@
+"""The main job's settings, its recipes, and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchbp
+from experiments.support.reporting import one_of
+from torchbp import data
+from torchbp._terminal import Parser
+from torchbp.nn import ACTIVATIONS, INITIALISATIONS
+from torchbp.training import LEVELS, SCHEDULES
+
+# The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
+# wants a sigmoid there, whatever the hidden layers are.
+COSTS = {
+    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
+    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
+    "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
+}
+# How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
+# whole algorithm at once.
+ENGINES = ("autograd", "explicit")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset": ("auto", *data.NAMES),
+    "activation": tuple(ACTIVATIONS),
+    "cost": tuple(COSTS),
+    "init": tuple(INITIALISATIONS),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "layers": ("bp", "native"),
+    "engine": ENGINES,
+    "schedule": tuple(SCHEDULES),
+    "train_on": ("train", "all"),
+    "output": ("text", "json", "quiet"),
+    "log_level": LEVELS,
+}
+INPUTS, CLASSES = 784, 10
+LARGEST = torch.finfo(torch.float32).max
+MOST_THREADS = 1024
+
+# The settings that TensorBoard's HPARAMS tab compares runs by.
+COMPARED = (
+    "layers", "engine", "sizes", "activation", "cost", "init", "lr", "batch_size",
+    "weight_decay", "schedule", "distort", "train_on", "seed", "dataset",
+)  # fmt: skip
+# What --resume may change; the rest decides which weights come out.
+CHANGEABLE = {
+    "checkpoint_every", "data", "device", "engine", "epochs", "log_level",
+    "output", "target_accuracy",
+}  # fmt: skip
+# Settings that go together; what is given beside a recipe wins over it.
+RECIPES: dict[str, dict[str, Any]] = {
+    # Chosen by validation scores, among 24- to 60-epoch trainings on the 50,000.
+    "best": {
+        "sizes": (784, 800, 800, 10),
+        "activation": "relu",
+        "cost": "log-likelihood",
+        "init": "torch",
+        "epochs": 100,
+        "batch_size": 128,
+        "lr": 0.5,
+        "weight_decay": 2e-5,
+        "schedule": "cosine",
+        "distort": 1.0,
+        "train_on": "all",
+        "engine": "explicit",
+        # A second one nearly halves the time on idle cores, and multiplies it where
+        # another program wants one of them.
+        "threads": 1,
+        "dataset": "mnist",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; the defaults are the book's first network with scaled initialisation."""
+
+    dataset: str = "auto"
+    data: str | None = None
+    sizes: tuple[int, ...] = (784, 30, 10)
+    activation: str = "sigmoid"
+    cost: str = "quadratic"
+    init: str = "scaled"
+    epochs: int = 30
+    batch_size: int = 10
+    lr: float = 3.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    distort: float = 0.0  # strength of the random distortions of the training images
+    train_on: str = "train"  # or "all": the validation set's images, too
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    layers: str = "bp"
+    engine: str = "autograd"
+    logdir: str = "runs"
+    name: str | None = None
+    target_accuracy: float | None = None
+    checkpoint_every: int = 1
+    output: str = "text"  # what is said while it trains
+    log_level: str = "full"  # what TensorBoard gets
+
+    def __post_init__(self) -> None:
+        one_of(self, **CHOICES)
+        if (self.engine, self.layers) == ("explicit", "native"):
+            raise ValueError(
+                "engine: expected autograd for native layers, got 'explicit', which "
+                "works on hand-written ones"
+            )
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: expected at least 1, got {getattr(self, name)}"
+                )
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value <= LARGEST:
+                raise ValueError(
+                    f"{name}: expected a number from 0 to {LARGEST:.3g}, got {value}"
+                )
+        if not 0 <= self.distort <= 4:
+            raise ValueError(f"distort: expected 0 (none) to 4, got {self.distort}")
+        if self.lr * self.weight_decay > LARGEST:
+            raise ValueError(
+                f"lr · weight_decay: expected at most {LARGEST:.3g}, got "
+                f"{self.lr * self.weight_decay:.3g}"
+            )
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ValueError(
+                f"threads: expected 0 (automatic) to {MOST_THREADS}, got {self.threads}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
+            raise ValueError(
+                f"target_accuracy: expected 0 to 1, got {self.target_accuracy}"
+            )
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(
+                f"sizes: expected at least two positive integers, got {self.sizes}"
+            )
+        if (self.sizes[0], self.sizes[-1]) != (INPUTS, CLASSES):
+            raise ValueError(
+                f"sizes: expected {INPUTS} first (28 x 28 pixels) and {CLASSES} last "
+                f"(the classes), got {self.sizes[0]} and {self.sizes[-1]}"
+            )
+
+
+def number_of_threads(settings: Settings) -> int:
+    """The settings' number of CPU threads; one, where they leave it open, below batches
+    of 128.
+
+    There a second thread costs more in hand-over than it gains: 3 to 10 % of the speed
+    at batch 10, and most of it when another program wants that core. One thread also
+    makes the bits independent of the machine's number of cores.
+    """
+    automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
+    return settings.threads or automatic
+
+
+def read_settings(state: dict[str, Any]) -> Settings:
+    """Those that a checkpoint or settings.json holds."""
+    saved = state["settings"]
+    return Settings(**{**saved, "sizes": tuple(saved["sizes"])})
+
+
+def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> Settings:
+    """A run's settings with those of `changes` that may be changed.
+
+    Args:
+        run: its folder.
+        old: its settings so far.
+        done: the epochs that it has completed.
+        changes: settings given anew.
+
+    Raises:
+        ValueError: settings that contradict the run's, each named.
+    """
+    # How a sitting speaks is its own business.
+    settings = dataclasses.replace(old, **{"output": "text", **changes})
+    settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
+    # Where the run is now says more than where it began.
+    path = run.resolve()
+    there = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
+    agreed = {
+        "dataset": settings.dataset in ("auto", old.dataset),
+        "logdir": Path(settings.logdir).resolve() == path.parent,
+        "threads": number_of_threads(settings) == number_of_threads(old),
+    }
+    wrong = [
+        f"{name} is {there[name]!r} there and {new!r} here"
+        for name in changes
+        for new in [getattr(settings, name)]
+        if name not in CHANGEABLE and not agreed.get(name, new == there[name])
+    ]
+    if wrong:
+        raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
+    if settings.epochs != old.epochs and settings.schedule != "constant":
+        raise ValueError(
+            f"epochs: expected the {old.epochs} of {run}, over which its "
+            f"{settings.schedule} schedule goes, got {settings.epochs}"
+        )
+    if settings.epochs < done:
+        raise ValueError(
+            f"epochs: expected at least the {done} that {run} has completed, "
+            f"got {settings.epochs}"
+        )
+    kept = {name: getattr(old, name) for name in agreed}
+    return dataclasses.replace(settings, **kept, name=old.name)
+
+
+def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
+    """The options that were given, by name; those that were not are absent.
+
+    Args:
+        doc: the program's docstring: what ``--help`` says around the options.
+        arguments: of the command line.
+    """
+    parser = Parser(doc, argument_default=argparse.SUPPRESS)
+    default = Settings()
+
+    def add(name: str, help: str, **kwargs: Any) -> None:
+        field = name[2:].replace("-", "_")
+        value, choices = getattr(default, field, None), CHOICES.get(field)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        note = "" if value is None else f" (default {shown})"
+        parser.add_argument(name, help=help + note, **{"choices": choices, **kwargs})
+
+    add("--dataset", "auto: MNIST if it can be had, else digits")
+    add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
+    add("--sizes", "neurons per layer", type=int, nargs="+")
+    add("--activation", "of the hidden layers")
+    add("--cost", "sets the output layer that fits it, too")
+    add("--init", "initial weights")
+    add("--recipe", "best: the most accurate in ten minutes", choices=tuple(RECIPES))
+    add("--epochs", "passes over the training set, in all", type=int)
+    add("--batch-size", "examples in a mini-batch", type=int)
+    add("--lr", "learning rate", type=float)
+    add("--weight-decay", "λ/n, on weights only", type=float)
+    add("--schedule", "of the learning rate over the epochs")
+    add("--distort", "turn, stretch, shift, bend the images; 1 is usual", type=float)
+    add("--train-on", "all: on the validation set's images, too")
+    add("--seed", "of initial weights and batches", type=int)
+    add("--device", "auto: CUDA if there is one")
+    add("--threads", "0: one for batches below 128, else all cores", type=int)
+    add("--engine", "of the steps; explicit is the fast one")
+    add("--layers", "hand-written, or torch's own")
+    add("--logdir", "where run folders are made")
+    add("--log-level", "basic: curves; full: pictures, too")
+    add("--name", "of the run folder; default from settings and time")
+    add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
+    add("--checkpoint-every", "epochs between checkpoints", type=int)
+    add("--resume", "run folder to go on with", metavar="RUN")
+    said = parser.add_mutually_exclusive_group()
+    said.add_argument(
+        "--quiet",
+        dest="output",
+        action="store_const",
+        const="quiet",
+        help="only notes and errors",
+    )
+    said.add_argument(
+        "--json", dest="output", action="store_const", const="json",
+        help="a JSON object on a line for each epoch, and one for the run",
+    )  # fmt: skip
+    given = vars(parser.parse_args(arguments))
+    given = {**RECIPES.get(given.pop("recipe", ""), {}), **given}
+    if "sizes" in given:
+        given["sizes"] = tuple(given["sizes"])
+    return given

@@ -1,0 +1,184 @@
+"""PyTorch's own sample inputs for linear, nn.Linear and the activations, through ours.
+
+These are the arguments with which PyTorch tests F.linear itself: what it covers, we
+cover, but for what is refused on purpose. Those stand in REFUSED_DTYPES and
+REFUSED_SAMPLES, and nothing else is refused.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYERS, all_layers, rand
+from torch.testing import assert_close
+
+from tests.core.test_functional import ROUNDINGS, assert_within, bounds
+from torchbp import BPLinear
+
+# What torch.testing._internal needs of its own.
+pytest.importorskip("expecttest")
+pytest.importorskip("numpy")
+_methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+_modules = pytest.importorskip("torch.testing._internal.common_modules")
+
+OPS = {op.name: op for op in _methods.op_db if not op.variant_test_name}
+LINEAR = OPS["nn.functional.linear"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# F.linear takes these too. Gradients are real here, so: complex numbers and integers
+# are a TypeError. A 1-D weight is a ValueError: W is (n_out, n_in) in the equations.
+REFUSED_DTYPES = {
+    torch.complex64, torch.complex128,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
+REFUSED_SAMPLES = {  # shapes of input and weight; torch 2.8 does not draw them yet
+    ((8, 3), (3,)),
+    ((2, 3, 4), (4,)),
+    ((2, 1, 2, 1, 2), (2,)),
+    ((3, 4, 0), (0,)),
+    ((0, 8), (8,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """The samples are drawn from torch's global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def samples(dtype):
+    """Every sample's arguments (input, weight) or (input, weight, bias)."""
+    drawn = list(LINEAR.sample_inputs("cpu", dtype, requires_grad=False))
+    assert drawn and not any(sample.kwargs for sample in drawn)
+    return [(sample.input, *sample.args) for sample in drawn]
+
+
+def shapes(args):
+    return tuple(args[0].shape), tuple(args[1].shape)
+
+
+def with_grad(args):
+    return [t.detach().clone().requires_grad_() for t in args]
+
+
+def assert_same(ours, native, layer, args, dtype):
+    """Values to two roundings, gradients to the bounds of test_functional."""
+    ours_args, native_args = with_grad(args), with_grad(args)
+    y, expected = ours(*ours_args), native(*native_args)
+    eps = torch.finfo(dtype).eps
+    assert y.dtype == dtype
+    assert_close(y, expected, rtol=2 * eps, atol=2 * eps)
+    g = rand(*y.shape, seed=9, dtype=dtype)
+    grads = torch.autograd.grad(y, ours_args, g)
+    expected = torch.autograd.grad(expected, native_args, g)
+    sizes = bounds(layer, g, *(*args, None)[:3])
+    for grad, reference, size in zip(grads, expected, sizes, strict=True):
+        assert_within(grad, reference, size, dtype)
+
+
+@all_layers
+@all_dtypes
+def test_samples_of_linear(layer, dtype):
+    for args in samples(dtype):
+        if shapes(args) in REFUSED_SAMPLES:
+            with pytest.raises(ValueError, match="weight: expected 2 dimensions"):
+                layer(*args)
+        else:
+            assert_same(layer, layer.native, layer, args, dtype)
+
+
+@all_layers
+def test_dtypes_of_linear(layer):
+    """The dtypes that F.linear supports are ours, or refused on purpose."""
+    refused = set()
+    for dtype in LINEAR.dtypes:
+        try:
+            layer(torch.ones(2, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype))
+        except TypeError:
+            refused.add(dtype)
+    assert refused == REFUSED_DTYPES & LINEAR.dtypes
+    assert LINEAR.dtypes - refused == set(DTYPES)
+
+
+@all_layers
+@pytest.mark.parametrize("dtype", sorted(REFUSED_DTYPES, key=str), ids=str)
+def test_samples_of_refused_dtypes(layer, dtype):
+    for args in samples(dtype):
+        with pytest.raises(TypeError, match=r"input: expected a real floating dtype"):
+            layer(*args)
+
+
+# ---------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("sigmoid", "sigmoid"), ("tanh", "tanh"), ("nn.functional.relu", "relu")],
+)
+@all_dtypes
+def test_samples_of_activations(op, name, dtype):
+    """With W = 1 and no bias z is x, so a layer is its σ: at every size and layout, at
+    infinities and NaN."""
+    layer, eps = LAYERS[name], torch.finfo(dtype).eps
+    one = torch.ones(1, 1, dtype=dtype)
+    drawn = list(OPS[op].reference_inputs("cpu", dtype, requires_grad=False))
+    for sample in drawn:
+        z = sample.input.detach()
+        x = z.unsqueeze(-1).requires_grad_()
+        z = z.clone().requires_grad_()
+        a, expected = layer(x, one), OPS[op](z, *sample.args, **sample.kwargs)
+        assert_close(
+            a.squeeze(-1), expected, rtol=2 * eps, atol=2 * eps, equal_nan=True
+        )
+        g = rand(*x.shape, seed=9, dtype=dtype)
+        (ours,) = torch.autograd.grad(a, x, g)
+        (native,) = torch.autograd.grad(expected, z, g.squeeze(-1))
+        # σ' <= 1 is made of two or three products with numbers up to |g|.
+        native = native.unsqueeze(-1)
+        error = (ours.double() - native.double()).abs()
+        bound = ROUNDINGS * eps * g.abs().double()
+        assert ((error <= bound) | (ours.isnan() & native.isnan())).all()
+
+
+# ---------------------------------------------------------------- nn.Linear
+
+MODULE = next(m for m in _modules.module_db if m.module_cls is torch.nn.Linear)
+
+
+@all_layers
+@all_dtypes
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_of_nn_linear(layer, dtype, training):
+    """Constructor arguments and inputs of nn.Linear's own tests."""
+    drawn = MODULE.module_inputs_func(
+        MODULE, device="cpu", dtype=dtype, requires_grad=False, training=training
+    )
+    assert drawn
+    for sample in drawn:
+        build, call = sample.constructor_input, sample.forward_input
+        module = layer.module(*build.args, **build.kwargs, dtype=dtype)
+        native = MODULE.module_cls(*build.args, **build.kwargs, dtype=dtype)
+        native.load_state_dict(module.state_dict(), strict=True)
+        module.train(training)
+        assert list(module.state_dict()) == list(native.state_dict())
+        x = call.args[0] if call.args else call.kwargs["input"]
+        args = (x, *(p.detach() for p in native.parameters()))
+
+        def ours(x, *params, module=module):
+            named = dict(zip(module.state_dict(), params, strict=True))
+            return torch.func.functional_call(module, named, (x,))
+
+        def theirs(x, *params, native=native):
+            named = dict(zip(native.state_dict(), params, strict=True))
+            y = torch.func.functional_call(native, named, (x,))
+            return layer.sigma(y)
+
+        assert_same(ours, theirs, layer, args, dtype)
+
+
+def test_the_sample_lists_are_those_of_linear():
+    """Should torch rename its operators, this fails before the others pass idly."""
+    assert LINEAR.op is F.linear
+    assert issubclass(BPLinear, MODULE.module_cls)

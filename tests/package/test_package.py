@@ -1,0 +1,366 @@
+"""What `import torchbp` brings in, and how the modules lean on each other."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import email
+import functools
+import graphlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import torchbp
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "torchbp"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("data", "examination", "explicit", "inspection", "training")
+
+# What stands in a row may import from the rows before it and from its own row, as long
+# as there is no circle; a room stands for all its files.
+ROWS = (
+    "_version _autograd _define _checks _terminal data",
+    "functional costs examination",
+    "nn",
+    "convert explicit",
+    "inspection",
+    "training",
+    "__init__",
+    "__main__",
+)
+ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row.split()}
+
+
+def place(path):
+    """The room of a file, or its own name where it stands in no room."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path):
+    """The modules of the package that a file imports, as dotted names below torchbp."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "torchbp":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            package, _, inner = node.module.partition(".")
+            if package == "torchbp":
+                yield inner
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                package, _, inner = alias.name.partition(".")
+                if package == "torchbp" and inner:
+                    yield inner
+
+
+def test_every_file_of_the_package_is_looked_at():
+    assert len(MODULES) == sum(
+        name.endswith(".py") for _, _, names in os.walk(PACKAGE) for name in names
+    )
+    assert {place(path) for path in MODULES} == set(ROW_OF)
+
+
+def test_imports_run_down_the_rows():
+    edges = {}
+    for path in MODULES:
+        here = place(path)
+        for name in imports(path):
+            there = name.split(".")[0]
+            assert ROW_OF[there] <= ROW_OF[here], f"{path} imports {name}"
+            if there != here:
+                edges.setdefault(here, set()).add(there)
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("folder", ["torchbp", "experiments"])
+def test_a_room_is_entered_by_its_door(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        here = place(path) if folder == "torchbp" else ""
+        for name in imports(path):
+            room, _, inner = name.partition(".")
+            if room in ROOMS and room != here:
+                assert not inner, f"{path} imports {name}, not torchbp.{room}"
+
+
+def test_import_torchbp_is_light():
+    heavy = "torchvision tensorboard sklearn tqdm scipy".split()
+    # torch itself brings some of them where they are installed.
+    code = (
+        "import sys, torch; before = set(sys.modules); import torchbp; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_native_backward_stands_behind_a_hand_written_one():
+    """Neither aten's *_backward kernels nor autograd may compute a first derivative."""
+    allowed = {"save_for_backward"}
+    hand_written = [PACKAGE / f"{name}.py" for name in ("functional", "costs")]
+    hand_written += [PACKAGE / "_autograd.py", *(PACKAGE / "explicit").rglob("*.py")]
+    for path in hand_written:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).split(".")[-1]
+                assert called in allowed or not called.endswith("backward"), called
+                assert called not in ("grad", "vjp", "jacrev"), called
+
+
+def test_public_names_are_there_once():
+    assert len(set(torchbp.__all__)) == len(torchbp.__all__)
+    assert torchbp.__version__ == importlib.metadata.version("torchbp")
+    assert (ROOT / "torchbp" / "py.typed").exists()
+
+
+# ------------------------------------------------------------------------ docstrings
+
+HEADING = r"^(Args|Shape|Attributes|Returns|Yields|Raises|Examples):$"
+
+
+def public():
+    """Every public function and class of the package, and its public methods, by name:
+    what a module's or a room's `__all__` lists, or, without one, all that is defined in
+    the module and has no underscore."""
+    for path in PACKAGE.glob("*.py"):
+        if not path.stem.startswith("_"):
+            yield from _public_of(importlib.import_module(f"torchbp.{path.stem}"))
+    for room in ROOMS:
+        yield from _public_of(importlib.import_module(f"torchbp.{room}"))
+
+
+def _public_of(module):
+    own = [n for n, v in vars(module).items() if _defined_in(v, module)]
+    prefix = module.__name__.split(".")[-1]
+    for name in getattr(module, "__all__", [n for n in own if n[0] != "_"]):
+        thing = getattr(module, name)
+        if inspect.ismodule(thing):
+            yield from _public_of(thing)
+        elif callable(thing):
+            yield f"{prefix}.{name}", thing
+            if isinstance(thing, type):
+                yield from _members(f"{prefix}.{name}", thing)
+
+
+def _defined_in(value, module):
+    return callable(value) and getattr(value, "__module__", "") == module.__name__
+
+
+def _members(name, cls):
+    """Methods and properties of its own; what a base class has said need not be said
+    again."""
+    bases = [base for base in cls.__mro__[1:] if base is not object]
+    for key, member in vars(cls).items():
+        inherited = any(key in vars(base) for base in bases)
+        if key.startswith("_") or inherited:
+            continue
+        if isinstance(member, (property, functools.cached_property)):
+            yield f"{name}.{key}", member
+        elif isinstance(member, (classmethod, staticmethod)):
+            yield f"{name}.{key}", member.__func__
+        elif inspect.isfunction(member):
+            yield f"{name}.{key}", member
+
+
+def sections(text):
+    """The sections of a docstring by their headings; what stands before them is ""."""
+    result, heading = {"": ""}, ""
+    for line in inspect.cleandoc(text).splitlines():
+        match = re.match(HEADING, line)
+        if match:
+            heading = match[1]
+            result[heading] = ""
+        else:
+            result[heading] += line + "\n"
+    return result
+
+
+def parameters(thing):
+    """The names that a caller gives; those of a class are its constructor's."""
+    if isinstance(thing, property) or getattr(thing, "_is_protocol", False):
+        return []
+    if isinstance(thing, type):
+        has_own = "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
+        if not has_own and "Args" not in sections(thing.__doc__ or ""):
+            return []
+        thing = thing.__init__
+    names = list(inspect.signature(thing).parameters)
+    return [name for name in names if name not in ("self", "cls", "ctx")]
+
+
+PUBLIC = dict(public())
+# One thing under two names, as torchbp.MLP and torchbp.nn.MLP, is the same docstring.
+CALLABLES = {name: x for name, x in PUBLIC.items() if name.count(".") == 1}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_says_what_it_does_and_takes(name):
+    thing = PUBLIC[name]
+    # Not inherited: a subclass does something else.
+    text = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+    assert text, f"{name} has no docstring"
+    parts = sections(text)
+    assert parts[""].strip(), f"{name} does not say what it does"
+    listed = re.findall(r"^    ([*\w]+(?:, [*\w]+)*):", parts.get("Args", ""), re.M)
+    documented = {p.lstrip("*") for names in listed for p in names.split(", ")}
+    wanted = set(parameters(thing))
+    # A method may name what it takes in its sentences.
+    if name not in CALLABLES and "Args" not in parts:
+        documented = {p for p in wanted if re.search(rf"`{p}`", text)}
+    assert documented == wanted, f"{name}: Args has {documented}, it takes {wanted}"
+    if dataclasses.is_dataclass(thing):
+        fields = {field.name for field in dataclasses.fields(thing)}
+        assert all(re.search(rf"\b{field}\b", text) for field in fields), name
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_each_public_callable_has_an_example(name):
+    example = sections(CALLABLES[name].__doc__).get("Examples", "")
+    assert ">>> " in example, f"{name} has no Examples"
+
+
+# ---------------------------------------------------- what is built and installed
+
+BUILD = (
+    "import sys; from hatchling import build; target = sys.argv[1]; "
+    "build.build_sdist(target); build.build_wheel(target)"
+)
+
+
+needs_hatchling = pytest.mark.skipif(
+    importlib.util.find_spec("hatchling") is None,
+    reason="needs hatchling, which builds the package",
+)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The sdist and the wheel, as pip has them made, from a copy."""
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
+    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
+    (source / "secret.txt").write_text("not to be packed")
+    subprocess.run(
+        [sys.executable, "-c", BUILD, str(target)],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
+    return source, *(next(target.glob(f"*.{end}")) for end in ("tar.gz", "whl"))
+
+
+def files_below(source, *folders):
+    """The names of all files below these folders of `source`."""
+    return {
+        str(path.relative_to(source))
+        for folder in folders
+        for path in (source / folder).rglob("*")
+        if path.is_file()
+    }
+
+
+@needs_hatchling
+def test_the_wheel_has_the_package_and_nothing_else(built):
+    source, _, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = email.message_from_bytes(
+            archive.read(next(n for n in names if n.endswith("METADATA")))
+        )
+    info = f"torchbp-{torchbp.__version__}.dist-info"
+    expected = files_below(source, "torchbp")
+    expected |= {f"{info}/{name}" for name in ("WHEEL", "RECORD", "METADATA")}
+    expected |= {f"{info}/licenses/LICENSE"}
+    assert names == expected
+    assert metadata["Version"] == torchbp.__version__
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata.get_payload().startswith("# torchbp")
+
+
+@needs_hatchling
+def test_the_sdist_has_what_the_tests_need_and_nothing_else(built):
+    source, sdist, _ = built
+    with tarfile.open(sdist) as archive:
+        files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    code = files_below(source, "torchbp", "experiments", "tests")
+    assert {"tests/cases.py", "experiments/mnist.py", "torchbp/py.typed"} <= code
+    # hatchling adds .gitignore: what is built from the sdist leaves out the same.
+    expected = set(".gitignore LICENSE PKG-INFO README.md pyproject.toml".split())
+    assert files - code <= expected
+    assert expected - {".gitignore"} <= files
+    assert code <= files
+
+
+@needs_hatchling
+def test_the_wheel_works_where_there_is_nothing_but_it(built, tmp_path):
+    """Unpacked, which is what installing a pure wheel comes to."""
+    with zipfile.ZipFile(built[2]) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys, torchbp; from torchbp.__main__ import main; "
+        "print(torchbp.__file__); sys.exit(main(['tour']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert result.stdout.startswith(str(tmp_path / "torchbp"))
+    assert "torchbp/explicit/engine.py:" in result.stdout
+    assert "Every gradient is right." in result.stdout
+
+
+PROGRAM = ROOT / "tests" / "typed_program.py"
+
+
+def test_a_user_s_program_runs():
+    runpy.run_path(str(PROGRAM))
+
+
+def check_types(*options):
+    pytest.importorskip("mypy", reason="needs mypy")
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(PROGRAM)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_user_s_program_type_checks():
+    """With the project's own settings: what mypy knows of torch is in its cache."""
+    check_types()
+
+
+@pytest.mark.slow
+def test_a_user_s_program_type_checks_under_strict(tmp_path):
+    """With mypy's own, from nothing: torch alone takes half a minute. What mypy says of
+    an installed package's own lines is not shown to its users."""
+    options = ("--config-file=", "--strict", "--follow-imports=silent")
+    check_types(*options, f"--cache-dir={tmp_path}")

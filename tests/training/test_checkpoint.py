@@ -1,0 +1,480 @@
+"""What is saved comes back; what is not whole is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torchbp
+from torchbp.data.sets import Split, Splits
+from torchbp.training import checkpoint
+from torchbp.training.checkpoint import CheckpointError
+from torchbp.training.run_folder import RunFolder
+from torchbp.training.trainer import AutogradSGD, Trainer, check_state
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": 2, "nested": {"b": [1, None, "c"]}}
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {"a": torch.rand(3), "n": 2, "nested": {"b": [1, 2.5, None, "c"]}}
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded.pop("a"), state.pop("a"))
+    assert loaded == state
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"n": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(path, {"n": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path) == {"n": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code in a checkpoint ran",)
+
+
+def damaged():
+    buffer = io.BytesIO()
+    torch.save(
+        {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "state": {}},
+        buffer,
+    )
+    whole = buffer.getvalue()
+
+    def saved(content):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    newer = {"format": checkpoint.FORMAT, "version": 99, "state": {}}
+    no_state = {"format": checkpoint.FORMAT, "version": 2, "state": 3}
+    return {
+        "empty": (b"", "expected a whole checkpoint"),
+        "truncated": (whole[: len(whole) // 2], "expected a whole checkpoint"),
+        "text": (b"epoch 3", "expected a whole checkpoint"),
+        "code": (pickle.dumps(Evil()), "expected a whole checkpoint"),
+        "torch code": (saved({"state": Evil()}), "expected a whole checkpoint"),
+        "another program's": (saved({"model": {}}), "got another kind of file"),
+        "a tensor": (saved(torch.ones(2)), "got another kind of file"),
+        "newer": (saved(newer), "expected version 2 or 3, got 99"),
+        "no version": (saved({**newer, "version": None}), "expected version 2 or 3"),
+        "no checksum": (whole, "expected a whole checkpoint, got one without its"),
+        "no state": (saved(no_state), "expected a state inside"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(damaged()))
+def test_what_is_not_a_checkpoint_is_refused(tmp_path, kind, capfd):
+    content, message = damaged()[kind]
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+def test_run_folder(tmp_path):
+    folder = RunFolder.create(tmp_path / "deep" / "runs", "one")
+    folder.write(settings={"lr": 3.0}, versions={"torch": "2"})
+    assert json.loads((folder.path / "settings.json").read_text()) == {"lr": 3.0}
+    with pytest.raises(
+        ValueError, match="exists; choose another, or go on with --resume"
+    ):
+        RunFolder.create(tmp_path / "deep" / "runs", "one")
+    folder.discard()
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../up", "a\0b"])
+def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="expected a plain folder name"):
+        RunFolder.create(tmp_path, name)
+
+
+def test_a_logdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for logdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="logdir: "):
+            RunFolder.create(logdir, "one")
+
+
+@pytest.mark.parametrize("odd", [range(3), torch.__version__, Evil()])
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, odd):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"n": 1})
+    with pytest.raises(TypeError, match="expected tensors, numbers, strings"):
+        checkpoint.save(path, {"n": odd})
+    assert checkpoint.load(path) == {"n": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_files_have_the_permissions_of_other_files(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {})
+    (tmp_path / "other").touch()
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def same(a, b):
+    a, b = dict(a), dict(b)
+    return torch.equal(a.pop("a"), b.pop("a")) and a == b
+
+
+def test_torch_opens_a_checkpoint_as_well(tmp_path):
+    """And it is a zip archive like any other."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"format", "version", "state"}
+    assert same(content["state"], STATE)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"torchbp sha256 ")
+
+
+def test_the_version_before_checksums_is_read(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": checkpoint.FORMAT, "version": 2, "state": STATE}, path)
+    assert same(checkpoint.load(path), STATE)
+
+
+def test_a_newer_version_with_a_checksum(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(checkpoint, "VERSION", 4)
+    checkpoint.save(path, STATE)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="expected version 2 or 3, got 4"):
+        checkpoint.load(path)
+
+
+def whole():
+    buffer = io.BytesIO()
+    content = {"format": checkpoint.FORMAT, "version": 3, "state": STATE}
+    torch.save(content, buffer)
+    checkpoint._seal(buffer)
+    return buffer.getvalue()
+
+
+@st.composite
+def damages(draw):
+    """A checkpoint's bytes after a few accidents."""
+    content = bytearray(whole())
+    for _ in range(draw(st.integers(1, 3))):
+        # The ends matter most: what says what the file is, and the checksum.
+        n = len(content)
+        at = draw(
+            st.one_of(
+                st.integers(0, n), st.integers(max(0, n - 110), n), st.integers(0, 40)
+            )
+        )
+        kind = draw(st.sampled_from(["flip", "cut", "drop", "extend", "insert"]))
+        some = draw(st.binary(min_size=1, max_size=80))
+        if kind == "flip" and at < n:
+            content[at] ^= draw(st.integers(1, 255))
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "drop":
+            del content[at : at + len(some)]
+        elif kind == "extend":
+            content += some
+        else:
+            content[at:at] = some
+    return bytes(content)
+
+
+@given(damages())
+@settings(max_examples=150, deadline=None)
+def test_no_damage_goes_unnoticed(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    path.write_bytes(content)
+    try:
+        state = checkpoint.load(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+    else:
+        assert same(state, STATE)
+
+
+def test_every_flipped_bit_of_the_checksum_and_some_of_each_kilobyte(tmp_path):
+    path, content = tmp_path / "checkpoint.pt", whole()
+    n = len(content)
+    for at in [*range(0, n, 97), *range(n - 100, n)]:
+        for bit in (0, 5, 7):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                checkpoint.load(path)
+
+
+# ------------------------------------------------------------------- the one before
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    for n in range(4):
+        folder.save({"n": n})
+        assert checkpoint.load(folder.checkpoint) == {"n": n}
+        if n:
+            assert checkpoint.load(folder.previous) == {"n": n - 1}
+    assert len(list(folder.path.iterdir())) == 2
+
+
+def test_two_names_of_one_file(tmp_path):
+    """As a kill between the two renames leaves them."""
+    folder = RunFolder.create(tmp_path, "run")
+    folder.save({"n": 1})
+    os.link(folder.checkpoint, folder.previous)
+    folder.save({"n": 2})
+    assert checkpoint.load(folder.previous) == {"n": 1}
+    assert len(list(folder.path.iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    for n in (1, 2):
+        folder.save({"n": n})
+    for i, damage in enumerate([b"spoilt", b"again"]):
+        folder.checkpoint.write_bytes(damage)
+        before = checkpoint.load(folder.previous)
+        folder = RunFolder(folder.path)
+        state, failure = folder.load()
+        assert state == before
+        assert failure is not None and str(folder.checkpoint) in failure
+        folder.save({"n": 10 + i})
+        assert checkpoint.load(folder.previous) == before
+    # Nothing is lost.
+    kept = {p.name: p.read_bytes() for p in folder.path.glob("*damaged*")}
+    assert kept == {
+        "checkpoint.damaged.pt": b"spoilt",
+        "checkpoint.damaged-2.pt": b"again",
+    }
+
+
+def test_what_does_not_pass_the_check_is_passed_over(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    folder.save({"n": 1})
+
+    def check(state):
+        if state["n"] != 1:
+            raise ValueError("n: expected 1,\ngot something else")
+
+    assert folder.load(check) == ({"n": 1}, None)
+    folder.save({"n": 2})
+    state, failure = folder.load(check)
+    assert state == {"n": 1}
+    assert failure is not None and failure.endswith("n: expected 1, got something else")
+    folder.save({"n": 3})
+    folder.save({"n": 4})
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt.*; .*previous.pt"):
+        folder.load(check)
+
+
+# -------------------------------------------------------------- lock and leftovers
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_a_run_is_one_process_s_at_a_time(tmp_path):
+    """A folder opened twice is a folder of two processes to the system."""
+    folder = RunFolder.create(tmp_path, "run")
+    with folder.lock():
+        with (
+            pytest.raises(BlockingIOError, match="which another process has") as caught,
+            RunFolder(folder.path).lock(),
+        ):
+            pass
+        assert str(folder.path) in str(caught.value)
+        assert not list(folder.path.iterdir())
+    with RunFolder(folder.path).lock():
+        pass
+    with RunFolder(tmp_path / "none").lock():  # there is nothing to lock
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
+def test_leftovers_of_the_dead_are_removed(tmp_path):
+    """And nothing else: neither other files nor those of a process that lives."""
+    folder = RunFolder.create(tmp_path, "run")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    leftovers = [
+        f".checkpoint.pt.{gone.pid}-0123abcd.torchbp",
+        f".settings.json.{os.getpid()}-89abcdef.torchbp",
+    ]
+    others = [
+        f".checkpoint.pt.{os.getppid()}-0123abcd.torchbp",
+        ".checkpoint.pt.swp",
+        f".notes.{gone.pid}-0123abcd",
+        "checkpoint.pt",
+        "mine.torchbp",
+    ]
+    for name in leftovers + others:
+        (folder.path / name).touch()
+    with folder.lock():
+        assert {p.name for p in folder.path.iterdir()} == set(others)
+
+
+def test_the_name_of_a_temporary_file_is_one_that_is_removed(tmp_path, monkeypatch):
+    seen = []
+
+    def look(source, target):
+        seen.append(Path(source).name)
+        os.rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", look)
+    folder = RunFolder.create(tmp_path, "run")
+    folder.save({})
+    folder.save({})
+    folder.write(settings={})
+    assert len(seen) == 4
+    for name in seen:
+        match = checkpoint.TEMPORARY.fullmatch(name)
+        assert match is not None and int(match[1]) == os.getpid()
+
+
+def test_a_run_that_never_began(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    assert not folder.never_began
+    folder.write(settings={"lr": 3.0})
+    assert folder.never_began
+    assert folder.read("settings") == {"lr": 3.0}
+    folder.save({})
+    assert not folder.never_began
+    (folder.path / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match="expected settings, got"):
+        folder.read("settings")
+
+
+# ------------------------------------------------------------- the state of a trainer
+
+
+def make_trainer(seed=0):
+    torch.manual_seed(seed)
+    model = torchbp.MLP([6, 4, 3])
+    cost = torchbp.QuadraticCost()
+    images = torch.randint(0, 256, (23, 6)).to(torch.uint8)
+    part = Split(images, torch.arange(23) % 3)
+    engine = AutogradSGD(model, cost, 0.5)
+    return Trainer(model, engine, cost, Splits(part, part, part), 5, seed)
+
+
+def trained():
+    trainer = make_trainer()
+    trainer.run_epoch()
+    return trainer
+
+
+def test_a_state_brings_back_every_generator():
+    trainer = trained()
+    state = trainer.state_dict()
+    drawn = torch.rand(3), trainer.generator.get_state()
+    other = make_trainer(seed=1)
+    other.load_state_dict(state)
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert torch.equal(other.generator.get_state(), drawn[1])
+    assert (other.epoch, other.step, other.best) == (1, 5, trainer.best)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_state_brings_back_the_generator_of_the_device():
+    trainer = trained()
+    on_cuda = Splits(*(Split(*(t.cuda() for t in s)) for s in trainer.data))
+    trainer.model.cuda()
+    trainer.data = on_cuda
+    state = trainer.state_dict()
+    drawn = torch.rand(3, device="cuda")
+    torch.rand(3, device="cuda")
+    trainer.load_state_dict(state)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+GENERATOR = torch.Generator().get_state()
+WRONG = {
+    "negative epoch": ({"epoch": -1}, "epoch: expected a number of epochs, got -1"),
+    "no whole epoch": ({"epoch": 1.0}, "epoch: expected a number of epochs, got 1.0"),
+    "an epoch that is a truth": ({"epoch": True}, "epoch: expected a number"),
+    "no epoch": ({"epoch": None}, "epoch: expected a number of epochs, got None"),
+    "a best epoch to come": ({"best": [2, 0.5, 0.5]}, "best: expected (an epoch from"),
+    "half a best": ({"best": [1, 0.5]}, "best: expected"),
+    "a best beyond all": ({"best": [1, 1.5, 0.5]}, "best: expected"),
+    "a best in words": ({"best": "high"}, "best: expected"),
+    "another step": ({"step": 4}, "step: expected 5 after 1 epochs, got 4"),
+    "no parameters": ({"model": 3}, "model: expected parameters, got int"),
+    "other parameters": ({"model": {"w": torch.ones(1)}}, "model: expected other"),
+    "wrong shape": ({"layers.1.bias": torch.ones(4)}, "layers.1.bias: expected (3,)"),
+    "wrong dtype": ({"layers.1.bias": torch.ones(3).double()}, "of torch.float64"),
+    "no tensor": ({"layers.1.bias": [1, 2, 3]}, "layers.1.bias: expected a tensor"),
+    "not finite": ({"layers.1.bias": torch.full((3,), torch.nan)}, "expected finite"),
+    "no engine": ({"engine": None}, "engine: expected its state, got None"),
+    "an engine without rates": ({"engine": {}}, "lr"),
+    "a negative rate": ({"engine": {"lr": -1.0, "weight_decay": 0.0}}, "lr: expected"),
+    "a short generator": ({"generator": GENERATOR[:-1]}, "state"),
+    "an impossible generator": ({"generator": GENERATOR * 0}, "state"),
+    "a generator of floats": ({"generator": GENERATOR.float()}, "got torch.float32"),
+    "no generator": ({"generator": None}, "trainer generator: expected its bytes"),
+    "torch's generator": ({"torch_generators": {"cpu": GENERATOR[1:]}}, "state"),
+    "torch's generators": ({"torch_generators": {"cuda": 3}}, "cuda generator:"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(WRONG))
+def test_a_state_that_does_not_fit_changes_nothing(kind):
+    changes, message = WRONG[kind]
+    trainer = trained()
+    state = trainer.state_dict()
+    for name, value in copy.deepcopy(changes).items():
+        (state["model"] if "." in name else state)[name] = value
+    other = make_trainer(seed=1)
+    before = other.state_dict()
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError)) as caught:
+        other.load_state_dict(state)
+    assert message in str(caught.value)
+    after = other.state_dict()
+    assert (after["epoch"], after["best"]) == (0, None)
+    for part in ("model", "torch_generators"):
+        for name, value in before[part].items():
+            assert torch.equal(after[part][name], value)
+    assert torch.equal(after["generator"], before["generator"])
+    assert after["engine"] == before["engine"]
+
+
+@pytest.mark.parametrize("name", ["epoch", "best", "model", "engine", "generator"])
+def test_a_state_that_lacks_something(name):
+    trainer = trained()
+    state = trainer.state_dict()
+    del state[name]
+    with pytest.raises(KeyError, match=name):
+        check_state(state, trainer.model)
+    with pytest.raises(TypeError, match="trainer: expected its state, got list"):
+        check_state([state], trainer.model)

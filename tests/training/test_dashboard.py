@@ -1,0 +1,607 @@
+"""What TensorBoard reads back from a run is what happened in it."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+
+import torchbp
+from experiments import mnist
+from torchbp.data.sets import Split, scale
+from torchbp.inspection import probe
+from torchbp.training import checkpoint
+from torchbp.training.dashboard import captions as _captions
+from torchbp.training.dashboard import dashboard
+from torchbp.training.dashboard import graph as _graph
+from torchbp.training.dashboard import pictures as _pictures
+from torchbp.training.dashboard.dashboard import Dashboard, is_pictured
+from torchbp.training.trainer import EpochResult, Score
+
+SPLITS = ("train", "validation", "test")
+LAYERS = ("layer_1", "layer_2")
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    model = torchbp.MLP([6, 5, 3])
+    return model, torch.rand(20, 6), torch.randint(0, 3, (20,))
+
+
+@pytest.fixture
+def split():
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (20, 36), dtype=torch.uint8)
+    return Split(images, torch.randint(0, 3, (20,)))
+
+
+def seen(sizes=(36, 5, 3), native=False, **options):
+    torch.manual_seed(0)
+    model = torchbp.MLP(sizes, **options)
+    return torchbp.to_native(model) if native else model
+
+
+def result(epoch, cost=0.5, splits=SPLITS):
+    scores = {name: Score(cost, 0.25 * i) for i, name in enumerate(splits, start=1)}
+    return EpochResult(epoch, scores, cost if epoch else None, 1.0, 1000.0)
+
+
+def read(folder):
+    guidance = {"histograms": 0, "images": 0, "scalars": 0}
+    events = EventAccumulator(str(folder), size_guidance=guidance)
+    events.Reload()
+    return events
+
+
+def write(folder, split, epochs, resumed_at=None, cost=0.5, level="full", model=None):
+    model = seen() if model is None else model
+    hyperparameters = {"sizes": (36, 5, 3), "lr": 3.0}
+    board = Dashboard(folder, {"lr": 3.0}, hyperparameters, {}, resumed_at, level)
+    board.watch(model, torchbp.QuadraticCost(), split, split)
+    for epoch in epochs:
+        board.log(result(epoch, cost), 3.0, last=epoch == epochs[-1])
+    board.close(complete=True)
+
+
+def values(folder):
+    """Every value as TensorBoard's own loader gives it: new-style, with metadata."""
+    (file,) = folder.glob("events.*")
+    return [v for e in EventFileLoader(str(file)).Load() for v in e.summary.value]
+
+
+def test_every_curve_is_there(tmp_path, split):
+    write(tmp_path, split, range(3))
+    tags = read(tmp_path).Tags()
+    per_layer = ("delta_norm", "saturated", "update_ratio", "norm_weight", "norm_bias")
+    assert set(tags["scalars"]) == {
+        *(f"{kind}/{split}" for kind in ("cost", "accuracy") for split in SPLITS),
+        *(f"{kind}/{layer}" for kind in per_layer for layer in LAYERS),
+        "cost/running",
+        "learning_rate",
+        "speed/images_per_second",
+    }
+    assert set(tags["histograms"]) == {
+        f"distributions/{kind}_{layer}"
+        for kind in ("W", "b", "z", "a", "delta")
+        for layer in LAYERS
+    }
+    assert set(tags["images"]) == {
+        f"pictures/{name}"
+        for name in ("weights", "misclassified", "confusion", "journey")
+    }
+    assert tags["graph"]
+    assert {"settings/text_summary", "versions/text_summary"} <= set(tags["tensors"])
+
+
+def test_the_numbers_are_those_of_the_network(tmp_path, split):
+    model = seen()
+    write(tmp_path, split, [0], model=model)
+    events = read(tmp_path)
+
+    def value(tag):
+        (event,) = events.Scalars(tag)
+        assert event.step == 0
+        return event.value
+
+    torchbp.QuadraticCost()(model(scale(split.images)), split.labels).backward()
+    for number, layer in enumerate(model.layers, start=1):
+        # The mean of the examples' δ is ∂C/∂b.
+        delta = layer.bias.grad.norm().item()
+        assert value(f"delta_norm/layer_{number}") == pytest.approx(delta, rel=1e-5)
+        norm = layer.weight.norm().item()
+        assert value(f"norm_weight/layer_{number}") == pytest.approx(norm, rel=1e-5)
+        ratio = 3.0 * layer.weight.grad.norm().item() / norm
+        assert value(f"update_ratio/layer_{number}") == pytest.approx(ratio, rel=1e-5)
+        (z,) = events.Histograms(f"distributions/z_layer_{number}")
+        assert z.histogram_value.num == 20 * layer.out_features
+    assert value("accuracy/test") == 0.75
+    assert value("learning_rate") == 3.0
+
+
+@pytest.mark.parametrize("level", dashboard.LEVELS)
+def test_levels(tmp_path, split, level):
+    write(tmp_path, split, range(2), level=level)
+    if level == "off":
+        assert list(tmp_path.iterdir()) == []
+        return
+    tags = read(tmp_path).Tags()
+    assert {"cost/test", "delta_norm/layer_1", "update_ratio/layer_2"} <= {
+        *tags["scalars"]
+    }
+    is_full = level == "full"
+    shown = [bool(tags[kind]) for kind in ("histograms", "images", "graph")]
+    assert shown == [is_full] * 3
+
+
+def test_off_needs_no_tensorboard(tmp_path, split, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    write(tmp_path, split, range(2), level="off")
+    with pytest.raises(ImportError):
+        write(tmp_path, split, range(2), level="basic")
+
+
+def test_a_level_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="expected one of off, basic, full, got 'all'"):
+        Dashboard(tmp_path, {}, {}, {}, level="all")
+
+
+def test_every_tag_has_a_caption_in_the_form_that_both_readers_take(tmp_path, split):
+    """The one in Rust believes metadata with a data class only, the one in Python
+    makes its own from the description."""
+    write(tmp_path, split, range(3))
+    tags = read(tmp_path).Tags()
+    shown = {*tags["scalars"], *tags["histograms"], *tags["images"]}
+    first = {}
+    for value in values(tmp_path):
+        first.setdefault(value.tag, value.metadata)
+    for tag in shown:
+        assert first[tag].summary_description == _captions.caption(tag, 2)
+        assert first[tag].data_class, tag
+        assert "{" not in first[tag].summary_description
+    about = {tag: md.summary_description for tag, md in first.items()}
+    assert "BP2: δ^1 = (W^2)ᵀ δ^2" in about["delta_norm/layer_1"]
+    assert "BP1: δ^2 = ∇_a C" in about["delta_norm/layer_2"]
+    assert "BP4" in about["update_ratio/layer_1"]
+
+
+def test_the_first_page_shows_what_the_run_has(tmp_path, split):
+    """Each chart's expression finds its tags, whatever the depth."""
+    write(tmp_path, split, [0, 1])
+    events = read(tmp_path)
+    tags = events.Tags()["scalars"]
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    found = {
+        chart.title.partition(":")[0]: [
+            tag
+            for tag in tags
+            if any(re.match(pattern, tag) for pattern in chart.multiline.tag)
+        ]
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert {title: len(tags) for title, tags in found.items()} == {
+        "cost C": 3,
+        "accuracy": 3,
+        "how fast each layer learns": 2,
+        "update-to-weight ratio": 2,
+        "saturated neurons": 2,
+    }
+
+
+def hparams(folder):
+    """What the HPARAMS tab knows of the run, by kind."""
+    contents = read(folder).PluginTagToContent("hparams").values()
+    data = map(plugin_data_pb2.HParamsPluginData.FromString, contents)
+    return {d.WhichOneof("data"): getattr(d, d.WhichOneof("data")) for d in data}
+
+
+def test_hyperparameters_make_no_second_run(tmp_path, split):
+    write(tmp_path, split, range(2))
+    assert [p.name.split(".")[0] for p in tmp_path.iterdir()] == ["events"]
+    row = hparams(tmp_path)
+    assert row["session_start_info"].hparams["lr"].number_value == 3.0
+    assert row["session_end_info"].status == api_pb2.STATUS_SUCCESS
+    # The metrics are the last points of curves of this run.
+    metrics = {info.name.tag for info in row["experiment"].metric_infos}
+    assert {"accuracy/test", "cost/test"} <= metrics
+    assert metrics <= set(read(tmp_path).Tags()["scalars"])
+
+
+def test_an_interrupted_run_shows_what_there_is_until_it_is_complete(tmp_path, split):
+    board = Dashboard(tmp_path, {}, {"lr": 3.0}, {})
+    board.log(result(0), 3.0)
+    board.close()
+    board.close()
+    assert "session_end_info" not in hparams(tmp_path)  # it may go on
+    assert read(tmp_path).Scalars("accuracy/test")[-1].step == 0
+    write(tmp_path, split, range(3), resumed_at=0)
+    assert hparams(tmp_path)["session_end_info"].status == api_pb2.STATUS_SUCCESS
+    assert read(tmp_path).Scalars("accuracy/test")[-1].step == 2
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path, split):
+    """The first sitting died after logging epoch 3 and before its checkpoint."""
+    write(tmp_path, split, range(4), cost=0.5)
+    write(tmp_path, split, range(3, 6), resumed_at=2, cost=0.25)
+    events = read(tmp_path)
+    curve = events.Scalars("cost/test")
+    assert [e.step for e in curve] == [0, 1, 2, 3, 4, 5]
+    assert [e.value for e in curve] == [0.5] * 3 + [0.25] * 3
+    distribution = events.Histograms("distributions/z_layer_1")
+    assert [e.step for e in distribution] == [0, 1, 2, 3, 4, 5]
+    # 3 was the last of the first sitting.
+    assert [e.step for e in events.Images("pictures/weights")] == [0, 1, 2, 5]
+    assert events.Graph().node
+    assert len(events.Tensors("settings/text_summary")) == 1
+
+
+def test_a_run_that_did_not_complete_its_first_epoch_has_epoch_0_once(tmp_path, split):
+    write(tmp_path, split, [0], cost=0.5)
+    write(tmp_path, split, [0, 1], resumed_at=0, cost=0.25)
+    events = read(tmp_path)
+    curve = events.Scalars("cost/test")
+    assert [(e.step, e.value) for e in curve] == [(0, 0.25), (1, 0.25)]
+    # What stood at step 0 is superseded with it, and written again.
+    resumed_at = curve[0].wall_time
+    for tag in ("custom_scalars__config__", "settings/text_summary"):
+        assert resumed_at - 1 < events.Tensors(tag)[-1].wall_time <= resumed_at
+
+
+def test_a_run_that_began_without_a_dashboard_gets_one(tmp_path, split):
+    write(tmp_path, split, range(3), level="off")
+    write(tmp_path, split, range(3, 5), resumed_at=2)
+    events = read(tmp_path)
+    assert [e.step for e in events.Scalars("cost/test")] == [3, 4]
+    assert "settings/text_summary" in events.Tags()["tensors"]
+    assert hparams(tmp_path)["session_start_info"].hparams["lr"].number_value == 3.0
+
+
+@pytest.mark.parametrize("cost", [torchbp.QuadraticCost, torchbp.CrossEntropyCost])
+def test_native_and_hand_written_layers_compare(tmp_path, split, cost):
+    """The same tags at the same steps, the same pictures, the same graph."""
+    output = "identity" if cost.takes == "z" else None
+    sides = []
+    for native in (False, True):
+        folder = tmp_path / str(native)
+        board = Dashboard(folder, {}, {}, {})
+        board.watch(seen(native=native, output=output), cost(), split, split)
+        for epoch in range(3):
+            board.log(result(epoch), 3.0)
+        board.close()
+        events = read(folder)
+        tags = events.Tags()
+        sides.append(
+            {
+                "graph": [(n.name, n.op, list(n.input)) for n in events.Graph().node],
+                **{
+                    tag: [(e.step, e.value) for e in events.Scalars(tag)]
+                    for tag in tags["scalars"]
+                },
+                **{
+                    tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)]
+                    for tag in tags["images"]
+                },
+                **{
+                    tag: [e.step for e in events.Histograms(tag)]
+                    for tag in tags["histograms"]
+                },
+            }
+        )
+    assert sides[0].keys() == sides[1].keys()
+    for tag, side in sides[0].items():
+        if tag.startswith(("delta_norm", "update_ratio")):
+            assert dict(side) == pytest.approx(dict(sides[1][tag]), rel=1e-5)
+        else:
+            assert side == sides[1][tag]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(36, 3), (36, 4, 4, 4, 4, 4, 3), (36, 700, 3), (35, 5, 3)]
+)
+def test_shallow_deep_wide_and_not_square(tmp_path, split, sizes):
+    pixels = split.images[:, : sizes[0]].contiguous()
+    model = seen(sizes, activation="relu", output="sigmoid")
+    write(tmp_path, Split(pixels, split.labels), [0], model=model)
+    tags = read(tmp_path).Tags()
+    assert f"delta_norm/layer_{len(sizes) - 1}" in tags["scalars"]
+    assert len(tags["images"]) == (4 if sizes[0] == 36 else 1)
+
+
+def test_no_validation_scores_no_bias(tmp_path, split):
+    board = Dashboard(tmp_path, {}, {}, {})
+    model = torch.nn.Sequential(torchbp.BPLinearSigmoid(36, 3, bias=False))
+    board.watch(model, torchbp.QuadraticCost(), split, split)
+    board.log(result(0, splits=("train", "test")), 3.0)
+    board.close()
+    tags = read(tmp_path).Tags()
+    assert "cost/validation" not in tags["scalars"]
+    assert not [tag for tag in tags["scalars"] if tag.startswith("norm_bias")]
+    assert "distributions/b_layer_1" not in tags["histograms"]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_looking_leaves_no_trace(tmp_path, split, native):
+    """Neither in the model nor in the random numbers: every level trains the same."""
+    model = seen(native=native)
+    before = [p.detach().clone() for p in model.parameters()]
+    rng = torch.get_rng_state()
+    write(tmp_path, split, range(3), model=model)
+    assert torch.equal(rng, torch.get_rng_state())
+    for a, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(a, p) and p.grad is None
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_probe_leaves_no_trace(network, native):
+    model, x, y = network
+    model = torchbp.to_native(model) if native else model
+    before = [p.detach().clone() for p in model.parameters()]
+    rng = torch.get_rng_state()
+    records = probe(model, torchbp.QuadraticCost(), x, y)
+    assert len(records) == 2
+    assert all(p.grad is None for p in model.parameters())
+    assert not x.requires_grad
+    assert torch.equal(rng, torch.get_rng_state())
+    for a, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(a, p)
+
+
+def test_native_and_hand_written_layers_show_the_same(network):
+    model, x, y = network
+    ours = probe(model, torchbp.QuadraticCost(), x, y)
+    native = probe(torchbp.to_native(model), torchbp.QuadraticCost(), x, y)
+    for a, b in zip(ours, native, strict=True):
+        torch.testing.assert_close(a.delta, b.delta)
+        assert a.saturated == b.saturated
+
+
+def test_extreme_distributions_can_be_drawn(tmp_path, split, monkeypatch):
+    """Where automatic bins would ask for terabytes."""
+
+    def extreme(*args):
+        records = probe(*args)
+        records[0].delta = torch.full((1000, 5), 1e-12)
+        records[0].delta[0, 0] = 1e3
+        return records
+
+    monkeypatch.setattr(dashboard, "probe", extreme)
+    write(tmp_path, split, [0])
+    (event,) = read(tmp_path).Histograms("distributions/delta_layer_1")
+    assert event.histogram_value.num == 5000
+
+
+def test_the_probe_draws_no_random_number_and_keeps_the_modes(network):
+    _, x, y = network
+    model = torch.nn.Sequential(
+        torchbp.BPLinearSigmoid(6, 5),
+        torch.nn.Dropout(),
+        torch.nn.BatchNorm1d(5),
+        torchbp.BPLinearSigmoid(5, 3),
+    )
+    rng, mean = torch.get_rng_state(), model[2].running_mean.clone()
+    records = probe(model, torchbp.QuadraticCost(), x, y)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(mean, model[2].running_mean)
+    assert all(m.training for m in model.modules())
+    graph = {node.name: node for node in _graph.draw(records, "QuadraticCost").node}
+    assert "between_1_and_2" in graph["layer_2_sigmoid/z"].input
+
+
+def test_epochs_that_are_pictured():
+    shown = [epoch for epoch in range(201) if is_pictured(epoch)]
+    assert shown == [0, 1, 2, 5, 10, 20, 50, 100, 200]
+
+
+# ------------------------------------------------------------------ the pictures
+
+
+def colours(picture, box):
+    """The colours of a part of a picture, most frequent first."""
+    counts = picture.crop(box).getcolors(100_000)
+    return [colour for _, colour in sorted(counts, reverse=True)]
+
+
+def test_pictures_are_as_wide_as_a_card_and_say_what_they_should(tmp_path, split):
+    write(tmp_path, split, [0])
+    events = read(tmp_path)
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        assert picture.size == (event.width, event.height)
+        assert picture.width == _pictures.WIDTH
+        assert len(picture.getcolors(100_000)) > 3
+
+
+def test_weights_are_red_above_zero_and_blue_below_on_one_scale():
+    W = torch.zeros(2, 9)
+    W[0], W[1] = 1.0, -0.5
+    picture = _pictures.weights(W)
+    left, right = picture.width // 4, 3 * picture.width // 4
+    middle = (picture.height + 22) // 2
+    assert picture.getpixel((left, middle)) == (178, 24, 43)
+    half = picture.getpixel((right, middle))
+    assert half == pytest.approx((144, 178, 214), abs=1)
+    # 784 weights a tile, a hundred tiles at most.
+    assert _pictures.weights(torch.randn(800, 784)).height < 500
+
+
+def test_the_misclassified_are_those_that_are_and_no_others():
+    images = torch.full((40, 784), 255, dtype=torch.uint8)
+    labels = torch.zeros(40, dtype=torch.int64)
+    none = _pictures.misclassified(images, labels, labels, ["0", "1"])
+    assert (0, 0, 0) not in colours(none, (0, 26, 350, none.height))
+    guesses = labels.clone()
+    guesses[-2:] = 1
+    two = _pictures.misclassified(images, labels, guesses, ["0", "1"])
+    step, top = _pictures.WIDTH // 5, 60
+    black = [two.getpixel((i * step + 30, top)) == (0, 0, 0) for i in range(5)]
+    assert black == [True, True, False, False, False]
+    # Truth in green, answer in red; strokes are thin, their edges blended with white.
+    red, green, _ = min(colours(two, (0, 24, step // 2, 46)), key=sum)
+    assert green > red + 80
+    red, green, _ = min(colours(two, (step // 2, 24, step, 46)), key=sum)
+    assert red > green + 80
+
+
+def test_the_confusion_is_shaded_off_the_diagonal():
+    counts = torch.diag(torch.tensor([900, 800, 700]))
+    counts[0, 2] = 50
+    picture = _pictures.confusion(counts, ["0", "1", "2"])
+    cell = (_pictures.WIDTH - 26) // 3
+
+    def ground(row, column):
+        x, y = 26 + column * cell, 44 + row * 28
+        return colours(picture, (x + 2, y + 2, x + cell - 2, y + 26))[0]
+
+    assert ground(0, 0) == ground(1, 1)
+    red, green, _ = ground(0, 2)
+    assert red > green + 80
+    assert ground(2, 0) == (255, 255, 255)
+
+
+def test_a_journey_shows_every_layer(split):
+    def height(sizes):
+        x, y = scale(split.images[:1]), split.labels[:1]
+        records = probe(seen(sizes), torchbp.QuadraticCost(), x, y)
+        return _pictures.journey(records, int(y), ["0", "1", "2"]).height
+
+    one, two, four = height((36, 3)), height((36, 5, 3)), height((36, 5, 5, 5, 3))
+    assert one < two < four
+    assert four - two == 2 * (two - one)
+    assert height((36, 5000, 3)) < 500
+
+
+def test_names_of_classes_fit():
+    for names in _pictures.CLASS_NAMES.values():
+        assert len(names) == 10
+        counts = torch.randint(0, 100, (10, 10))
+        assert _pictures.confusion(counts, names).width == _pictures.WIDTH
+
+
+def test_the_graph_is_the_algorithm(network):
+    model, x, y = network
+    records = probe(model, torchbp.QuadraticCost(), x, y)
+    graph = _graph.draw(records, "QuadraticCost")
+    inputs = {node.name: list(node.input) for node in graph.node}
+    assert {name for names in inputs.values() for name in names} <= inputs.keys()
+    first, second = "layer_1_sigmoid", "layer_2_sigmoid"
+    assert inputs[f"{second}/z"] == [f"{first}/a", f"{second}/W", f"{second}/b"]
+    assert inputs[f"{second}/BP1_delta"] == ["cost/grad_a", f"{second}/z"]
+    assert inputs[f"{first}/BP2_delta"] == [
+        f"{second}/BP1_delta",
+        f"{first}/z",
+        f"{second}/W",
+    ]
+    assert inputs[f"{first}/BP4_grad_W"] == [f"{first}/BP2_delta", "a0_input"]
+    shapes = {node.name: node.attr["shape"].s.decode() for node in graph.node}
+    assert shapes[f"{first}/BP4_grad_W"] == shapes[f"{first}/W"] == "5 x 6"
+
+
+# ------------------------------------------------------------------ the main job
+
+
+def points(folder):
+    """The steps of every tag of every kind."""
+    events = read(folder)
+    tags = events.Tags()
+    readers = {
+        "scalars": events.Scalars,
+        "histograms": events.Histograms,
+        "images": events.Images,
+        "tensors": events.Tensors,
+    }
+    return {
+        (kind, tag): [e.step for e in reader(tag)]
+        for kind, reader in readers.items()
+        for tag in tags[kind]
+    }
+
+
+def job(tmp_path, **changes):
+    small = {"dataset": "digits", "sizes": (784, 12, 10), "epochs": 3, "lr": 0.5}
+    small |= {"logdir": str(tmp_path), "output": "quiet"}
+    return mnist.main(mnist.Settings(**{**small, **changes}))["run"]
+
+
+def test_runs_of_either_layers_and_either_engine_lie_side_by_side(tmp_path):
+    """The same tags at the same steps, after a resume by the other engine, too."""
+    ours = points(job(tmp_path, name="ours"))
+    native = points(job(tmp_path, name="native", layers="native"))
+    explicit = points(job(tmp_path, name="explicit", engine="explicit"))
+    assert ours == native == explicit
+    assert ours["images", "pictures/journey"] == [0, 1, 2, 3]
+    assert ours["histograms", "distributions/z_layer_2"] == [0, 1, 2, 3]
+    begun = job(tmp_path, name="begun", epochs=2)
+    mnist.resume(begun, epochs=3, engine="explicit")
+    assert points(begun) == ours
+
+
+@pytest.mark.parametrize("level", dashboard.LEVELS)
+def test_every_level_trains_the_same_and_leaves_what_repeats_it(tmp_path, level):
+    run = Path(job(tmp_path, log_level=level))
+    names = {p.name.split(".")[0] for p in run.iterdir()} - {"events"}
+    assert {"checkpoint", "settings", "versions"} <= names
+    assert len(list(run.glob("events.*"))) == (level != "off")
+    full = Path(job(tmp_path, name="full"))
+    ours, theirs = (
+        checkpoint.load(folder / "checkpoint.pt")["trainer"]["model"]
+        for folder in (run, full)
+    )
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, theirs[name])
+
+
+def test_a_later_sitting_at_full_level_draws_the_graph_once(tmp_path, split):
+    write(tmp_path, split, [0, 1], level="basic")
+    assert not read(tmp_path).Tags()["graph"]
+    write(tmp_path, split, [2], resumed_at=1)
+    assert read(tmp_path).Tags()["graph"]
+    write(tmp_path, split, [3], resumed_at=2)
+    graphs = [
+        event
+        for file in sorted(tmp_path.iterdir())
+        for event in EventFileLoader(str(file)).Load()
+        if event.HasField("graph_def")
+    ]
+    assert len(graphs) == 1
+
+
+def test_the_graph_says_b_and_sigma_where_they_are():
+    model = torch.nn.Sequential(
+        torchbp.BPLinearSigmoid(6, 5, bias=False), torchbp.BPLinear(5, 3)
+    )
+    x, y = torch.rand(4, 6), torch.randint(0, 3, (4,))
+    records = probe(model, torchbp.LogLikelihoodCost(), x, y)
+    formulas = {node.op for node in _graph.draw(records, "LogLikelihoodCost").node}
+    assert {"z^1 = W^1 a^0", "a^1 = σ(z^1)"} <= formulas
+    assert {"z^2 = W^2 a^1 + b^2", "a^2 = z^2"} <= formulas
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_distributions_of_every_dtype(tmp_path, split, dtype):
+    write(tmp_path, split, [0], model=seen().to(dtype))
+    assert read(tmp_path).Tags()["histograms"]
+
+
+def test_letters_without_freetype(monkeypatch):
+    from PIL import ImageFont
+
+    def load_default(size=None):
+        if size is not None:
+            raise ImportError("FreeType is not there")
+        return "the only one"
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    assert _pictures._font.__wrapped__(13) == "the only one"

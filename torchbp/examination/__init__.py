@@ -1,0 +1,10 @@
+"""Judging anybody's backward: ``examine`` and its report.
+
+The room stands on torch and on the package's underscored files alone, so that it can
+judge any Function, ours included.
+"""
+
+from torchbp.examination.examiner import Finding, Report, examine
+from torchbp.examination.targets import draw, find
+
+__all__ = ["Finding", "Report", "draw", "examine", "find"]

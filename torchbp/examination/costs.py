@@ -1,0 +1,114 @@
+"""A1 and A2, for costs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchbp.examination.subject import Subject
+from torchbp.examination.tools import (
+    F64,
+    TOLERANCE,
+    difference,
+    nodes_of,
+)
+from torchbp.examination.verdicts import (
+    TIGHT,
+    Fail,
+    NotApplicable,
+    shape_of,
+)
+
+
+def a1(s: Subject) -> str:
+    """C = (1/n) Σ_x C_x."""
+    if not s.is_cost:
+        raise NotApplicable("not a cost")
+    rows = s.row_candidates
+    n = s.arguments[rows[0]].shape[0] if rows else 0
+    if n < 2:
+        raise NotApplicable("fewer than two rows")
+    tolerance = TOLERANCE[s.dtype]
+    outputs, grads = s.gradients(s.copies())
+    parts = [s.gradients(s.cut(s.copies(), rows, slice(i, i + 1))) for i in range(n)]
+    mean = torch.stack([values[0] for values, _ in parts]).mean()
+    if found := difference(outputs[0], mean, tolerance, tolerance):
+        factor = (outputs[0] / mean).item()
+        raise Fail(
+            f"C of {n} rows is {factor:.4g} times the mean of their costs ({found})",
+            _a1_mend(factor, n),
+        )
+    for k, i in enumerate(s.floats):
+        if i not in rows:
+            continue
+        right = torch.cat([own[k] for _, own in parts]) / n
+        if found := difference(grads[k], right, tolerance, tolerance):
+            factor = ((grads[k] * right).sum() / right.square().sum()).item()
+            raise Fail(
+                f"∂C/∂{s.labels[i]} of {n} rows is {factor:.4g} times the mean of "
+                f"theirs ({found})",
+                _a1_mend(factor, n),
+            )
+    return f"C and ∇C of {n} rows are the means of theirs"
+
+
+def _a1_mend(factor: float, n: int) -> str:
+    """What to do about a cost that is `factor` times what it should be."""
+    if abs(factor * n - 1) < 1e-3:
+        return "divide by n once: it is averaged twice"
+    if abs(factor / n - 1) < 1e-3:
+        return "divide by n: it is summed"
+    return "divide the sum of the rows' costs by the number of rows, nothing else"
+
+
+def a2(s: Subject) -> str:
+    """C depends on the parameters through the outputs only."""
+    if not s.is_cost:
+        raise NotApplicable("not a cost")
+    arguments = s.copies()
+    leaves = s.leaves(arguments)
+    outputs = s.evaluate(arguments)
+    mend = "take what C depends on from the network's outputs alone"
+    if s.inputs < len(s.arguments):
+        name = s.labels[s.inputs]
+        raise Fail(f"C has a parameter of its own, {name}", mend)
+    for node in nodes_of(outputs):
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is t for t in leaves):
+            raise Fail(
+                f"C depends on a tensor {shape_of(variable)} besides its arguments",
+                mend,
+            )
+    said = "through the outputs only"
+    for i, t in enumerate(s.arguments):
+        if i in s.floats or not isinstance(t, Tensor) or not t.is_floating_point():
+            continue
+        said = _target(s, i) or said
+    return said
+
+
+def _target(s: Subject, i: int) -> str:
+    """What becomes of a target that requires grad: it is refused, or a constant, or
+    what it gets is right."""
+    arguments = s.copies()
+    leaves = s.leaves(arguments, (i,))
+    try:
+        outputs = s.differentiable(arguments)
+        if not outputs:
+            return ""
+        (grad,) = s.pull_back(outputs, leaves)
+    except Exception:
+        return f"{s.labels[i]} that requires grad is refused"
+    if not grad.any() or s.dtype != F64:
+        return ""
+    f = s.closure(s.copies(), (i,))
+    cotangents = s.cotangents(outputs)
+    (right,) = s.numeric(
+        lambda t: [y * g for y, g in zip(f(t), cotangents, strict=True)], leaves
+    )
+    if found := difference(grad, right, TIGHT["rtol"], 1e-6):
+        raise Fail(
+            f"the gradient of {s.labels[i]} is {found}",
+            f"return None for {s.labels[i]}: under A2 it is a constant",
+        )
+    return f"{s.labels[i]} gets its gradient, too"

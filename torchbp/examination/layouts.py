@@ -1,0 +1,202 @@
+"""Tensors of any shape, anywhere in memory, or not there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from torchbp.examination.subject import Subject
+from torchbp.examination.tools import (
+    TOLERANCE,
+    differences,
+    first_line,
+)
+from torchbp.examination.verdicts import (
+    Fail,
+    NotApplicable,
+    NotSupported,
+    along_directions,
+    differentiated,
+    labels_of,
+    must_run,
+    needs_float64,
+    numbered,
+    supported,
+)
+
+# Other places in memory, for the same numbers (but "stride 0", which repeats one).
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "narrow": lambda t: torch.cat([t, t, t], -1).narrow(-1, t.shape[-1], t.shape[-1]),
+    "strided": lambda t: torch.stack([t, t + 1], -1).flatten(-2)[..., ::2],
+    "stride 0": lambda t: t.flatten()[0].expand(t.shape),
+}
+
+
+def output_gradient_layouts(s: Subject) -> str:
+    """Output gradients of any strides give what contiguous ones give."""
+    leaves, outputs = differentiated(s)
+    if all(y.dim() == 0 or y.numel() == 0 for y in outputs):
+        raise NotApplicable("0-d outputs: one layout")
+    cotangents = s.cotangents(outputs)
+    mend = "it may have any strides: use reshape for view, and write nothing into it"
+    for name, lay in LAYOUTS.items():
+        gs = [lay(g) if g.dim() and g.numel() else g for g in cotangents]
+        plain = [g.contiguous().clone() for g in gs]
+        right = s.pull_back(outputs, leaves, plain)
+        leaves, outputs = differentiated(s)
+        with must_run(f"from an output gradient that is {name}, the backward", mend):
+            grads = s.pull_back(outputs, leaves, gs)
+        leaves, outputs = differentiated(s)
+        found = differences(grads, right, labels_of(s), TOLERANCE[s.dtype])
+        if found:
+            raise Fail(
+                f"from an output gradient that is {name}, the gradient of {found}", mend
+            )
+    return ", ".join(LAYOUTS)
+
+
+def input_layouts(s: Subject) -> str:
+    """Inputs of any strides give what contiguous ones give."""
+    if s.is_random:
+        raise NotApplicable("it draws random numbers, in the order of memory")
+    right = s.gradients(s.copies())
+    mend = "use .contiguous() before view, strides or pointers; prefer reshape"
+    names = [n for n in LAYOUTS if n != "stride 0"]
+    for name in names:
+        for i, t in enumerate(s.arguments):
+            if not (isinstance(t, Tensor) and t.dim() and t.numel()):
+                continue
+            if t.dtype == torch.bool:
+                continue
+            arguments = s.copies()
+            arguments[i] = LAYOUTS[name](arguments[i]).detach()
+            what = f"with {s.labels[i]} {name},"
+            try:
+                ours = s.gradients(arguments)
+            except Exception as error:
+                raise Fail(f"{what} raised {first_line(error)}", mend) from None
+            if found := differences(
+                ours[0], right[0], numbered(right[0]), TOLERANCE[s.dtype]
+            ):
+                raise Fail(f"{what} the value of the {found}", mend)
+            if found := differences(
+                ours[1], right[1], labels_of(s), TOLERANCE[s.dtype]
+            ):
+                raise Fail(f"{what} the gradient of {found}", mend)
+    return ", ".join(names)
+
+
+class _Swallow(Function):
+    """Sends no gradient back, so that what came before it gets None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+def undefined_gradients(s: Subject) -> str:
+    """A missing output gradient is a zero one."""
+    leaves, outputs = differentiated(s)
+    mend = "treat None: a gradient that is not there is zero"
+    with must_run("without an output gradient, the backward", mend):
+        grads = torch.autograd.grad(
+            [_Swallow.apply(y).sum() for y in outputs],
+            leaves,
+            allow_unused=True,
+        )
+    for grad, label in zip(grads, labels_of(s), strict=True):
+        if grad is not None and not (grad == 0).all():
+            raise Fail(f"without an output gradient, {label} gets one", mend)
+    if len(outputs) == 1:
+        return "none gives none"
+    for k in range(len(outputs)):
+        leaves, outputs = differentiated(s)
+        (g,) = s.cotangents([outputs[k]])
+        gs = [g if j == k else torch.zeros_like(o) for j, o in enumerate(outputs)]
+        right = s.pull_back(outputs, leaves, gs)
+        leaves, outputs = differentiated(s)
+        with must_run(f"from output {k} alone, the backward", mend):
+            ours = s.pull_back([outputs[k]], leaves, [g])
+        if found := differences(ours, right, labels_of(s), TOLERANCE[s.dtype]):
+            raise Fail(f"from output {k} alone, the gradient of {found}", mend)
+    return "none gives none, and each output alone"
+
+
+def n_d_inputs(s: Subject) -> str:
+    """Fewer and more leading dimensions have right gradients, too."""
+    needs_float64(s)
+    if not s.rows:
+        raise NotApplicable("no inputs whose rows are examples")
+    passed, refused = [], {}
+    for make in (
+        lambda t: t[0],
+        lambda t: torch.stack([t, t.flip(0)]),
+        lambda t: torch.stack([t, t.flip(0)]).unsqueeze(1),
+    ):
+        arguments = s.copies()
+        for i in s.rows:
+            arguments[i] = make(arguments[i]).contiguous()
+        name = f"{arguments[s.rows[0]].dim()}-D"
+        try:
+            f = s.closure(arguments)
+            leaves = s.leaves(arguments)
+            outputs = f(*leaves)
+        except Exception as error:
+            refused[name] = first_line(error)
+            continue
+        if not outputs:
+            continue
+        with must_run(f"{name}: the backward"):
+            found = along_directions(s, f, leaves, labels_of(s))
+        if found:
+            raise Fail(
+                f"{name}: along random directions, the gradient of {found}",
+                "treat all leading dimensions as one: t.reshape(-1, t.shape[-1])",
+            )
+        if s.reference is not None:
+            _as_reference(s, arguments, name)
+        passed.append(name)
+    if not passed:
+        raise NotSupported("; ".join(f"{n}: {e}" for n, e in refused.items()))
+    return ", ".join(passed) + "".join(f"; not {name}" for name in refused)
+
+
+def _as_reference(s: Subject, arguments: list[Any], name: str) -> None:
+    with torch.no_grad():
+        try:
+            right = s.evaluate(arguments, s.reference)
+        except Exception:
+            return  # it sets no standard there
+        ours = s.evaluate(arguments)
+    found = differences(ours, right, numbered(right), TOLERANCE[s.dtype])
+    if len(ours) == len(right) and found:
+        raise Fail(f"{name}: the value of the {found}", "the forward is wrong there")
+
+
+def empty_inputs(s: Subject) -> str:
+    """No rows give no gradient, without an error."""
+    if not s.rows:
+        raise NotApplicable("no inputs whose rows are examples")
+    arguments = s.cut(s.copies(), s.rows, slice(0, 0))
+    with supported():
+        leaves = s.leaves(arguments)
+        outputs = s.differentiable(arguments)
+    mend = "spell sizes out: reshape(-1, n) is ambiguous for empty tensors"
+    with must_run("the forward went through, but the backward", mend):
+        grads = s.pull_back(outputs, leaves)
+    for grad, leaf, label in zip(grads, leaves, labels_of(s), strict=True):
+        if grad.shape != leaf.shape or grad.any():
+            raise Fail(
+                f"the gradient of {label} is not zero",
+                "take no mean over the rows: of none it is NaN",
+            )
+    return "no rows, no gradient"

@@ -1,0 +1,26 @@
+"""Looking at our own layers: what they compute, and whether it is right."""
+
+from torchbp.inspection.comparison import Agreement, Comparison, Row, compare
+from torchbp.inspection.observation import (
+    Record,
+    Trace,
+    evaluating,
+    observe,
+    probe,
+)
+from torchbp.inspection.tour import Section, Tour, show
+
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "Record",
+    "Row",
+    "Section",
+    "Tour",
+    "Trace",
+    "compare",
+    "evaluating",
+    "observe",
+    "probe",
+    "show",
+]

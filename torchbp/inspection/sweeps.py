@@ -1,0 +1,355 @@
+"""One forward and backward pass, as each of three has it: our layers, native autograd,
+and finite differences."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchbp import functional
+from torchbp.inspection.observation import Record, observe
+from torchbp.nn import BPLinear
+
+# Central differences with this step err by its square (1e-10, times the third
+# derivative over 6), and by the rounding of C over the step.
+STEP = 1e-5
+ROUNDING = 8 * torch.finfo(torch.float64).eps
+# σ' cannot change by this share of its largest value within two steps, but at a kink.
+KINK = 0.01
+# Rows of a batch that go through a layer together where δ is read row by row.
+ROWS = 64
+
+Cost = Callable[[Tensor, Tensor], Tensor]
+# The derivatives of C, by what C is differentiated with respect to.
+KINDS = {
+    "a": "grad_a", "z": "delta", "b": "grad_bias", "W": "grad_weight", "x": "grad_x",
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one layer. Derivatives are of this call alone, None where no backward
+    pass came by."""
+
+    name: str
+    function: type[functional.LinearFunction]
+    x: Tensor
+    W: Tensor
+    b: Tensor | None
+    z: Tensor
+    a: Tensor
+    grad_a: Tensor | None = None
+    delta: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
+    grad_x: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Sweep:
+    """C, and the calls of the layers in order. `last` says that the last call's a is
+    the model's output."""
+
+    cost: Tensor
+    calls: list[Call] = field(default_factory=list)
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two computations of one quantity agree.
+
+    Attributes:
+        ok: equal, exactly or approximately.
+        exact: equal bit for bit.
+        absolute: the largest difference of an entry.
+        relative: that over the largest entry.
+
+    Examples:
+        >>> import torch
+        >>> agree(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).word
+        'WRONG'
+    """
+
+    ok: bool
+    exact: bool
+    absolute: float
+    relative: float
+
+    @property
+    def word(self) -> str:
+        """ "exact", "≈" or "WRONG"."""
+        return "WRONG" if not self.ok else "exact" if self.exact else "≈"
+
+
+def agree(actual: Tensor, expected: Tensor, relative: float | None = None) -> Agreement:
+    """How `actual` agrees with `expected`: equal is to `relative` of the largest entry,
+    √ε of the dtype if None. NaN equals NaN, here."""
+    relative = tolerance(expected) if relative is None else relative
+    a, e = (t.detach().cpu().double() for t in (actual, expected))
+    if a.shape != e.shape:
+        return Agreement(False, False, math.inf, math.inf)
+    same = (a == e) | (a.isnan() & e.isnan())
+    if same.all():
+        return Agreement(True, True, 0.0, 0.0)
+    largest = e.abs().amax().item()
+    difference = (a - e).abs().masked_fill(same, 0).amax().item()
+    return Agreement(
+        ok=difference <= relative * largest,
+        exact=False,
+        absolute=difference,
+        relative=difference / largest if largest else math.inf,
+    )
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Whether `actual` is approximately `expected`."""
+    return agree(actual, expected).ok
+
+
+def tolerance(t: Tensor) -> float:
+    """√ε of the dtype."""
+    return float(torch.finfo(t.dtype).eps ** 0.5)
+
+
+def slope(call: Call) -> Tensor:
+    """σ'(z) by native autograd."""
+    z = call.z.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (result,) = torch.autograd.grad(call.function.sigma(z.clone()).sum(), z)
+    return result
+
+
+# ---------------------------------------------------------------- ours
+
+
+def by_hand(model: nn.Module, cost: Cost, input: Tensor, target: Tensor) -> Sweep:
+    """The sweep of the hand-written layers; `model` is a copy that may be changed."""
+    layers = dict(model.named_modules())
+    with observe(model) as trace:
+        C = cost(model(input.clone()), target)
+        if not C.requires_grad:
+            raise ValueError("model: expected layers of ours that C depends on, got 0")
+        C.backward()
+    return Sweep(C.detach(), [_measured(layers[r.name], r) for r in trace])
+
+
+def _measured(layer: Any, record: Record) -> Call:
+    """What the layer's own backward makes of the grad_a that arrived; δ and gradients
+    of the record are the observer's."""
+    r = record
+    call = Call(r.name, r.function, r.x, r.weight, r.bias, r.z, r.a, r.grad_a)
+    if call.grad_a is None:
+        return call
+    with _parameters(layer, layer.weight, _bias_of(layer)):
+        x = call.x.clone().requires_grad_()
+        a = layer.forward(x)
+        leaves = (x, layer.weight, layer.bias)
+        call.grad_x, call.grad_weight, call.grad_bias = _grad(a, leaves, call.grad_a)
+        call.delta = _delta(layer, call)
+    return call
+
+
+def _bias_of(layer: Any) -> nn.Parameter:
+    """b, or zeros in its place: ∂C/∂b of a single example is its δ."""
+    if layer.bias is not None:
+        return layer.bias
+    return nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
+
+
+@contextmanager
+def _parameters(layer: Any, W: Tensor, b: Tensor) -> Iterator[None]:
+    """The layer with other parameters."""
+    before = dict(layer._parameters)
+    layer._parameters.update(weight=W, bias=b)
+    try:
+        yield
+    finally:
+        layer._parameters.update(before)
+
+
+def _grad(a: Tensor, leaves: Any, grad_a: Tensor, **kwargs: Any) -> list[Tensor]:
+    """Gradients; one that a backward does not give is zero, as to autograd."""
+    grads = torch.autograd.grad(a, leaves, grad_a, allow_unused=True, **kwargs)
+    return [
+        torch.zeros_like(t) if g is None else g
+        for g, t in zip(grads, leaves, strict=True)
+    ]
+
+
+def _delta(layer: Any, call: Call) -> Tensor:
+    """δ, which no backward returns, read off the gradients that it goes into: off the
+    first that shows the right one, since what is then wrong is not δ; else off ∂C/∂b.
+    """
+    assert call.grad_a is not None
+    expected = functional.as_rows(call.grad_a * slope(call))
+    found = []
+    for view in (_delta_in_bias, _delta_in_weight, _delta_in_input):
+        try:
+            pairs = zip(
+                functional.as_rows(call.x).split(ROWS),
+                functional.as_rows(call.grad_a).split(ROWS),
+                strict=True,
+            )
+            delta = torch.cat([view(layer, x, grad_a) for x, grad_a in pairs])
+        except RuntimeError:  # of a backward that is wrong in its shapes
+            continue
+        found.append(delta)
+        if close(delta, expected):
+            break
+    delta = found[-1] if found and close(found[-1], expected) else [*found, expected][0]
+    return delta.reshape(call.grad_a.shape)
+
+
+def _delta_in_bias(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
+    """Row i is ∂C/∂b where grad_a has row i only."""
+    a = layer.forward(x)
+    rows = []
+    for i in range(len(x)):
+        one = torch.zeros_like(grad_a)
+        one[i] = grad_a[i]
+        rows += _grad(a, [layer.bias], one, retain_graph=True)
+    return torch.stack(rows)
+
+
+def _delta_in_weight(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
+    """The inputs (x, I) and the weights (W, 0) leave z as it is, and ∂C/∂W is then
+    (δᵀx, δᵀ)."""
+    eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    W = layer.weight.detach()
+    W = torch.cat([W, W.new_zeros(len(W), len(x))], 1).requires_grad_()
+    with _parameters(layer, W, layer.bias):
+        a = layer.forward(torch.cat([x, eye], 1))
+        (grad_W,) = _grad(a, [W], grad_a)
+    return grad_W[:, x.shape[1] :].t()
+
+
+def _delta_in_input(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
+    """The inputs (x, 0) and the weights (W, I) leave z as it is, and ∂C/∂x is then
+    (δW, δ)."""
+    W = layer.weight.detach()
+    eye = torch.eye(len(W), dtype=W.dtype, device=W.device)
+    wide = torch.cat([x, x.new_zeros(len(x), len(W))], 1).requires_grad_()
+    with _parameters(layer, torch.cat([W, eye], 1), layer.bias):
+        (grad_x,) = _grad(layer.forward(wide), [wide], grad_a)
+    return grad_x[:, x.shape[1] :]
+
+
+# ---------------------------------------------------------------- native
+
+
+class Twin:
+    """A copy of a model whose layers are F.linear and σ, under native autograd, with a
+    place to nudge x, W, b and z of each call."""
+
+    def __init__(
+        self, model: nn.Module, cost: Cost, input: Tensor, target: Tensor
+    ) -> None:
+        self.model, self.cost = copy.deepcopy(model), cost
+        self.input, self.target = input, target
+        self.calls: list[Call] = []
+        self.nudged: tuple[int, str] | None = None  # the call's number, its argument
+        self.nudge: Tensor | None = None
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, BPLinear):
+                layer.forward = functools.partial(self._forward, name, layer)  # type: ignore[method-assign]
+
+    def run(self) -> tuple[Tensor, bool]:
+        """C, and whether the last call's a is the model's output; fills `calls`."""
+        self.calls = []
+        output = self.model(self.input.clone())
+        last = bool(self.calls) and output is self.calls[-1].a
+        return self.cost(output, self.target), last
+
+    def _forward(self, name: str, layer: BPLinear, input: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"compare: expected a model that calls {name or 'its layer'} in the "
+                "forward pass only, got one with activation checkpointing"
+            )
+        x, W = input.clone(), layer.weight.detach()
+        b = None if layer.bias is None else layer.bias.detach()
+        if torch.is_grad_enabled():  # each call has leaves of its own
+            for t in (x, W, b):
+                if t is not None and not t.requires_grad:
+                    t.requires_grad_()
+        x, W = self._with_nudge("x", x), self._with_nudge("W", W)
+        b = None if b is None else self._with_nudge("b", b)
+        z = self._with_nudge("z", F.linear(x, W, b))
+        function = type(layer).function
+        a = function.sigma(z.clone())
+        self.calls.append(Call(name, function, x, W, b, z, a))
+        return a
+
+    def _with_nudge(self, kind: str, t: Tensor) -> Tensor:
+        nudged = self.nudge is not None and self.nudged == (len(self.calls), kind)
+        return t + self.nudge if nudged else t  # type: ignore[operator]
+
+    def sweep(self) -> Sweep:
+        """The sweep of native autograd."""
+        with torch.enable_grad():
+            C, last = self.run()
+        wanted = [
+            (call, name, getattr(call, kind))
+            for call in self.calls
+            for kind, name in KINDS.items()
+        ]
+        wanted = [w for w in wanted if w[2] is not None and w[2].requires_grad]
+        if wanted and C.requires_grad:
+            leaves = [t for _, _, t in wanted]
+            grads = torch.autograd.grad(C, leaves, allow_unused=True)
+            for (call, name, _), grad in zip(wanted, grads, strict=True):
+                setattr(call, name, grad)
+        return Sweep(C.detach(), self.calls, last)
+
+    @torch.no_grad()
+    def differences(
+        self, number: int, kind: str, like: Call, entries: list[int]
+    ) -> tuple[list[float], list[bool], float]:
+        """∂C/∂(entry of an argument of the call) by central differences, for each
+        whether a kink of some σ lies within the step, and the rounding error of all.
+        """
+        others = {"W": like.x, "x": like.W}.get(kind)
+        # So that z moves by STEP at most.
+        step = STEP if others is None else STEP / max(1.0, others.abs().amax().item())
+        self.nudged, self.nudge = (number, kind), torch.zeros_like(getattr(like, kind))
+        flat = self.nudge.view(-1)
+        slopes, kinks, size = [], [], 0.0
+        for entry in entries:
+            values, gates = [], []
+            for nudge in (step, -step):
+                flat[entry] = nudge
+                values.append(self.run()[0].item())
+                gates.append([slope(c) for c in self.calls if _may_have_kinks(c)])
+            flat[entry] = 0
+            slopes.append((values[0] - values[1]) / (2 * step))
+            largest = [c.function.max_slope for c in self.calls if _may_have_kinks(c)]
+            kinks.append(
+                any(
+                    ((up - down).abs() > KINK * most).any().item()
+                    for up, down, most in zip(*gates, largest, strict=True)
+                )
+            )
+            size = max(size, *map(abs, values))
+        self.nudged = self.nudge = None
+        return slopes, kinks, ROUNDING * size / step
+
+
+_SMOOTH = (
+    functional.LinearFunction.sigma,
+    functional.LinearSigmoidFunction.sigma,
+    functional.LinearTanhFunction.sigma,
+)
+
+
+def _may_have_kinks(call: Call) -> bool:
+    return call.function.sigma not in _SMOOTH

@@ -1,0 +1,571 @@
+"""A guided tour of backpropagation: one example, every equation with its numbers.
+
+The network has 2, 3 and 1 neurons, which is small enough to follow with a pencil and
+large enough to have a hidden layer. Every number that is shown is one that the package
+has computed: z, a, σ' and δ are what :func:`torchbp.observe` saw, the cost and the
+gradients are :func:`torchbp.backprop`'s, the step is :class:`torchbp.ExplicitSGD`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchbp._terminal import paint, wait_for_key
+from torchbp.convert import to_native
+from torchbp.costs import QuadraticCost
+from torchbp.explicit import ExplicitSGD, backprop
+from torchbp.inspection.comparison import compare
+from torchbp.inspection.observation import Record, observe
+from torchbp.nn import MLP
+
+__all__ = ["Section", "Tour"]
+
+WIDTH = 80
+SIZES = (2, 3, 1)
+LR = 0.5
+# Of the sum of both sides' sizes; both are computed in float64.
+TOLERANCE = 1e-12
+HOMES = ("explicit/engine.py", "costs.py", "functional.py")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One step of the tour.
+
+    Attributes:
+        title: what happens in it.
+        equation: in the book's notation; "" if it has none.
+        lines: the text, at most 80 columns wide.
+
+    Examples:
+        >>> section = Section("BP1: the error", "δ^L = ∇_a C ⊙ σ'(z^L)", ["..."])
+        >>> section.title
+        'BP1: the error'
+    """
+
+    title: str
+    equation: str
+    lines: list[str]
+
+
+class Tour:
+    """The tour of one network, one example and one step of gradient descent.
+
+    Args:
+        seed: of the weights, the biases and the example.
+
+    Attributes:
+        model: the MLP, in float64, as it is before the step.
+        x, y: the example and its target, (1, 2) and (1, 1).
+        cost, cost_after: C before and after the step.
+        gradients: by parameter name, by hand.
+        native: the same from native autograd.
+        sections: what there is to read.
+
+    Raises:
+        ValueError: a seed outside 0 to 2^64 - 1.
+
+    Examples:
+        >>> tour = Tour(seed=0)
+        >>> tour.ok
+        True
+        >>> [section.title for section in tour.sections[4:8]]
+        ... # doctest: +NORMALIZE_WHITESPACE
+        ['BP1: the error of the output layer', 'BP2: the error one layer back',
+         'BP3: the gradient by the biases', 'BP4: the gradient by the weights']
+        >>> tour.cost_after < tour.cost
+        True
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed: expected 0 to 2^64 - 1, got {seed}")
+        self.seed = seed
+        self.model, self.x, self.y = _problem(seed)
+        cost = QuadraticCost()
+        with observe(self.model) as trace:
+            cost(self.model(self.x), self.y).backward()
+        self.model.zero_grad()
+        self.records = list(trace)
+        C, self.gradients = backprop(self.model, cost, self.x, self.y)
+        self.cost: float = C.item()
+        self.native = self._by_autograd()
+        self.report = compare(self.model, cost, self.x, self.y)
+        # The step is taken by a second network with the same parameters.
+        self.after = copy.deepcopy(self.model)
+        ExplicitSGD(self.after, cost, LR).step(self.x, self.y)
+        with observe(self.after) as trace, torch.no_grad():
+            self.cost_after: float = cost(self.after(self.x), self.y).item()
+        self.output_after: float = trace[-1].a.item()
+        self.sections = list(self._sections())
+
+    @property
+    def ok(self) -> bool:
+        """Whether every gradient agrees with native autograd's, and every equation with
+        finite differences, too."""
+        agree = all(self._agrees(name) for name in self.gradients)
+        return agree and self.native.keys() == self.gradients.keys() and self.report.ok
+
+    def _by_autograd(self) -> dict[str, Tensor]:
+        """The gradients of the same parameters in native layers, under autograd."""
+        native = to_native(self.model)
+        C = (self.y - native(self.x)).square().sum() / 2
+        parameters = dict(self.model.named_parameters())
+        grads = torch.autograd.grad(C, list(parameters.values()))
+        return dict(zip(parameters, grads, strict=True))
+
+    def _agrees(self, name: str) -> bool:
+        ours, native = self.gradients[name], self.native[name]
+        scale = (ours.abs() + native.abs()).max().item()
+        return (ours - native).abs().max().item() <= TOLERANCE * scale
+
+    def _sections(self) -> Iterator[Section]:
+        yield self._network()
+        yield self._feedforward(1)
+        yield self._feedforward(2)
+        yield self._cost()
+        yield self._output_error()
+        yield self._error_back()
+        yield self._biases()
+        yield self._weights()
+        yield self._step()
+        yield self._check()
+
+    def _network(self) -> Section:
+        x1, x2 = self.x[0].tolist()
+        rows = [
+            line
+            for ell, record in enumerate(self.records, start=1)
+            for line in ["", *_matrices(ell, record.weight, _bias(record))]
+        ]
+        lines = [
+            "Two inputs, a hidden layer of three neurons, one output neuron:",
+            "",
+            "  layer 0           layer 1      layer 2",
+            "                  ┌─ a^1_1 ─┐",
+            "  x_1 = a^0_1 ────┤         │",
+            "                  ├─ a^1_2 ─┼─── a^2_1   the answer",
+            "  x_2 = a^0_2 ────┤         │",
+            "                  └─ a^1_3 ─┘",
+            "",
+            *_prose(
+                "W^ℓ_jk is the weight of the connection from neuron k in layer ℓ-1 to "
+                "neuron j in layer ℓ; b^ℓ_j is the bias of that neuron. Drawn at "
+                "random and rounded, so that what you see is exact:"
+            ),
+            *rows,
+            "",
+            f"The example is x = ({x1:.2f}, {x2:.2f}), and the answer we want is "
+            f"y = {self.y.item():.0f}.",
+            "",
+            *_prose(
+                "How would the network's error change if we turned one of these 13 "
+                "knobs a little? Backpropagation answers that for all of them, in one "
+                "sweep from the output back to the input."
+            ),
+            "",
+            *_prose(
+                "From here on four decimals are shown; more are kept, so a last digit "
+                "may differ from what you find with a pencil."
+            ),
+        ]
+        return Section("The network and the example", "", lines)
+
+    def _feedforward(self, ell: int) -> Section:
+        record = self.records[ell - 1]
+        W, b, x = record.weight, _bias(record), record.x[0].tolist()
+        z, a = record.z[0].tolist(), record.a[0].tolist()
+        neurons = [f"{ell}_{j + 1}" for j in range(len(z))]
+        sums = [
+            (f"z^{j}", _sum(w, x, c), _number(value))
+            for j, w, c, value in zip(neurons, W.tolist(), b.tolist(), z, strict=True)
+        ]
+        squashed = [
+            (f"a^{j}", f"σ(z^{j})", f"σ({_number(z_j)})", _number(a_j))
+            for j, z_j, a_j in zip(neurons, z, a, strict=True)
+        ]
+        lines = [
+            *_prose(
+                "First forward. Each neuron adds up what comes in, weighted, and its "
+                "bias. That is its weighted input z:"
+                if ell == 1
+                else "The same, with what layer 1 gave:"
+            ),
+            "",
+            *_lined_up(sums),
+            "",
+            "Then σ(z) = 1/(1 + e^-z) squashes that into its activation:",
+            "",
+            *_lined_up(squashed),
+        ]
+        if ell == 2:
+            wanted = f"we wanted {self.y.item():.0f}"
+            lines += ["", f"The network answers {a[0]:.4f}; {wanted}."]
+        equation = f"z^{ell} = W^{ell} a^{ell - 1} + b^{ell},  a^{ell} = σ(z^{ell})"
+        return Section(f"Feedforward: layer {ell}", equation, lines)
+
+    def _cost(self) -> Section:
+        a, y = self.records[1].a.item(), self.y.item()
+        numbers = f"½ ({y:.0f} - {a:.4f})²"
+        lines = [
+            "How wrong is that? Half the squared distance between the two:",
+            "",
+            *_lined_up([("C", "½ (y - a^2_1)²", numbers, _number(self.cost))]),
+            "",
+            "Of several examples C is the mean. Here there is one: n = 1.",
+            "",
+            "Now back. What travels back is the error of each neuron,",
+            "",
+            "  δ^ℓ_j = ∂C/∂z^ℓ_j",
+            "",
+            *_prose(
+                "how fast the cost changes as the neuron's weighted input is nudged. "
+                "BP1 and BP2 find the errors; BP3 and BP4 make gradients of them."
+            ),
+        ]
+        return Section("The cost", "C = 1/(2n) Σ_x ‖y - a^L‖²", lines)
+
+    def _output_error(self) -> Section:
+        record = self.records[1]
+        a, y, delta = record.a.item(), self.y.item(), _given(record.delta).item()
+        nabla, slope = _given(record.grad_a).item(), record.sigma_prime.item()
+        rows = [
+            ("∂C/∂a^2_1", "a^2_1 - y", f"{a:7.4f} - {y:.0f}", _number(nabla)),
+            ("σ'(z^2_1)", "a^2_1 (1 - a^2_1)", _product(a, 1 - a), _number(slope)),
+            ("δ^2_1", "∂C/∂a^2_1 σ'(z^2_1)", _product(nabla, slope), _number(delta)),
+        ]
+        sign, move = ("negative", "up") if delta < 0 else ("positive", "down")
+        lines = [
+            *_prose(
+                "The output neuron meets the cost directly. Its error is how the cost "
+                "changes with its activation, times how its activation changes with "
+                "its weighted input. For this cost the one is a - y, for this σ the "
+                "other is a (1 - a):"
+            ),
+            "",
+            *_lined_up(rows),
+            "",
+            f"δ is {sign}: to bring the cost down, z^2_1 has to go {move}.",
+            *_code("BP1"),
+        ]
+        title = "BP1: the error of the output layer"
+        return Section(title, "δ^L = ∇_a C ⊙ σ'(z^L)", lines)
+
+    def _error_back(self) -> Section:
+        first, second = self.records
+        W, a, slope = second.weight[0], first.a[0], first.sigma_prime[0]
+        delta, ahead = _given(first.delta)[0], _given(second.delta).item()
+        arrived = _given(first.grad_a)[0]
+        each = range(len(a))
+        back = [
+            (
+                f"W^2_1{k + 1} δ^2_1",
+                _product(W[k].item(), ahead, places=2),
+                _number(arrived[k].item()),
+            )
+            for k in each
+        ]
+        slopes = [
+            (
+                f"σ'(z^1_{k + 1})",
+                f"a^1_{k + 1} (1 - a^1_{k + 1})",
+                _product(a[k].item(), 1 - a[k].item()),
+                _number(slope[k].item()),
+            )
+            for k in each
+        ]
+        errors = [
+            (
+                f"δ^1_{k + 1}",
+                f"W^2_1{k + 1} δ^2_1 σ'(z^1_{k + 1})",
+                _product(arrived[k].item(), slope[k].item()),
+                _number(delta[k].item()),
+            )
+            for k in each
+        ]
+        lines = [
+            *_prose(
+                "A hidden neuron reaches the cost only through the neurons ahead of "
+                "it. So their errors come back to it, over the very weights that took "
+                "its activation forward (hence the ᵀ: the same W, from the other "
+                "end):"
+            ),
+            "",
+            *_lined_up(back),
+            "",
+            "Then, as before, its own slope counts:",
+            "",
+            *_lined_up(slopes),
+            "",
+            *_lined_up(errors),
+            "",
+            *_prose(
+                "With more layers this repeats, down to the first. Each multiplies by "
+                "its σ', which is ¼ at most: why the early layers of deep networks "
+                "learn slowly."
+            ),
+            *_code("BP2"),
+        ]
+        equation = "δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)"
+        return Section("BP2: the error one layer back", equation, lines)
+
+    def _biases(self) -> Section:
+        rows = [
+            (f"∂C/∂{label}", label.replace("b", "δ"), _number(grad[index].item()))
+            for name, grad in self.gradients.items()
+            if name.endswith("bias")
+            for index, label in _entries(name, grad)
+        ]
+        lines = [
+            *_prose(
+                "A bias is added to z as it is, so nudging the one is nudging the "
+                "other: its gradient is the error itself. (Of several examples, the "
+                "sum of theirs.)"
+            ),
+            "",
+            *_lined_up(rows),
+            *_code("BP3"),
+        ]
+        return Section("BP3: the gradient by the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines)
+
+    def _weights(self) -> Section:
+        rows = []
+        for ell, record in enumerate(self.records, start=1):
+            grad = self.gradients[f"layers.{ell - 1}.weight"]
+            delta, x = _given(record.delta)[0], record.x[0]
+            for (j, k), label in _entries(f"layers.{ell - 1}.weight", grad):
+                factors = f"δ^{ell}_{j + 1} a^{ell - 1}_{k + 1}"
+                numbers = _product(delta[j].item(), x[k].item())
+                rows.append(
+                    (f"∂C/∂{label}", factors, numbers, _number(grad[j, k].item()))
+                )
+        lines = [
+            *_prose(
+                "A weight multiplies the activation that comes in over it. So its "
+                "gradient is the error where it ends times the activation where it "
+                "starts:"
+            ),
+            "",
+            *_lined_up(rows),
+            "",
+            *_prose(
+                "It is small, and the weight learns slowly, if little comes in over "
+                "it (a near 0) or if it ends at a saturated neuron (σ' near 0, and so "
+                "δ)."
+            ),
+            *_code("BP4"),
+        ]
+        equation = "∂C/∂W^ℓ_jk = δ^ℓ_j a^{ℓ-1}_k"
+        return Section("BP4: the gradient by the weights", equation, lines)
+
+    def _step(self) -> Section:
+        after = self.after.state_dict()
+        moves = [
+            (
+                f"{label:<6} ← {p[index].item():5.2f} - {LR} · "
+                f"{_inner(self.gradients[name][index].item())}",
+                _number(after[name][index].item()),
+            )
+            for name, p in self.model.state_dict().items()
+            for index, label in _entries(name, p)
+        ]
+        slope = sum(g.square().sum().item() for g in self.gradients.values())
+        promised, change = -LR * slope, self.cost_after - self.cost
+        a = self.records[1].a.item()
+        lines = [
+            f"Every parameter moves against its gradient; how far, says η = {LR}:",
+            "",
+            *_lined_up(moves),
+            "",
+            "Forward once more, with the new ones:",
+            "",
+            f"  a^2_1   before {_number(a)}   after {_number(self.output_after)}   "
+            f"wanted {self.y.item():.0f}",
+            f"  C       before {_number(self.cost)}   after {_number(self.cost_after)}",
+            "",
+            *_prose(
+                f"The cost changed by {change:+.4f}. The gradient foretold -η ‖∇C‖² = "
+                f"{promised:+.4f}, which is the truth for small steps. That is "
+                "learning: this, with the next examples, many times over."
+            ),
+        ]
+        equation = "W ← W - η ∂C/∂W,  b ← b - η ∂C/∂b"
+        return Section("The step: gradient descent", equation, lines)
+
+    def _check(self) -> Section:
+        lines = [
+            *_prose(
+                "PyTorch's own layers, nn.Linear and nn.Sigmoid, with the same "
+                "parameters, and its autograd, which does not use a line of this "
+                "package:"
+            ),
+            "",
+            f"  {'':<11}{'by hand':>18}{'native autograd':>18}{'difference':>14}",
+        ]
+        for name, ours in self.gradients.items():
+            for index, label in _entries(name, ours):
+                g, n = ours[index].item(), self.native[name][index].item()
+                lines.append(f"  ∂C/∂{label:<7}{g:18.12f}{n:18.12f}{g - n:14.1e}")
+        good = sum(row.ok for row in self.report)
+        lines += [
+            "",
+            *_prose(
+                "Each equation also beside central finite differences, which nudge z, "
+                f"b and W and look at C: {good} of {len(self.report.rows)} agree."
+            ),
+            "",
+            "Every gradient is right." if self.ok else "A GRADIENT IS WRONG.",
+            "",
+            "From here:",
+            "",
+            f"  python -m torchbp tour --seed {self.seed + 1}   another network",
+            "  python -m torchbp observe         a batch of examples, layer by layer",
+            "  torchbp/explicit/engine.py        all of this as code, on one screen",
+        ]
+        return Section("The check: against native autograd", "", lines)
+
+
+def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
+    """The network, an example and its target, rounded to what can be shown."""
+    generator = torch.Generator().manual_seed(seed)
+    # A tour leaves nothing behind.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        model = MLP(SIZES, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.round(decimals=2))
+    x = torch.randint(10, 100, (1, SIZES[0]), generator=generator).double() / 100
+    y = torch.randint(2, (1, SIZES[-1]), generator=generator).double()
+    return model, x, y
+
+
+def _given(t: Tensor | None) -> Tensor:
+    """What a record has once a backward pass has come by."""
+    assert t is not None
+    return t
+
+
+def _bias(record: Record) -> Tensor:
+    return _given(record.bias)
+
+
+def _entries(name: str, t: Tensor) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The indices of a parameter's entries, and what the book calls each: W^1_23."""
+    ell = int(name.split(".")[1]) + 1
+    letter = "W" if name.endswith("weight") else "b"
+    for index in itertools.product(*map(range, t.shape)):
+        yield index, f"{letter}^{ell}_{''.join(str(i + 1) for i in index)}"
+
+
+def _prose(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 2)
+
+
+def _matrices(ell: int, W: Tensor, b: Tensor) -> list[str]:
+    """W^ℓ and b^ℓ as they are written on a blackboard."""
+    lines = []
+    for j, (row, bias) in enumerate(zip(W.tolist(), b.tolist(), strict=True)):
+        names = (f"W^{ell} =", f"b^{ell} =") if j == 0 else ("", "")
+        numbers = " ".join(f"{w:5.2f}" for w in row)
+        lines.append(f"  {names[0]:<5} [ {numbers} ]   {names[1]:<5} [ {bias:5.2f} ]")
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:7.4f}"
+
+
+def _inner(value: float, places: int = 4) -> str:
+    """A number within a product, as wide with parentheses as without."""
+    return f"({value:.{places}f})" if value < 0 else f" {value:.{places}f} "
+
+
+def _product(a: float, b: float, places: int = 4) -> str:
+    """a · b; `places` are those of a."""
+    return f"{a:{places + 3}.{places}f} · {_inner(b)}"
+
+
+def _sum(weights: Sequence[float], inputs: Sequence[float], bias: float) -> str:
+    """w_1·x_1 + w_2·x_2 + b, each sign with its weight."""
+    result = ""
+    for w, x in [*zip(weights, inputs, strict=True), (bias, None)]:
+        sign = "-" if w < 0 else "+" if result else " "
+        term = f"{abs(w):.2f}" if x is None else f"{abs(w):.2f}·{x:.4f}"
+        result += f" {sign} {term}" if result else f"{sign}{term}"
+    return result
+
+
+def _lined_up(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Each row as an equation, its parts below those of the row before."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + " = ".join(p.ljust(w) for p, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _code(equation: str) -> list[str]:
+    """Where the package computes `equation`: the lines whose comment names it."""
+    lines = ["", "In the code:"]
+    for name in HOMES:
+        text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), start=1):
+            code, mark, comment = line.partition("  # ")
+            if mark and equation in comment:
+                place = f"torchbp/{name}:{number}"
+                lines.append(f"  {place:<33} {code.strip()}")
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
+
+
+def show(sections: Sequence[Section], colour: bool, step: bool) -> bool:
+    """Print the sections; with `step`, wait for a key before each but the first.
+
+    Args:
+        sections: what to print, in order.
+        colour: whether to print terminal colours.
+        step: whether to wait for a key.
+
+    Returns:
+        whether the reader stayed to the end, and did not press q.
+
+    Examples:
+        >>> show([Section("Feedforward", "", ["z = x Wᵀ + b"])], False, False)
+        1/1    Feedforward
+        <BLANKLINE>
+        z = x Wᵀ + b
+        True
+    """
+    for number, section in enumerate(sections, start=1):
+        if step and number > 1:
+            prompt = (
+                f"-- {number - 1} of {len(sections)}: any key to go on, q to leave --"
+            )
+            if wait_for_key(prompt).strip().lower() == "q":
+                return False
+        if number > 1:
+            print()
+        place = f"{number}/{len(sections)}"
+        print(paint(f"{place:<6} {section.title}", "bold", colour))
+        if section.equation:
+            print(f"       {paint(section.equation, 'cyan', colour)}")
+        print()
+        for line in section.lines:
+            print(_painted(line) if colour else line)
+    return True
+
+
+def _painted(line: str) -> str:
+    """A line whose last number is what it comes to has that in colour."""
+    if line.startswith("  torchbp/"):
+        return paint(line, "dim")
+    return re.sub(r"(?<== )( *-?\d+\.\d{4})$", lambda m: paint(m[0], "green"), line)

@@ -1,0 +1,53 @@
+"""Training a network: trainer, engines, progress, checkpoints and TensorBoard."""
+
+from torchbp.training import checkpoint
+from torchbp.training.checkpoint import CheckpointError
+from torchbp.training.dashboard import LEVELS, Dashboard
+from torchbp.training.parallel import ParallelSGD, World, join
+from torchbp.training.progress import PROGRESS, JSONLines, Progress, Quiet
+from torchbp.training.run_folder import RunFolder
+from torchbp.training.trainer import (
+    EVALUATE_AT_ONCE,
+    SCHEDULES,
+    AutogradSGD,
+    DivergedError,
+    Engine,
+    EpochResult,
+    Score,
+    Trainer,
+    batches,
+    check_state,
+    choose_device,
+    count_outputs,
+    cpu_threads,
+    evaluate,
+)
+
+__all__ = [
+    "EVALUATE_AT_ONCE",
+    "LEVELS",
+    "PROGRESS",
+    "SCHEDULES",
+    "AutogradSGD",
+    "CheckpointError",
+    "Dashboard",
+    "DivergedError",
+    "Engine",
+    "EpochResult",
+    "JSONLines",
+    "ParallelSGD",
+    "Progress",
+    "Quiet",
+    "RunFolder",
+    "Score",
+    "Trainer",
+    "World",
+    "batches",
+    "check_state",
+    "checkpoint",
+    "choose_device",
+    "count_outputs",
+    "cpu_threads",
+    "evaluate",
+    "join",
+]

@@ -1,0 +1,139 @@
+"""Several processes, one trajectory: data-parallel steps under ``torchrun``.
+
+Every process draws the same mini-batches as a single one would and works on its own
+part of each; the gradients are averaged so that a step is the single process's step to
+rounding, whatever the number of processes and however ragged the last batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchbp.training.trainer import AutogradSGD, choose_device
+
+__all__ = ["ParallelSGD", "World", "join"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        rank: the number of this one; 0 logs and saves for all.
+        size: how many there are.
+        device: this one's.
+
+    Examples:
+        >>> World(rank=0, size=1, device=torch.device("cpu"))
+        World(rank=0, size=1, device=device(type='cpu'))
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, or be alone.
+
+    Args:
+        device: a name for :func:`torchbp.training.choose_device`. With "cuda" each
+            process takes the GPU of its local rank, and NCCL averages; else gloo.
+
+    Raises:
+        ValueError: the device is not there, or there are more processes than GPUs.
+
+    Examples:
+        >>> with join("cpu") as world:  # alone: torchrun has not started this
+        ...     world.rank, world.size
+        (0, 1)
+    """
+    chosen = choose_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if chosen.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: expected a GPU for each process, got process {local + 1} on "
+                f"a machine with {torch.cuda.device_count()}"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class ParallelSGD(AutogradSGD):
+    """:class:`torchbp.training.AutogradSGD` on this process's part of each mini-batch.
+
+    Args:
+        model, cost, lr, weight_decay: as there; the processes start from rank 0's
+            parameters.
+        world: of :func:`join`.
+
+    Examples:
+        >>> import torchbp
+        >>> from torch import distributed
+        >>> store = distributed.HashStore()  # torchrun sees to this
+        >>> distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
+        >>> world = World(rank=0, size=1, device=torch.device("cpu"))
+        >>> engine = ParallelSGD(model, cost, 3.0, 0.0, world)
+        >>> C = engine.step(torch.rand(6, 4), torch.rand(6, 2))
+        >>> torch.equal(engine.collect(C.clone()), C)  # of one process, its own
+        True
+        >>> distributed.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cost: Any,
+        lr: float,
+        weight_decay: float,
+        world: World,
+    ) -> None:
+        super().__init__(model, cost, lr, weight_decay)
+        self.world = world
+        on_gpu = world.device.type == "cuda"
+        self.parallel = DistributedDataParallel(
+            model,
+            device_ids=[world.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+        )
+
+    def step(self, input: Tensor, target: Tensor) -> Tensor:
+        """One update from the whole mini-batch; each process is given all of it, and
+        returns its own part of the cost: the mini-batch's is the sum over processes."""
+        rank, size = self.world.rank, self.world.size
+        x, y = input[rank::size], target[rank::size]
+        share = len(x) / len(input)
+        self.optimizer.zero_grad()
+        output = self.parallel(x)
+        # No row is left for this process: its part of the cost is 0, where the cost of
+        # an empty batch, a mean of nothing, is NaN.
+        part = self.cost(output, y) * share if len(x) else output.sum()
+        # The processes' gradients are averaged, and are to be added up.
+        (part * size).backward()
+        self.optimizer.step()
+        return part.detach()
+
+    def collect(self, costs: Tensor) -> Tensor:
+        """The costs of several mini-batches from every process's parts of them."""
+        torch.distributed.all_reduce(costs)
+        return costs
