@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments.support import reporting
+from experiments.support.options import option
 from experiments.support.timing import take_turns
 from torchbp import data
 from torchbp._terminal import aligned
@@ -63,10 +64,10 @@ QUICK: dict[str, Any] = {"examples": 2000, "draws": 100, "repeats": 3}
 class Settings(reporting.OnImages):
     """The batch that is taken apart, and how often one is drawn."""
 
-    examples: int = 10_000  # that stand for all
-    batch_size: int = 100  # of the comparison of ways
-    draws: int = 400  # of mini-batches of every size
-    repeats: int = 7
+    examples: int = option(10_000, "training images")
+    batch_size: int = option(100, "of the comparison of ways")
+    draws: int = option(400, "mini-batches of each size")
+    repeats: int = option(7, "of every timing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,14 +267,7 @@ def draw(figure: Any, noise: list[Noise]) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main`; returns the exit status."""
-    parser = reporting.Parser(__doc__)
-    add = parser.add_argument
-    add("--dataset", choices=data.NAMES, help="default mnist")
-    add("--examples", type=int, help="training images (default 10,000)")
-    add("--batch-size", type=int, help="of the comparison of ways (default 100)")
-    add("--draws", type=int, help="mini-batches of each size (default 400)")
-    add("--repeats", type=int, help="of every timing (default 7)")
-    return reporting.run(main, Settings, QUICK, parser, arguments)
+    return reporting.run(main, Settings, QUICK, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 import torchbp
 from experiments.support import reporting
 from experiments.support import settings as mnist_settings
+from experiments.support.options import option
 from torchbp import data
 from torchbp._terminal import aligned
 from torchbp.inspection import probe
@@ -65,14 +66,14 @@ QUICK: dict[str, Any] = {"examples": 5000, "steps": 2000, "batches": 50}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(reporting.OnImages):
-    """How bad the start is, and how long is looked at what comes of it."""
+    """How saturated the initial network is, and how long its training is recorded."""
 
-    saturation: float = 4.0  # the biases of the saturated outputs
-    lr: float = 0.02
-    steps: int = 4000
-    every: int = 5  # steps between two points of a curve
-    examples: int = 50_000
-    batches: int = 500  # that the learning speed of inputs is measured on
+    saturation: float = option(4.0, "biases of the saturated outputs")
+    lr: float = option(0.02, "η of the network")
+    steps: int = option(4000, "of the network")
+    every: int = option(5, "steps between points of a curve")
+    examples: int = option(50_000, "training images")
+    batches: int = option(500, "for the learning speed of inputs")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -428,16 +429,7 @@ def draw(figure: Any, shown: dict[str, list[Curve]]) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main`; returns the exit status."""
-    parser = reporting.Parser(__doc__)
-    add = parser.add_argument
-    add("--dataset", choices=data.NAMES, help="default mnist")
-    add("--saturation", type=float, help="biases of the bad start (default 4)")
-    add("--lr", type=float, help="η of the network (default 0.02)")
-    add("--steps", type=int, help="of the network (default 4000)")
-    add("--every", type=int, help="steps between points of a curve (default 5)")
-    add("--examples", type=int, help="training images (default 50,000)")
-    add("--batches", type=int, help="for the speed of inputs (default 500)")
-    return reporting.run(main, Settings, QUICK, parser, arguments)
+    return reporting.run(main, Settings, QUICK, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from experiments.support.nielsen_runs import (
     build,
     collect,
 )
+from experiments.support.options import option
 from torchbp import data
 from torchbp._terminal import aligned
 from torchbp.inspection import probe
@@ -75,15 +76,14 @@ QUICK: dict[str, Any] = {"epochs_scale": 0.05}
 class Settings(reporting.Common):
     """Which rows, and how."""
 
-    chapter: str = "all"
-    seeds: int = 3
-    engine: str = "explicit"
-    epochs_scale: float = 1.0
-    workers: int = 0  # processes; 0 for as many as there are cores
+    chapter: str = option("all", "whose rows", CHAPTERS)
+    seeds: int = option(3, "trainings of each row")
+    engine: str = option("explicit", "of the steps", tuple(ENGINES))
+    epochs_scale: float = option(1.0, "share of the epochs")
+    workers: int = option(0, "processes; 0: one for each core")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reporting.one_of(self, chapter=CHAPTERS, engine=tuple(ENGINES))
         reporting.at_least(self, seeds=1, workers=0)
         if not 0 < self.epochs_scale <= 1:
             raise ValueError(
@@ -543,14 +543,7 @@ def draw(figure: Any, found: Sequence[Result], runs: Runs) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main`; returns the exit status."""
-    parser = reporting.Parser(__doc__)
-    add = parser.add_argument
-    add("--chapter", choices=CHAPTERS, help="whose rows (default all)")
-    add("--seeds", type=int, help="trainings of each row (default 3)")
-    add("--engine", choices=tuple(ENGINES), help="of the steps (default explicit)")
-    add("--epochs-scale", type=float, help="share of the epochs (default 1)")
-    add("--workers", type=int, help="processes (default 0: one for each core)")
-    return reporting.run(main, Settings, QUICK, parser, arguments)
+    return reporting.run(main, Settings, QUICK, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments.support import reporting
+from experiments.support.options import option
 from torchbp import data
 from torchbp._terminal import aligned
 from torchbp.inspection import Record, probe
@@ -62,12 +63,12 @@ QUICK: dict[str, Any] = {"seeds": 2, "epochs": 2}
 class Settings(reporting.OnImages):
     """Which networks, and how long they are trained."""
 
-    depth: int = 8  # hidden layers of the deepest
-    width: int = 30
-    seeds: int = 10  # starts of each network; the first is trained
-    examples: int = 1000  # for training, and for δ
-    epochs: int = 20
-    lr: float = 0.1
+    depth: int = option(8, "hidden layers of the deepest")
+    width: int = option(30, "neurons in each")
+    seeds: int = option(10, "starts of each network; the first is trained")
+    examples: int = option(1000, "images for training, and for δ")
+    epochs: int = option(20, "of training")
+    lr: float = option(0.1, "η")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -344,16 +345,7 @@ def draw(figure: Any, starts: list[Start], courses: list[Course]) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main`; returns the exit status."""
-    parser = reporting.Parser(__doc__)
-    add = parser.add_argument
-    add("--dataset", choices=data.NAMES, help="default mnist")
-    add("--depth", type=int, help="hidden layers of the deepest (default 8)")
-    add("--width", type=int, help="neurons in each (default 30)")
-    add("--seeds", type=int, help="starts of each network (default 10)")
-    add("--examples", type=int, help="training images (default 1000)")
-    add("--epochs", type=int, help="of training (default 20)")
-    add("--lr", type=float, help="η (default 0.1)")
-    return reporting.run(main, Settings, QUICK, parser, arguments)
+    return reporting.run(main, Settings, QUICK, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ from experiments.support.gradient_ways import (
     batched,
     parameters,
 )
+from experiments.support.options import option
 from torchbp._terminal import aligned
 from torchbp.training import cpu_threads
 
@@ -104,9 +105,13 @@ QUICK: dict[str, Any] = {"sizes": SIZES[:3], "repeats": 5}
 class Settings(reporting.Common):
     """Which networks, and how thoroughly they are timed."""
 
-    sizes: tuple[tuple[int, ...], ...] = SIZES
-    repeats: int = 7
-    batch_size: int = 512  # of the passes that are set beside their operations
+    sizes: tuple[tuple[int, ...], ...] = option(
+        SIZES,
+        "neurons per layer; give it for each network, two or more",
+        shown="8 6 4 up to 784 1000 200 10",
+    )
+    repeats: int = option(7, "turns of every timing")
+    batch_size: int = option(512, "of the timed passes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -569,15 +574,7 @@ def draw(figure: Any, ways: list[Way], errors: list[Errors]) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """The shell around :func:`main`; returns the exit status."""
-    parser = reporting.Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--sizes", type=int, nargs="+", action="append",
-        help="neurons per layer; give it for each network, two or more",
-    )  # fmt: skip
-    add("--repeats", type=int, help="turns of every timing (default 7)")
-    add("--batch-size", type=int, help="of the timed passes (default 512)")
-    return reporting.run(main, Settings, QUICK, parser, arguments)
+    return reporting.run(main, Settings, QUICK, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 import torchbp
+from experiments.support.options import add_options, check_choices, option
 from experiments.support.timing import processor
 from torchbp import _terminal, data
 from torchbp.training import RunFolder
@@ -31,13 +32,14 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 class Common:
     """The settings of every experiment."""
 
-    seed: int = 0
-    quick: bool = False  # what it changes, the experiment's own QUICK says
-    data: str | None = None
-    logdir: str = "runs"
-    name: str | None = None
+    quick: bool = option(False, "a small version")
+    seed: int = option(0, "of the random numbers")
+    data: str | None = option(None, "folder of MNIST; also TORCHBP_DATA")
+    logdir: str = option("runs", "where run folders are made")
+    name: str | None = option(None, "of the run folder")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
 
@@ -46,11 +48,7 @@ class Common:
 class OnImages(Common):
     """The settings of those that any data set will do for."""
 
-    dataset: str = "mnist"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self, dataset=data.NAMES)
+    dataset: str = option("mnist", "which images", data.NAMES)
 
 
 def at_least(settings: Any, **least: float) -> None:
@@ -62,15 +60,6 @@ def at_least(settings: Any, **least: float) -> None:
             raise ValueError(f"{name}: expected at most {MOST:,}, got a larger number")
         if not (math.isfinite(value) and value >= bound):
             raise ValueError(f"{name}: expected at least {bound}, got {value}")
-
-
-def one_of(settings: Any, **choices: Sequence[Any]) -> None:
-    """Raise ValueError unless each named setting is one of its choices."""
-    for name, allowed in choices.items():
-        value = getattr(settings, name)
-        if value not in allowed:
-            names = ", ".join(map(str, allowed))
-            raise ValueError(f"{name}: expected one of {names}, got {value!r}")
 
 
 def load(settings: Common) -> data.Splits:
@@ -197,18 +186,6 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return covariance / sum((a - mx) ** 2 for a in x)
 
 
-class Parser(_terminal.Parser):
-    """With the options of every experiment."""
-
-    def __init__(self, doc: str | None) -> None:
-        super().__init__(doc or "", argument_default=argparse.SUPPRESS)
-        self.add_argument("--quick", action="store_true", help="a small version")
-        self.add_argument("--seed", type=int, help="of the random numbers")
-        self.add_argument("--data", help="folder of MNIST; also TORCHBP_DATA")
-        self.add_argument("--logdir", help="where run folders are made (default runs)")
-        self.add_argument("--name", help="of the run folder")
-
-
 S = TypeVar("S", bound=Common)
 
 
@@ -216,7 +193,7 @@ def run(
     main: Callable[[S], dict[str, Any]],
     settings: type[S],
     quick: Mapping[str, Any],
-    parser: Parser,
+    doc: str | None,
     arguments: list[str] | None,
 ) -> int:
     """The shell around an experiment's ``main``; returns the exit status.
@@ -225,9 +202,11 @@ def run(
         main: returns its results; their "shown" says whether the claims are.
         settings: its settings' class.
         quick: settings that ``--quick`` changes, unless they are given themselves.
-        parser: of the command line.
+        doc: the program's docstring: what ``--help`` says around the options.
         arguments: of the command line.
     """
+    parser = _terminal.Parser(doc or "", argument_default=argparse.SUPPRESS)
+    add_options(parser, settings)
     try:
         given = vars(parser.parse_args(arguments))
     except SystemExit as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import torchbp
-from experiments.support.reporting import one_of
+from experiments.support.options import add_options, check_choices, option
 from torchbp import data
 from torchbp._terminal import Parser
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
@@ -27,19 +27,7 @@ COSTS = {
 # How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
 # whole algorithm at once.
 ENGINES = ("autograd", "explicit")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dataset": ("auto", *data.NAMES),
-    "activation": tuple(ACTIVATIONS),
-    "cost": tuple(COSTS),
-    "init": tuple(INITIALISATIONS),
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "layers": ("bp", "native"),
-    "engine": ENGINES,
-    "schedule": tuple(SCHEDULES),
-    "train_on": ("train", "all"),
-    "output": ("text", "json", "quiet"),
-    "log_level": LEVELS,
-}
+OUTPUTS = ("text", "json", "quiet")
 INPUTS, CLASSES = 784, 10
 LARGEST = torch.finfo(torch.float32).max
 MOST_THREADS = 1024
@@ -82,33 +70,51 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Settings:
     """One run; the defaults are the book's first network with scaled initialisation."""
 
-    dataset: str = "auto"
-    data: str | None = None
-    sizes: tuple[int, ...] = (784, 30, 10)
-    activation: str = "sigmoid"
-    cost: str = "quadratic"
-    init: str = "scaled"
-    epochs: int = 30
-    batch_size: int = 10
-    lr: float = 3.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    distort: float = 0.0  # strength of the random distortions of the training images
-    train_on: str = "train"  # or "all": the validation set's images, too
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-    layers: str = "bp"
-    engine: str = "autograd"
-    logdir: str = "runs"
-    name: str | None = None
-    target_accuracy: float | None = None
-    checkpoint_every: int = 1
-    output: str = "text"  # what is said while it trains
-    log_level: str = "full"  # what TensorBoard gets
+    dataset: str = option(
+        "auto", "auto: MNIST if it can be had, else digits", ("auto", *data.NAMES)
+    )
+    data: str | None = option(
+        None, "folder of the data; also TORCHBP_DATA", shown="~/.cache/torchbp"
+    )
+    sizes: tuple[int, ...] = option((784, 30, 10), "neurons per layer")
+    activation: str = option("sigmoid", "of the hidden layers", tuple(ACTIVATIONS))
+    cost: str = option(
+        "quadratic", "sets the output layer that fits it, too", tuple(COSTS)
+    )
+    init: str = option("scaled", "initial weights", tuple(INITIALISATIONS))
+    epochs: int = option(30, "passes over the training set, in all")
+    batch_size: int = option(10, "examples in a mini-batch")
+    lr: float = option(3.0, "learning rate")
+    weight_decay: float = option(0.0, "λ/n, on weights only")
+    schedule: str = option(
+        "constant", "of the learning rate over the epochs", tuple(SCHEDULES)
+    )
+    distort: float = option(0.0, "turn, stretch, shift, bend the images; 1 is usual")
+    train_on: str = option(
+        "train", "all: on the validation set's images, too", ("train", "all")
+    )
+    seed: int = option(0, "of initial weights and batches")
+    device: str = option(
+        "auto", "auto: CUDA if there is one", ("auto", "cpu", "cuda", "mps")
+    )
+    threads: int = option(0, "0: one for batches below 128, else all cores")
+    engine: str = option("autograd", "of the steps; explicit is the fast one", ENGINES)
+    layers: str = option("bp", "hand-written, or torch's own", ("bp", "native"))
+    logdir: str = option("runs", "where run folders are made")
+    log_level: str = option("full", "basic: curves; full: pictures, too", LEVELS)
+    name: str | None = option(None, "of the run folder", shown="from settings and time")
+    target_accuracy: float | None = option(
+        None, "0 to 1; exit with 1 if the test's ends below"
+    )
+    checkpoint_every: int = option(1, "epochs between checkpoints")
+    output: str = "text"  # or "json", "quiet": what a session prints
 
     def __post_init__(self) -> None:
-        one_of(self, **CHOICES)
+        check_choices(self)
+        if self.output not in OUTPUTS:
+            raise ValueError(
+                f"output: expected one of {', '.join(OUTPUTS)}, got {self.output!r}"
+            )
         if (self.engine, self.layers) == ("explicit", "native"):
             raise ValueError(
                 "engine: expected autograd for native layers, got 'explicit', which "
@@ -224,40 +230,10 @@ def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]
         arguments: of the command line.
     """
     parser = Parser(doc, argument_default=argparse.SUPPRESS)
-    default = Settings()
-
-    def add(name: str, help: str, **kwargs: Any) -> None:
-        field = name[2:].replace("-", "_")
-        value, choices = getattr(default, field, None), CHOICES.get(field)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        note = "" if value is None else f" (default {shown})"
-        parser.add_argument(name, help=help + note, **{"choices": choices, **kwargs})
-
-    add("--dataset", "auto: MNIST if it can be had, else digits")
-    add("--data", "folder of the data; also TORCHBP_DATA; default ~/.cache/torchbp")
-    add("--sizes", "neurons per layer", type=int, nargs="+")
-    add("--activation", "of the hidden layers")
-    add("--cost", "sets the output layer that fits it, too")
-    add("--init", "initial weights")
-    add("--recipe", "best: the most accurate in ten minutes", choices=tuple(RECIPES))
-    add("--epochs", "passes over the training set, in all", type=int)
-    add("--batch-size", "examples in a mini-batch", type=int)
-    add("--lr", "learning rate", type=float)
-    add("--weight-decay", "λ/n, on weights only", type=float)
-    add("--schedule", "of the learning rate over the epochs")
-    add("--distort", "turn, stretch, shift, bend the images; 1 is usual", type=float)
-    add("--train-on", "all: on the validation set's images, too")
-    add("--seed", "of initial weights and batches", type=int)
-    add("--device", "auto: CUDA if there is one")
-    add("--threads", "0: one for batches below 128, else all cores", type=int)
-    add("--engine", "of the steps; explicit is the fast one")
-    add("--layers", "hand-written, or torch's own")
-    add("--logdir", "where run folders are made")
-    add("--log-level", "basic: curves; full: pictures, too")
-    add("--name", "of the run folder; default from settings and time")
-    add("--target-accuracy", "0 to 1; exit with 1 if the test's ends below", type=float)
-    add("--checkpoint-every", "epochs between checkpoints", type=int)
-    add("--resume", "run folder to go on with", metavar="RUN")
+    add_options(parser, Settings)
+    add = parser.add_argument
+    add("--recipe", help="best: the most accurate in ten minutes", choices=RECIPES)
+    add("--resume", help="run folder to go on with", metavar="RUN")
     said = parser.add_mutually_exclusive_group()
     said.add_argument(
         "--quiet",
