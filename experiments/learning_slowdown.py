@@ -29,7 +29,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +40,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this 
 
 import torchbp
 from experiments.support import reporting
-from experiments.support import settings as mnist_settings
+from experiments.support.one_neuron import (
+    COSTS,
+    NEURON_LR,
+    NEURON_STARTS,
+    Curve,
+    Points,
+    distance,
+    neuron,
+)
 from experiments.support.options import option
 from torchbp import data
 from torchbp._terminal import aligned
-from torchbp.inspection import probe
 from torchbp.training import AutogradSGD, cpu_threads
 
-COSTS = {name: mnist_settings.COSTS[name] for name in ("quadratic", "cross-entropy")}
 HIDDEN, CLASSES, BATCH_SIZE = 30, 10, 10
-NEURON_LR, NEURON_EPOCHS = 0.15, 300
-NEURON_STARTS = {"good": (0.6, 0.9), "bad": (2.0, 2.0)}
 PROBED = 200  # images that the network's curves are measured on
 NEVER_ON = 67  # pixels of MNIST's 50,000 training images
 HALF_STEPS, HALF_EVERY, HALF_LR = 300, 10, 3.0
@@ -83,25 +86,6 @@ class Settings(reporting.OnImages):
             raise ValueError(
                 f"every: expected at most steps, {self.steps}, got {self.every}"
             )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A training: its cost, σ'(z^L) and δ^L at several times."""
-
-    cost: str
-    start: str
-    times: list[int]
-    C: list[float]
-    sigma_prime: list[float]  # mean over examples and outputs
-    delta: list[float]  # root of the mean square over the examples of ‖δ^L‖
-    off: float  # the largest distance of δ^L from what BP1 says, relative
-
-    @property
-    def halved(self) -> float:
-        """The first time at which the cost is at most half of what it was, or inf."""
-        pairs = zip(self.times, self.C, strict=True)
-        return next((time for time, C in pairs if self.C[0] >= 2 * C), math.inf)
 
 
 @dataclass(frozen=True)
@@ -155,64 +139,6 @@ def main(settings: Settings) -> dict[str, Any]:
         )
 
 
-class _Points:
-    """A curve as it grows."""
-
-    def __init__(self, cost: str, start: str) -> None:
-        self.cost, self.start = cost, start
-        self.rows: list[tuple[int, float, float, float]] = []
-        self.off = 0.0
-
-    def add(self, time: int, model: torch.nn.Module, x: Tensor, y: Tensor) -> None:
-        """C, σ' and δ^L of the model as it is on x (n, n_in) and y (n, K)."""
-        cost = COSTS[self.cost][0]()
-        last = probe(model, cost, x, y)[-1]
-        assert last.delta is not None
-        a = torch.sigmoid(last.z)
-        sigma_prime, delta = a * (1 - a), last.delta * len(x)  # of each example
-        expected = (a - y) * sigma_prime if self.cost == "quadratic" else a - y
-        self.off = max(self.off, distance([delta], [expected]))
-        rms = delta.square().sum(-1).mean().sqrt().item()
-        C = cost(last.a, y).item()
-        self.rows.append((time, C, sigma_prime.mean().item(), rms))
-
-    def curve(self) -> Curve:
-        columns = (list(column) for column in zip(*self.rows, strict=True))
-        times, C, sigma_prime, delta = columns
-        return Curve(
-            self.cost,
-            self.start,
-            list(map(int, times)),
-            C,
-            sigma_prime,
-            delta,
-            self.off,
-        )
-
-
-def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The relative distance of all entries together."""
-    a, b = (torch.cat([t.detach().flatten() for t in ts]) for ts in (actual, expected))
-    return ((a - b).norm() / b.norm()).item()
-
-
-def neuron(cost: str, start: str, lr: float = NEURON_LR) -> Curve:
-    """One sigmoid neuron that is to turn input 1 into output 0."""
-    make, output = COSTS[cost]
-    model = torchbp.MLP([1, 1], output=output, dtype=torch.float64)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), NEURON_STARTS[start], strict=True):
-            p.fill_(value)
-    x = torch.ones(1, 1, dtype=torch.float64)
-    y = torch.zeros_like(x)
-    sgd = torchbp.ExplicitSGD(model, make(), lr)
-    found = _Points(cost, start)
-    for epoch in range(NEURON_EPOCHS + 1):
-        found.add(epoch, model, x, y)
-        sgd.step(x, y)
-    return found.curve()
-
-
 def network(settings: Settings, split: data.Split, cost: str, start: str) -> Curve:
     """The book's network, its outputs saturated at 1 if the start is the bad one."""
     make, output = COSTS[cost]
@@ -225,7 +151,7 @@ def network(settings: Settings, split: data.Split, cost: str, start: str) -> Cur
     x = data.scale(split.images[:PROBED])
     y = torch.nn.functional.one_hot(split.labels[:PROBED], CLASSES).to(x.dtype)
     generator = torch.Generator().manual_seed(settings.seed)
-    found = _Points(cost, start)
+    found = Points(cost, start)
     found.add(0, model, x, y)
     n = len(split.labels)
     for step in range(settings.every, settings.steps + 1, settings.every):

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the file beside this one
 
@@ -45,6 +44,7 @@ from experiments.support.settings import (
     COMPARED,
     COSTS,
     Settings,
+    build,
     number_of_threads,
     parse,
     read_settings,
@@ -265,18 +265,6 @@ def load_data(settings: Settings) -> tuple[data.Splits, Settings]:
             "comparable with MNIST's."
         )
     return splits, dataclasses.replace(settings, dataset=name)
-
-
-def build(settings: Settings) -> nn.Module:
-    """The network, on the CPU, so that a seed means the same start on every device."""
-    torch.manual_seed(settings.seed)
-    model = torchbp.MLP(
-        settings.sizes,
-        activation=settings.activation,
-        output=COSTS[settings.cost][1],
-        init=settings.init,
-    )
-    return model if settings.layers == "bp" else torchbp.to_native(model)
 
 
 def make_folder(settings: Settings) -> RunFolder:

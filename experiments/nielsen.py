@@ -43,7 +43,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
 import torchbp
-from experiments.learning_slowdown import NEURON_STARTS, Curve, neuron
 from experiments.support import reporting
 from experiments.support.nielsen_runs import (
     ENGINES,
@@ -54,6 +53,7 @@ from experiments.support.nielsen_runs import (
     build,
     collect,
 )
+from experiments.support.one_neuron import NEURON_STARTS, Curve, neuron
 from experiments.support.options import option
 from torchbp import data
 from torchbp._terminal import aligned

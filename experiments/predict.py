@@ -32,8 +32,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 if __name__ == "__main__":  # the repository, where this file's own folder was
     sys.path[0] = str(Path(__file__).parents[1])
 
-from experiments import mnist
-from experiments.support.settings import COSTS, Settings, read_settings
+from experiments.support.settings import COSTS, Settings, build, read_settings
 from torchbp import data
 from torchbp._terminal import Parser, in_colour, paint, reader_left
 from torchbp.training import RunFolder, checkpoint
@@ -86,7 +85,7 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:
     try:
         settings = read_settings(state)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            model = mnist.build(settings)
+            model = build(settings)
         model.load_state_dict(state["trainer"]["model"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())

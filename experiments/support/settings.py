@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import torchbp
 from experiments.support.options import add_options, check_choices, option
@@ -169,6 +170,18 @@ def number_of_threads(settings: Settings) -> int:
     """
     automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
     return settings.threads or automatic
+
+
+def build(settings: Settings) -> nn.Module:
+    """The network, on the CPU, so that a seed means the same start on every device."""
+    torch.manual_seed(settings.seed)
+    model = torchbp.MLP(
+        settings.sizes,
+        activation=settings.activation,
+        output=COSTS[settings.cost][1],
+        init=settings.init,
+    )
+    return model if settings.layers == "bp" else torchbp.to_native(model)
 
 
 def read_settings(state: dict[str, Any]) -> Settings:

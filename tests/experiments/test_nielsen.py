@@ -15,8 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchbp
-from experiments import learning_slowdown, nielsen
-from experiments.support import nielsen_runs, reporting
+from experiments import nielsen
+from experiments.support import nielsen_runs, one_neuron, reporting
 from torchbp.data.sets import Split, Splits
 
 SCRIPT = Path(nielsen.__file__)
@@ -242,7 +242,7 @@ def test_norms_are_those_of_the_bias_gradients():
 
 def test_neuron_as_the_book_shows_it():
     for cost, lr, waits in nielsen.NEURONS:
-        curves = [learning_slowdown.neuron(cost, s, lr) for s in nielsen.NEURON_STARTS]
+        curves = [one_neuron.neuron(cost, s, lr) for s in nielsen.NEURON_STARTS]
         assert nielsen.neuron_result(cost, lr, waits, curves).verdict == "reproduced"
         wrong = nielsen.neuron_result(cost, lr, not waits, curves)
         assert wrong.verdict == "not reproduced" and "halves after" in wrong.reason
@@ -250,7 +250,7 @@ def test_neuron_as_the_book_shows_it():
 
 def test_a_neuron_that_never_learns():
     curves = [
-        learning_slowdown.Curve("quadratic", start, [0, 1], C, [], [], 0.0)
+        one_neuron.Curve("quadratic", start, [0, 1], C, [], [], 0.0)
         for start, C in (("good", [1.0, 0.5]), ("bad", [1.0, 0.9]))
     ]
     waits = nielsen.neuron_result("quadratic", 0.15, True, curves)

@@ -112,6 +112,15 @@ def test_import_torchbp_is_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_no_program_imports_a_program():
+    for path in (ROOT / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                name = node.module or ""
+                if name.split(".")[0] == "experiments":
+                    assert name.startswith("experiments.support"), f"{path}: {name}"
+
+
 def test_no_native_backward_stands_behind_a_hand_written_one():
     """Neither aten's *_backward kernels nor autograd may compute a first derivative."""
     allowed = {"save_for_backward"}
