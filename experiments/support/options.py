@@ -40,7 +40,7 @@ def _add_option(
     if hint is bool:
         parser.add_argument(name, action="store_true", help=help)
         return
-    default = field.default
+    default: Any = field.default
     if shown is None and default is not None:
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else str(default)
