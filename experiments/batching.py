@@ -155,7 +155,9 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], list[Tensor]]] = {
 
 def build(settings: Settings, split: data.Split) -> torchbp.MLP:
     torch.manual_seed(settings.seed)
-    return torchbp.MLP([split.images.shape[1], HIDDEN, CLASSES])
+    return torchbp.MLP(
+        [split.images.shape[1], HIDDEN, CLASSES], device="cpu", dtype=torch.float32
+    )
 
 
 def compare(settings: Settings, split: data.Split) -> list[Way]:
@@ -189,12 +191,12 @@ def draw_batches(settings: Settings, split: data.Split) -> list[Noise]:
     squares = [r.example_gradient_norms.square() for r in probe(model, COST, x, y)]
     of_one = sum(squares).mean().item() - whole.square().sum().item()  # type: ignore[union-attr]
     size = whole.norm().item()
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     noise = []
     for m in BATCHES:
         errors = []
         for _ in range(settings.draws):
-            rows = torch.randint(len(x), (m,), generator=generator)
+            rows = torch.randint(len(x), (m,), generator=generator, device="cpu")
             g = flat(batched(model, x[rows], y[rows]))
             errors.append((g - whole).square().sum().item())
         measured = math.sqrt(statistics.fmean(errors)) / size

@@ -147,9 +147,9 @@ def training_set(settings: Settings) -> data.Split:
         return data.load("mnist", root, download=False).train
     except data.DataError as error:
         print(f"NOTE: random bytes instead of MNIST: {error}", file=sys.stderr)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (50_000, 784), generator=generator)
-    labels = torch.randint(0, 10, (50_000,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.randint(0, 256, (50_000, 784), generator=generator, device="cpu")
+    labels = torch.randint(0, 10, (50_000,), generator=generator, device="cpu")
     return data.Split(images.to(torch.uint8), labels)
 
 
@@ -203,8 +203,9 @@ def available(settings: Settings, task: Task) -> dict[str, Loop]:
 def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result]:
     """Check the loops against native on the same batches, then time them in turns."""
     m, device = task.workload.batch_size, task.device
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(task.data.labels), generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    n = len(task.data.labels)
+    order = torch.randperm(n, generator=generator, device="cpu").to(device)
     steps = min(SHORT_RUN, len(order) // m)
     for loop in loops.values():
         loop.run(order[: steps * m])
@@ -251,7 +252,7 @@ def line(result: Result) -> str:
 def measured_peak(device: torch.device) -> float:
     """FLOP/s of a large float32 product."""
     n = 1024 if device.type == "cpu" else 8192
-    a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
+    a, b = torch.rand(2, n, n, device=device, dtype=torch.float32)
     out = torch.empty_like(a)
     shortest = math.inf
     for _ in range(10):

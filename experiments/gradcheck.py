@@ -150,7 +150,7 @@ def main(settings: Settings) -> list[Row]:
         ValueError: the device is not there.
     """
     device = choose_device(settings.device)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     # MPS has no float64.
     dtypes = [t for t in DTYPES if device.type != "mps" or t != torch.float64]
     rows = []
@@ -194,7 +194,7 @@ def draw_cost(
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def check(
@@ -217,7 +217,9 @@ def check(
     if value.shape != expected.shape:
         return Row(name, shape, dtype, math.nan, math.nan, None, tolerance)
     # Not ones: a gradient of 1 everywhere would hide a sum over the wrong axis.
-    g = torch.linspace(-1, 1.5, max(1, value.numel()), dtype=torch.float64)
+    g = torch.linspace(
+        -1, 1.5, max(1, value.numel()), dtype=torch.float64, device="cpu"
+    )
     g = g.reshape(value.shape).to(device, dtype)
     grads = torch.autograd.grad(value, leaves, g)
     references = torch.autograd.grad(expected, leaves, g)
@@ -238,7 +240,7 @@ def check(
 
 def _largest(errors: list[float]) -> float:
     """The maximum; unlike `max`, NaN wherever there is one."""
-    return torch.tensor(errors, dtype=torch.float64).amax().item()
+    return torch.tensor(errors, dtype=torch.float64, device="cpu").amax().item()
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:

@@ -144,18 +144,22 @@ def network(settings: Settings, split: data.Split, cost: str, start: str) -> Cur
     make, output = COSTS[cost]
     torch.manual_seed(settings.seed)
     n_in = split.images.shape[1]
-    model = torchbp.MLP([n_in, HIDDEN, CLASSES], output=output)
+    model = torchbp.MLP(
+        [n_in, HIDDEN, CLASSES], output=output, device="cpu", dtype=torch.float32
+    )
     if start == "bad":
         torch.nn.init.constant_(model.layers[-1].bias, settings.saturation)  # type: ignore[arg-type]
     sgd = torchbp.ExplicitSGD(model, make(), settings.lr)
     x = data.scale(split.images[:PROBED])
     y = torch.nn.functional.one_hot(split.labels[:PROBED], CLASSES).to(x.dtype)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     found = Points(cost, start)
     found.add(0, model, x, y)
     n = len(split.labels)
     for step in range(settings.every, settings.steps + 1, settings.every):
-        order = torch.randint(n, (settings.every * BATCH_SIZE,), generator=generator)
+        order = torch.randint(
+            n, (settings.every * BATCH_SIZE,), generator=generator, device="cpu"
+        )
         for _ in sgd.steps(*split, order, BATCH_SIZE):
             pass
         found.add(step, model, x, y)
@@ -166,10 +170,12 @@ def look_at_inputs(settings: Settings, split: data.Split) -> Inputs:
     """How fast the first layer's weights learn, input by input."""
     torch.manual_seed(settings.seed)
     cost = torchbp.QuadraticCost()
-    model = torchbp.MLP([split.images.shape[1], HIDDEN, CLASSES])
+    model = torchbp.MLP(
+        [split.images.shape[1], HIDDEN, CLASSES], device="cpu", dtype=torch.float32
+    )
     mean = split.images.double().mean(0) / 255
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(split.labels), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    order = torch.randperm(len(split.labels), generator=generator, device="cpu")
     speed = torch.zeros_like(mean)
     batches = order.split(BATCH_SIZE)[: settings.batches]
     for rows in batches:
@@ -208,13 +214,16 @@ def look_at_half(split: data.Split) -> Half:
     engines = []
     for make, share in kinds:
         torch.manual_seed(0)
-        model = torchbp.MLP(sizes, dtype=torch.float64)
+        model = torchbp.MLP(sizes, device="cpu", dtype=torch.float64)
         engines.append(AutogradSGD(model, make(), HALF_LR * share))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     off = [0.0, 0.0]
     for _ in range(HALF_STEPS // HALF_EVERY):
         order = torch.randint(
-            len(split.labels), (HALF_EVERY * BATCH_SIZE,), generator=generator
+            len(split.labels),
+            (HALF_EVERY * BATCH_SIZE,),
+            generator=generator,
+            device="cpu",
         )
         for engine in engines:
             for _ in engine.steps(*split, order, BATCH_SIZE):

@@ -244,9 +244,10 @@ def _centred(box: Tensor) -> Tensor:
     """In 28 x 28, the centre of mass in the middle: pixel 14, as MNIST's own is."""
     corner = []
     for d, n in enumerate(box.shape):
-        centre = (box.sum(1 - d) @ torch.arange(float(n)) / box.sum()).item()
+        places = torch.arange(n, device="cpu").to(box.dtype)
+        centre = (box.sum(1 - d) @ places / box.sum()).item()
         corner.append(min(max(round(SIDE / 2 - centre), 0), SIDE - n))
-    canvas = torch.zeros(SIDE, SIDE)
+    canvas = torch.zeros(SIDE, SIDE, dtype=torch.float32)
     top, left = corner
     canvas[top : top + box.shape[0], left : left + box.shape[1]] = box
     return (255 * canvas).round().byte().flatten()

@@ -175,13 +175,20 @@ def measure(
     for seed in reversed(range(settings.seed, settings.seed + settings.seeds)):
         torch.manual_seed(seed)
         sizes = [images.shape[1], *hidden, CLASSES]
-        model = torchbp.MLP(sizes, activation, output="identity", init=init)
+        model = torchbp.MLP(
+            sizes,
+            activation,
+            output="identity",
+            init=init,
+            device="cpu",
+            dtype=torch.float32,
+        )
         traces.append(probe(model, cost, x, labels)[:-1])
     start = summarise(activation, init, traces)
     # The model of the settings' own seed came last.
     found = [(norms(traces[-1], "delta"), norms(traces[-1], "mean_delta"))]
     sgd = torchbp.ExplicitSGD(model, cost, settings.lr)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     for _ in range(settings.epochs):
         sgd.epoch(images, labels, BATCH_SIZE, generator)
         trace = probe(model, cost, x, labels)[:-1]

@@ -122,7 +122,9 @@ class Settings(reporting.Common):
                 f"parameters, got {self.sizes}"
             )
         for sizes in self.sizes:
-            torchbp.MLP(sizes, device="meta")  # refuses what is no network
+            torchbp.MLP(
+                sizes, device="meta", dtype=torch.float32
+            )  # refuses what is no network
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,9 @@ def compare(sizes: tuple[int, ...], settings: Settings) -> list[Way]:
         # What is there once a turn does not grow with the parameters.
         passes = (counts[name] - turns * once) * P / len(places) + once
         seconds = statistics.median(times[name]) * passes
-        error = distance(torch.tensor(found[name], dtype=torch.float64), exact[indices])
+        error = distance(
+            torch.tensor(found[name], dtype=torch.float64, device="cpu"), exact[indices]
+        )
         ways.append(Way(sizes, name, P, passes, 0, seconds, error, len(places) < P))
     for name, sweep in SWEEPS.items():
         error = distance(flat(sweep(problem)).double(), exact)
@@ -325,9 +329,10 @@ def operations(sizes: Sequence[int]) -> float:
 def time_passes(sizes: tuple[int, ...], settings: Settings) -> Passes:
     """Both passes of our layers under autograd, at a batch where the products rule."""
     torch.manual_seed(settings.seed)
-    model, cost = torchbp.MLP(sizes), torchbp.QuadraticCost()
-    x = torch.rand(settings.batch_size, sizes[0])
-    y = torch.rand(settings.batch_size, sizes[-1])
+    model = torchbp.MLP(sizes, device="cpu", dtype=torch.float32)
+    cost = torchbp.QuadraticCost()
+    x = torch.rand(settings.batch_size, sizes[0], dtype=torch.float32, device="cpu")
+    y = torch.rand(settings.batch_size, sizes[-1], dtype=torch.float32, device="cpu")
     inputs = list(model.parameters())
     ratios = []
     for _ in range(settings.repeats + 1):  # the first allocates
@@ -363,7 +368,9 @@ def error_over_step(settings: Settings, dtype: torch.dtype, way: str) -> Errors:
     errors = []
     for step in steps:
         found = PERTURBATIONS[way](problem, places, step)
-        errors.append(distance(torch.tensor(found, dtype=torch.float64), exact))
+        errors.append(
+            distance(torch.tensor(found, dtype=torch.float64, device="cpu"), exact)
+        )
     return Errors(str(dtype).removeprefix("torch."), way, steps, errors)
 
 

@@ -81,7 +81,7 @@ def run_examine(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the current folder
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator("cpu").manual_seed(arguments.seed)
     torch.manual_seed(arguments.seed)  # of what a module starts from
     dtype = getattr(torch, arguments.dtype)
     inputs = [draw(text, dtype, generator) for text in arguments.input]
@@ -163,11 +163,12 @@ def run_observe(arguments: argparse.Namespace) -> int:
             f"{weights:,}"
         )
     target = (
-        torch.randint(sizes[-1], (examples,))
+        torch.randint(sizes[-1], (examples,), device="cpu")
         if arguments.cost == "log-likelihood"
-        else torch.rand(examples, sizes[-1])
+        else torch.rand(examples, sizes[-1], dtype=torch.float32, device="cpu")
     )
-    ok = _look_at(sizes, arguments, torch.rand(examples, sizes[0]), target, "random")
+    input = torch.rand(examples, sizes[0], dtype=torch.float32, device="cpu")
+    ok = _look_at(sizes, arguments, input, target, "random")
 
     root = arguments.data or data.default_root()
     print()
@@ -235,7 +236,7 @@ def _look_at(
         "log-likelihood": torchbp.LogLikelihoodCost,
     }[arguments.cost]()
     output = "identity" if cost.takes == "z" else "sigmoid"
-    model = torchbp.MLP(sizes, output=output)
+    model = torchbp.MLP(sizes, output=output, device=input.device, dtype=input.dtype)
     with torchbp.observe(model) as trace:
         C = cost(model(input), target)
         C.backward()

@@ -14,8 +14,8 @@ def explain(x: Any, W: Any, b: Any) -> Exception | None:
     for name, t in named:
         if not isinstance(t, Tensor):
             return TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-        if t.is_nested:
-            return TypeError(f"{name}: expected a dense Tensor, got a nested one")
+        if (reason := explain_storage(name, t)) is not None:
+            return reason
     for name, t in named:
         if not t.is_floating_point():
             return TypeError(f"{name}: expected a real floating dtype, got {t.dtype}")
@@ -43,12 +43,32 @@ def explain(x: Any, W: Any, b: Any) -> Exception | None:
     return None
 
 
+def explain_storage(name: str, t: Tensor) -> TypeError | None:
+    """What is wrong with a tensor whose entries are not numbers in strided memory."""
+    if t.is_nested:
+        got = "a nested one"
+    elif t.is_quantized:
+        got = "a quantized one"
+    elif t.layout is not torch.strided:
+        got = f"one of layout {t.layout}"
+    else:
+        return None
+    return TypeError(f"{name}: expected a dense Tensor, got {got}")
+
+
+def explain_memory(name: str, t: Tensor) -> TypeError | None:
+    """As :func:`explain_storage`, where the numbers themselves are needed."""
+    if t.is_meta:
+        return TypeError(f"{name}: expected a dense Tensor, got one on the device meta")
+    return explain_storage(name, t)
+
+
 def check_entrywise(role: str, f: Any) -> bool:
     """Try σ or σ' on five numbers that lie in the range of every usual σ; whether the
     result shares memory with the argument."""
     if not callable(f):
         raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
-    probe = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    probe = torch.linspace(0.1, 0.9, 5, dtype=torch.float64, device="cpu")
     argument = probe.clone()
     with torch.no_grad():
         result = f(argument)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from torchbp._autograd import TwoFormFunction, autocast_dtype, call
+from torchbp._checks import explain_storage
 from torchbp._define import check_name, make_class, place
 
 __all__ = [
@@ -230,11 +231,16 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
     return call(function, input, target_rows(input, target))
 
 
-def check_tensors(input: Any, target: Any) -> None:
-    """Raise TypeError unless both are tensors."""
+def check_tensors(
+    input: Any, target: Any, names: tuple[str, str] = ("input", "target")
+) -> None:
+    """Raise TypeError unless both are dense tensors."""
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         got = f"{type(input).__name__} and {type(target).__name__}"
-        raise TypeError(f"input, target: expected two Tensors, got {got}")
+        raise TypeError(f"{', '.join(names)}: expected two Tensors, got {got}")
+    for name, t in zip(names, (input, target), strict=True):
+        if (reason := explain_storage(name, t)) is not None:
+            raise reason
 
 
 def target_rows(input: Tensor, target: Tensor) -> Tensor:
@@ -255,8 +261,45 @@ def function_of(cost: Any) -> type[CostFunction]:
         return function
     raise TypeError(
         "cost: expected one of torchbp's, or one from define_cost, got "
-        f"{getattr(cost, '__name__', type(cost).__name__)}"
+        f"{getattr(cost, '__name__', type(cost).__name__)}{counterpart(cost)}"
     )
+
+
+# torch's losses by the names of their classes and functions, and what stands for them.
+# torch's means divide by the number of outputs K as well.
+_COUNTERPARTS = {
+    ("MSELoss", "mse_loss"): "QuadraticCost, whose C is K/2 times as large",
+    (
+        "BCEWithLogitsLoss",
+        "binary_cross_entropy_with_logits",
+    ): "CrossEntropyCost, whose C is K times as large",
+    (
+        "BCELoss",
+        "binary_cross_entropy",
+    ): "CrossEntropyCost, which takes z and applies the sigmoid itself",
+    ("CrossEntropyLoss", "cross_entropy"): "LogLikelihoodCost, with the same C",
+    (
+        "NLLLoss",
+        "nll_loss",
+    ): "LogLikelihoodCost, which takes z and applies the log-softmax itself",
+}
+
+
+def counterpart(cost: Any) -> str:
+    """What to use instead of a cost of another kind, to be added to an error's text.
+
+    Examples:
+        >>> counterpart(nn.CrossEntropyLoss())
+        '; the counterpart of CrossEntropyLoss is LogLikelihoodCost, with the same C'
+    """
+    native = getattr(cost, "func", cost)  # of a functools.partial
+    kinds = native.__mro__ if isinstance(native, type) else type(native).__mro__
+    names = [getattr(kind, "__name__", "") for kind in (native, *kinds)]
+    for natives, ours in _COUNTERPARTS.items():
+        for name in natives:
+            if name in names:
+                return f"; the counterpart of {name} is {ours}"
+    return "; define_cost makes one of C_x and its gradient" if callable(cost) else ""
 
 
 def check(input: Tensor, target: Tensor) -> None:
@@ -471,7 +514,7 @@ def define_cost(
     check_name(name)
     if takes not in ("a", "z"):
         raise ValueError(f'takes: expected "a" or "z", got {takes!r}')
-    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).reshape(2, 3)
+    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
     _check_part("cost", cost, probe, (2,))
     _check_part("grad", grad, probe, (2, 3))
     parts = {"per_example": staticmethod(cost), "nabla": staticmethod(grad)}

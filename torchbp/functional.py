@@ -525,7 +525,7 @@ def define_function(
         raise ValueError(f'saves: expected "a" or "z", got {saves!r}')
     aliases = check_entrywise("sigma", sigma)
     check_entrywise("sigma_prime", sigma_prime)
-    z = torch.linspace(-10, 10, 2001, dtype=torch.float64)
+    z = torch.linspace(-10, 10, 2001, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         slopes = sigma_prime(sigma(z) if saves == "a" else z).abs()
     slopes = slopes[slopes.isfinite()]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchbp import functional
+from torchbp import costs, functional
 from torchbp._define import check_name, make_class, place
 
 __all__ = [
@@ -305,7 +305,12 @@ def check_takes(model: nn.Module, cost: Any) -> None:
     takes = getattr(cost, "takes", None)
     name = getattr(cost, "__name__", type(cost).__name__)
     if takes not in ("a", "z"):
-        raise TypeError(f'{name}: expected a cost with takes "a" or "z", got {takes!r}')
+        raise TypeError(
+            f'{name}: expected a cost with takes "a" or "z", got {takes!r}'
+            f"{costs.counterpart(cost)}"
+        )
+    if isinstance(cost, type):
+        raise TypeError(f"cost: expected an instance, got the class {name}")
     last = _last_layer(model)
     gives_a = type(last).__module__ == nn.Sigmoid.__module__ or (
         isinstance(last, BPLinear) and last.function is not functional.LinearFunction

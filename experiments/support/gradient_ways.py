@@ -42,9 +42,11 @@ class Problem:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         # In float64 first: the same numbers for both.
-        model = torchbp.MLP(self.sizes, dtype=torch.float64)
-        x = torch.rand(BATCH_SIZE, self.sizes[0], dtype=torch.float64)
-        self.y = torch.rand(BATCH_SIZE, self.sizes[-1], dtype=torch.float64)
+        model = torchbp.MLP(self.sizes, device="cpu", dtype=torch.float64)
+        x = torch.rand(BATCH_SIZE, self.sizes[0], dtype=torch.float64, device="cpu")
+        self.y = torch.rand(
+            BATCH_SIZE, self.sizes[-1], dtype=torch.float64, device="cpu"
+        )
         # What float64 is to be compared with are numbers that float32 can hold.
         self.model = model.float().to(self.dtype)
         self.x, self.y = (t.float().to(self.dtype) for t in (x, self.y))

@@ -72,7 +72,9 @@ def build(training: Training, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     sizes = (INPUTS, *training.hidden, CLASSES)
     output = COSTS[training.cost][1]
-    return torchbp.MLP(sizes, output=output, init=training.init)
+    return torchbp.MLP(
+        sizes, output=output, init=training.init, device="cpu", dtype=torch.float32
+    )
 
 
 def make_engine(engine: str, training: Training, model: torch.nn.Module) -> Engine:
@@ -106,12 +108,12 @@ def train(
     sgd = make_engine(engine, training, model)
     images, labels = (t[: training.examples] for t in splits.train)
     scored = getattr(splits, training.scored)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     scores = []
     for epoch in range(training.epochs):
         n = len(labels)
         orders = [
-            torch.randperm(n, generator=generator)
+            torch.randperm(n, generator=generator, device="cpu")
             for _ in range(max(1, EXAMPLES // training.examples))
         ]
         for C in sgd.steps(images, labels, torch.cat(orders), BATCH_SIZE):
@@ -197,7 +199,7 @@ def seconds_per_epoch(training: Training, engine: str, splits: data.Splits) -> f
     model = build(training, 0)
     sgd = make_engine(engine, training, model)
     n = len(splits.train.labels)
-    order = torch.randint(n, (TIMED_STEPS * BATCH_SIZE,))
+    order = torch.randint(n, (TIMED_STEPS * BATCH_SIZE,), device="cpu")
     for _ in sgd.steps(*splits.train, order[: len(order) // 4], BATCH_SIZE):
         pass  # the first steps allocate
     started = time.perf_counter()

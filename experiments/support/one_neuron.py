@@ -81,11 +81,11 @@ def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def neuron(cost: str, start: str, lr: float = NEURON_LR) -> Curve:
     """One sigmoid neuron that is to turn input 1 into output 0."""
     make, output = COSTS[cost]
-    model = torchbp.MLP([1, 1], output=output, dtype=torch.float64)
+    model = torchbp.MLP([1, 1], output=output, device="cpu", dtype=torch.float64)
     with torch.no_grad():
         for p, value in zip(model.parameters(), NEURON_STARTS[start], strict=True):
             p.fill_(value)
-    x = torch.ones(1, 1, dtype=torch.float64)
+    x = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     y = torch.zeros_like(x)
     sgd = torchbp.ExplicitSGD(model, make(), lr)
     found = Points(cost, start)

@@ -180,6 +180,8 @@ def build(settings: Settings) -> nn.Module:
         activation=settings.activation,
         output=COSTS[settings.cost][1],
         init=settings.init,
+        device="cpu",
+        dtype=torch.float32,
     )
     return model if settings.layers == "bp" else torchbp.to_native(model)
 

@@ -65,7 +65,9 @@ class Task:
     def network(self) -> torchbp.MLP:
         """The start, the same for all."""
         torch.manual_seed(0)
-        return torchbp.MLP(self.workload.sizes).to(self.device)
+        sizes = self.workload.sizes
+        model = torchbp.MLP(sizes, device="cpu", dtype=torch.float32)
+        return model.to(self.device)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """Images and one-hot targets, float32, in memory as a whole."""
@@ -244,7 +246,11 @@ class JAX:
     def weights(self) -> list[Tensor] | None:
         import numpy as np
 
-        return [torch.tensor(np.asarray(t)) for pair in self.values for t in pair]
+        return [
+            torch.tensor(np.asarray(t), device="cpu")
+            for pair in self.values
+            for t in pair
+        ]
 
 
 def _import_jax(threads: int) -> Any:

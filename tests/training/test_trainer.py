@@ -372,12 +372,13 @@ def test_an_interrupt_while_an_epoch_is_logged_repeats_the_epoch():
 def test_a_failing_cost_leaves_the_mode_as_it_was():
     trainer = make_trainer()
     trainer.model.train()
+
+    def failing(output, target):
+        return torchbp.costs.quadratic_cost(output, output[0])
+
+    failing.takes = "a"
     with pytest.raises(ValueError, match="target"):
-        evaluate(
-            trainer.model,
-            lambda output, target: torchbp.costs.quadratic_cost(output, output[0]),
-            DATA.train,
-        )
+        evaluate(trainer.model, failing, DATA.train)
     assert trainer.model.training
 
 

@@ -138,7 +138,7 @@ class Subject:
 
     def cotangents(self, outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
         """Output gradients: random, never 0, of few bits, so exact in every dtype."""
-        generator = torch.Generator().manual_seed(self.seed + seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed + seed)
         return [
             random_like(y, generator).to(dtype=y.dtype, device=y.device)
             for y in outputs
@@ -219,7 +219,7 @@ class Subject:
                         ends.append(torch.cat([y.reshape(-1) for y in outputs]))
                     flat[j] = value
                     columns.append((ends[0] - ends[1]) / (2 * step))
-                result.append(torch.stack(columns, 1) if columns else torch.empty(0, 0))
+                result.append(torch.stack(columns, 1) if columns else flat.view(0, 0))
         return result
 
     # ------------------------------------------------------------ rows

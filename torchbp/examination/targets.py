@@ -103,7 +103,9 @@ def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
         raise ValueError(f"--input {text}: expected {names} or int<N, got {kind!r}")
     try:
         if below:
-            return torch.randint(int(below[1]), shape, generator=generator)
+            return torch.randint(
+                int(below[1]), shape, generator=generator, device="cpu"
+            )
         return _drawn(kind or "normal", shape, dtype, generator)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # too large
         raise ValueError(f"--input {text}: cannot be made: {_said(error)}") from None
@@ -113,9 +115,11 @@ def _drawn(
     kind: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     if kind == "bool":
-        return torch.randint(2, shape, generator=generator).bool()
+        return torch.randint(2, shape, generator=generator, device="cpu").bool()
     # In float64 first: the same numbers in every dtype, to its rounding.
     if kind == "uniform":
-        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
-    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.rand(
+            shape, generator=generator, dtype=torch.float64, device="cpu"
+        ).to(dtype)
+    t = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (t.softmax(-1) if kind == "simplex" and shape else t).to(dtype)

@@ -32,8 +32,8 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 def random_like(t: Tensor, generator: torch.Generator) -> Tensor:
     """Multiples of 1/8 between 1/8 and 2, of either sign, in float64 on the CPU."""
-    size = torch.randint(1, 17, t.shape, generator=generator)
-    sign = 2 * torch.randint(0, 2, t.shape, generator=generator) - 1
+    size = torch.randint(1, 17, t.shape, generator=generator, device="cpu")
+    sign = 2 * torch.randint(0, 2, t.shape, generator=generator, device="cpu") - 1
     return (size * sign).to(F64) / 8
 
 

@@ -216,7 +216,7 @@ def _forward_mode(s: Subject, push: Callable[..., list[Tensor]]) -> str:
     arguments = s.copies()
     f = s.closure(arguments)
     at = [arguments[i].detach() for i in s.floats]
-    generator = torch.Generator().manual_seed(s.seed)
+    generator = torch.Generator("cpu").manual_seed(s.seed)
     tangents = [random_like(t, generator).to(t.device) for t in at]
     choices = [[k] for k in range(len(at))]
     if len(at) > 1:

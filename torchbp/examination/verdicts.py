@@ -143,7 +143,7 @@ def along_directions(
     # What is small enough for the curvature and large enough for the rounding.
     exact = s.dtype == F64
     step, relative, rounding = (1e-6, TIGHT["rtol"], 1e-9) if exact else COARSE
-    generator = torch.Generator().manual_seed(s.seed)
+    generator = torch.Generator("cpu").manual_seed(s.seed)
     for draw in range(3):
         outputs = f(*leaves)
         cotangents = s.cotangents(outputs, draw)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from torchbp import costs
 from torchbp._autograd import autocast_dtype, autocast_off
-from torchbp._checks import explain
+from torchbp._checks import explain, explain_memory
+from torchbp.convert import from_native
 from torchbp.explicit.steps import BUILT_IN, FAST, Steps, Unit, padded
 from torchbp.functional import LinearFunction, as_rows
 from torchbp.nn import MLP, BPLinear, check_takes
@@ -127,27 +128,46 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
         >>> [layer.out_features for layer in layers_of(model)]
         [3, 2, 1]
     """
-    layers = list(_chain(model))
-    if not layers:
+    modules = list(_chain(model))
+    other = next((m for m in modules if not _is_ours(m)), None)
+    if other is not None:
+        raise TypeError(
+            "model: expected an MLP, a hand-written layer or an nn.Sequential of them, "
+            f"got {type(other).__name__}{_advice(model)}"
+        )
+    if not modules:
         raise TypeError("model: expected at least one hand-written layer, got none")
+    layers: list[Any] = modules
     _check_layers(layers)
     return layers
 
 
-def _chain(module: nn.Module) -> Iterator[BPLinear]:
-    if isinstance(module, BPLinear) and type(module).forward is BPLinear.forward:
-        yield module
-    elif isinstance(module, MLP) and type(module).forward is MLP.forward:
-        for layer in module.layers:
-            yield from _chain(layer)
+def _chain(module: Any) -> Iterator[Any]:
+    """The modules that `module` calls one after the other; only what an MLP and an
+    ``nn.Sequential`` are made of can be told."""
+    children: Any = []
+    if isinstance(module, MLP) and type(module).forward is MLP.forward:
+        children = module.layers
     elif type(module) is nn.Sequential:
-        for child in module:
-            yield from _chain(child)
+        children = module
     elif type(module) is not nn.Identity:
-        raise TypeError(
-            "model: expected an MLP, a hand-written layer or an nn.Sequential of them, "
-            f"got {type(module).__name__}; from_native converts native layers"
-        )
+        yield module
+    for child in children:
+        yield from _chain(child)
+
+
+def _is_ours(module: Any) -> bool:
+    return isinstance(module, BPLinear) and type(module).forward is BPLinear.forward
+
+
+def _advice(model: Any) -> str:
+    """What to do with a `model` that is no chain of our layers."""
+    if not isinstance(model, nn.Module):
+        return ""
+    with contextlib.suppress(TypeError, ValueError):  # what cannot be converted
+        if all(map(_is_ours, _chain(from_native(model)))):
+            return "; from_native(model) converts it"
+    return "; other models train by autograd: cost(model(x), y).backward()"
 
 
 def _check_batch(
@@ -182,7 +202,7 @@ def _check_set(
         raise TypeError(f"batch_size: expected an integer, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    costs.check_tensors(images, targets)
+    costs.check_tensors(images, targets, ("images", "targets"))
     W = layers[0].weight
     if images.dtype not in (torch.uint8, W.dtype):
         raise TypeError(
@@ -209,7 +229,9 @@ def _check_set(
 
 
 def _check_numbers(name: str, t: Tensor) -> None:
-    """Raise ValueError unless all are finite."""
+    """Raise ValueError unless all are there and finite."""
+    if (reason := explain_memory(name, t)) is not None:
+        raise reason
     # The sum tells at a third of the cost; it may overflow where no number has.
     if not t.is_floating_point() or t.sum().isfinite():
         return
@@ -300,6 +322,8 @@ def _check_separate(layers: list[BPLinear]) -> None:
     """Raise ValueError unless every number of every parameter has its own memory."""
     seen = set()
     for p in (p for layer in layers for p in layer.parameters()):
+        if (reason := explain_memory("parameters", p)) is not None:
+            raise reason
         strided = zip(p.shape, p.stride(), strict=True)
         if p.data_ptr() in seen or any(n > 1 and not step for n, step in strided):
             raise ValueError(

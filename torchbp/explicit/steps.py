@@ -103,7 +103,10 @@ BUILT_IN = (
     costs.LogLikelihoodFunction,
 )
 # What the error of one-hot rows y is written with: 1 - 2y, 1 - y.
-_FACTOR = {costs.CrossEntropyFunction: 2, costs.LogLikelihoodFunction: 1}
+_FACTOR: dict[type[CostFunction], int] = {
+    costs.CrossEntropyFunction: 2,
+    costs.LogLikelihoodFunction: 1,
+}
 
 
 def padded(n: int, dtype: torch.dtype) -> int:
@@ -242,11 +245,9 @@ class Steps:
         self.targets = self.y.view(count, m, K).unbind(0)
         self.outputs = self.kept.view(count, m, K).unbind(0)
         self.costs = first.new_zeros(count)
-        self.eye = torch.eye(K, dtype=first.dtype, device=first.device)
         self.factors: Tensor | None = None
         if labels and cost in _FACTOR:
-            self.factors = self.y.clone()
-            self.factor_of = 1 - _FACTOR[cost] * self.eye
+            self.factors = torch.ones_like(self.y)
         self.layers = [Layer(u, m, i == len(units) - 1) for i, u in enumerate(units)]
         self.keeps_z = self.layers[-1].is_identity
         self.slopes = self._place()
@@ -354,10 +355,11 @@ class Steps:
         if targets.is_floating_point():
             torch.index_select(targets, 0, rows, out=self.y[:n])
             return
-        labels = self._selected(targets, rows)
-        torch.index_select(self.eye, 0, labels, out=self.y[:n])
+        # Not selected from an identity matrix: it would have K x K numbers.
+        labels = self._selected(targets, rows).unsqueeze(1)
+        self.y[:n].zero_().scatter_(1, labels, 1)
         if self.factors is not None:
-            torch.index_select(self.factor_of, 0, labels, out=self.factors[:n])
+            self.factors[:n].fill_(1).scatter_(1, labels, 1 - _FACTOR[self.cost])
 
     def _selected(self, source: Tensor, rows: Tensor) -> Tensor:
         """source[rows], in memory that the next call overwrites."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchbp import costs, functional
+from torchbp._checks import explain_storage
 from torchbp._terminal import aligned
 from torchbp.inspection.observation import observe
 from torchbp.inspection.sweeps import (
@@ -229,12 +230,12 @@ def _check(model: Any, cost: Any, input: Any, target: Any) -> None:
     """Refuse what can be refused before anything runs."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
-    if isinstance(cost, type):
-        raise TypeError(f"cost: expected an instance, got the class {cost.__name__}")
     check_takes(model, cost)
     for name, t in (("input", input), ("target", target)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if (reason := explain_storage(name, t)) is not None:
+            raise reason
         if t.numel() == 0:
             raise ValueError(
                 f"{name}: expected at least one example, got shape {tuple(t.shape)}"
@@ -420,7 +421,7 @@ class _Comparer:
             return
         row.sampled = len(kept)
         actual = ours.detach().cpu().reshape(-1)[[entries[i] for i in kept]]
-        numeric = torch.tensor([slopes[i] for i in kept], dtype=torch.float64)
+        numeric = actual.new_tensor([slopes[i] for i in kept])
         absolute = (actual - numeric).abs().amax().item()
         ok = absolute <= NUMERIC_TOLERANCE * largest + rounding
         relative = absolute / largest if largest else 0.0 if ok else math.inf
@@ -493,8 +494,8 @@ def _entries(gradient: Tensor) -> list[int]:
     if len(flat) <= SAMPLED:
         return list(range(len(flat)))
     largest = flat.topk(SAMPLED // 2).indices.tolist()
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(len(flat), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randperm(len(flat), generator=generator, device="cpu").tolist()
     return list(dict.fromkeys(largest + drawn))[:SAMPLED]
 
 

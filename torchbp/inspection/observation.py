@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torchbp import functional
 from torchbp._terminal import aligned
 from torchbp.convert import from_native
-from torchbp.nn import BPLinear
+from torchbp.nn import BPLinear, check_takes
 
 __all__ = ["Record", "Trace", "evaluating", "observe", "probe"]
 
@@ -275,9 +275,11 @@ def observe(model: nn.Module) -> Iterator[Trace]:
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BPLinear)}
     if not layers:
+        native = any(type(m) is nn.Linear for m in model.modules())
+        advice = "; from_native converts its nn.Linear" if native else ""
         raise ValueError(
             f"observe: expected a model with hand-written layers, got "
-            f"{type(model).__name__} without any; from_native converts native ones"
+            f"{type(model).__name__} without any{advice}"
         )
     if any(map(_is_compiled, model.modules())):
         raise ValueError(
@@ -447,11 +449,20 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
         >>> [tuple(record.delta.shape) for record in records]
         [(5, 3), (5, 2)]
     """
+    check_takes(model, cost)
     # A native network is seen through a twin of our layers on the same parameters.
     twin = from_native(model)
     input = input.detach().requires_grad_()
     with evaluating(twin), torch.enable_grad(), observe(twin) as trace:
+        C = cost(twin(input), target)
         # The gradient of the input alone: the sweep passes every layer on its way
-        # there.
-        torch.autograd.grad(cost(twin(input), target), input)
+        # there. Behind features that no_grad hides, that of the parameters.
+        if C.requires_grad and not _sweep(C, [input]):
+            _sweep(C, [p for p in twin.parameters() if p.requires_grad])
     return list(trace)
+
+
+def _sweep(C: Tensor, leaves: list[Any]) -> bool:
+    """One backward pass to the leaves; whether it arrived at any."""
+    grads = torch.autograd.grad(C, leaves, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in grads)

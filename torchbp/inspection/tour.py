@@ -436,17 +436,17 @@ class Tour:
 
 def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
     """The network, an example and its target, rounded to what can be shown."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     # A tour leaves nothing behind.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        model = MLP(SIZES, dtype=torch.float64)
+        model = MLP(SIZES, device="cpu", dtype=torch.float64)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.round(decimals=2))
-    x = torch.randint(10, 100, (1, SIZES[0]), generator=generator).double() / 100
-    y = torch.randint(2, (1, SIZES[-1]), generator=generator).double()
-    return model, x, y
+    x = torch.randint(10, 100, (1, SIZES[0]), generator=generator, device="cpu")
+    y = torch.randint(2, (1, SIZES[-1]), generator=generator, device="cpu")
+    return model, x.double() / 100, y.double()
 
 
 def _given(t: Tensor | None) -> Tensor:

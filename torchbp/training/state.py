@@ -44,7 +44,7 @@ def check_state(state: dict[str, Any], model: nn.Module) -> None:
             got = getattr(generator, "dtype", type(generator).__name__)
             raise TypeError(f"{name} generator: expected its bytes, got {got}")
         if name in ("trainer", "cpu"):
-            torch.Generator().set_state(generator.cpu())
+            torch.Generator("cpu").set_state(generator.cpu())
 
 
 def _is_best(best: Any, epoch: int) -> bool:

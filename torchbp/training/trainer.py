@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
+from torchbp._checks import explain_memory
+from torchbp.costs import target_rows
 from torchbp.data import Split, Splits, scale
 from torchbp.explicit import check_rates, summing_dtype
 from torchbp.inspection import evaluating
@@ -347,9 +348,13 @@ def batches(
         ...     print([tuple(x.shape) for x in xs], [tuple(y.shape) for y in ys])
         [(10, 784), (10, 784), (5, 784)] [(10, 10), (10, 10), (5, 10)]
     """
+    targets = split.labels
+    if not targets.is_floating_point():
+        targets = targets.long()
     for rows in order.split(BATCHES_AT_ONCE * batch_size):
         x = scale(split.images.index_select(0, rows), dtype)
-        y = one_hot(split.labels.index_select(0, rows), classes).to(dtype)
+        outputs = x.new_empty(()).expand(len(x), classes)
+        y = target_rows(outputs, targets.index_select(0, rows))
         yield list(x.split(batch_size)), list(y.split(batch_size))
 
 
@@ -369,6 +374,7 @@ def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
         >>> evaluate(model, torchbp.LogLikelihoodCost(), split).accuracy  # one answer
         0.25
     """
+    check_takes(model, cost)
     wide = summing_dtype(split.labels.device)
     total = torch.zeros((), dtype=wide, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
@@ -382,10 +388,25 @@ def evaluate(model: nn.Module, cost: Any, split: Split) -> Score:
         for images, labels in chunks:
             output = model(scale(images, dtype))
             total += cost(output, labels).to(wide) * len(labels)
-            right += (output.argmax(-1) == labels).sum()
+            right += (output.argmax(-1) == labels.long()).sum()
     n = len(split.labels)
     # In float64 both: a float32 share of 10,000 would print as 0.9542999863624573.
     return Score(total.item() / n, right.item() / n)
+
+
+def _check_split(name: str, split: Split) -> None:
+    """Refuse images and labels that are not dense tensors, one label an image."""
+    images, labels = split
+    for what, t in (("images", images), ("labels", labels)):
+        if (reason := explain_memory(f"{name} {what}", t)) is not None:
+            raise reason
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{name} labels: expected integers, got {labels.dtype}")
+    if labels.dim() != 1 or len(labels) != len(images):
+        raise ValueError(
+            f"{name} labels: expected shape ({len(images)},) for so many images, "
+            f"got {tuple(labels.shape)}"
+        )
 
 
 class Trainer:
@@ -436,6 +457,9 @@ class Trainer:
         schedule: Callable[[int], float] | None = None,
         vary: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ) -> None:
+        check_takes(model, cost)
+        for name, split in zip(data._fields, data, strict=True):
+            _check_split(name, split)
         n = len(data.train.labels)
         if not n:
             raise ValueError("train: expected at least one example, got none")
@@ -450,7 +474,7 @@ class Trainer:
         self.epoch = 0
         self.best: tuple[int, float, float] | None = None
         # On the CPU whatever the device: the same seed gives the same batches anywhere.
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self._check_data()
         self.scored = {
             "train": Split(*(t[:TRAIN_SCORED] for t in data.train)),
@@ -468,7 +492,8 @@ class Trainer:
                 continue
             if not len(split.labels):
                 raise ValueError(f"{name}: expected at least one example, got none")
-            low, high = int(split.labels.min()), int(split.labels.max())
+            labels = split.labels.long()
+            low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= outputs:
                 raise ValueError(
                     f"{name} labels: expected 0..{outputs - 1} for {outputs} outputs, "
@@ -498,7 +523,8 @@ class Trainer:
         self._check_start()
         images, labels = self.data.train
         n, m = len(labels), self.batch_size
-        order = torch.randperm(n, generator=self.generator).to(labels.device)
+        order = torch.randperm(n, generator=self.generator, device="cpu")
+        order = order.to(labels.device)
         if self.schedule is not None:
             self.engine.lr = self.schedule(self.epoch)
         started = looked = time.perf_counter()

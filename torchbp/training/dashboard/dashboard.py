@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchbp.convert import from_native
+from torchbp.costs import target_rows
 from torchbp.data import Split, scale
 from torchbp.inspection import Record, evaluating, probe
+from torchbp.nn import BPLinear, check_takes
 from torchbp.training.dashboard import graph, pictures
 from torchbp.training.dashboard.captions import LAYOUT, caption
 
@@ -133,15 +136,33 @@ class Dashboard:
                 those of its first 1,000.
             test: likewise; the pictures are of these.
             dataset: whose classes the labels are, as in ``data.NAMES``.
+
+        Raises:
+            TypeError, ValueError: a cost that is none of ours or does not fit the
+                model, a model without any linear layer, or labels that do not fit it.
+
+        Of the pictures those are drawn that can be: images and weights only where the
+        images are flat, (n, s²), and the first linear layer reads them; an example's
+        way only where layers alone lead from the image to the answer; the confusion of
+        at most 100 classes.
         """
         if self.level == "off":
             return
+        check_takes(model, cost)
+        if not any(isinstance(m, BPLinear) for m in from_native(model).modules()):
+            raise ValueError(
+                "model: expected an nn.Linear or a hand-written layer to look at, got "
+                f"{type(model).__name__} without any; without watch() the dashboard "
+                "shows the scores"
+            )
         dtype = next(model.parameters()).dtype
         input = scale(train.images[:PROBE], dtype)
         with torch.inference_mode(), evaluating(model):
-            classes = model(input[:1]).shape[-1]
-        target = nn.functional.one_hot(train.labels[:PROBE], classes).to(dtype)
-        names = pictures.CLASS_NAMES.get(dataset or "", list(map(str, range(classes))))
+            output = model(input)
+        target = target_rows(output.detach(), train.labels[:PROBE])
+        names = list(map(str, range(output.shape[-1])))
+        if len(pictures.CLASS_NAMES.get(dataset or "", ())) == len(names):
+            names = pictures.CLASS_NAMES[dataset or ""]
         self.watched = Watched(model, cost, input, target, test, names)
 
     def log(self, result: EpochResult, lr: float, last: bool = False) -> None:
@@ -171,12 +192,12 @@ class Dashboard:
         self.layers = len(records)
         for number, record in enumerate(records, start=1):
             self._layer(f"layer_{number}", record, lr, epoch)
-        if self.level != "full":
+        if self.level != "full" or not records:
             return
         for number, record in enumerate(records, start=1):
             self._distributions(f"layer_{number}", record, epoch)
         if is_pictured(epoch) or last:
-            self._show(watched, records, epoch)
+            self._show(watched, epoch)
         if not self._is_drawn:
             self._is_drawn = True
             from tensorboard.compat.proto.event_pb2 import Event
@@ -204,24 +225,31 @@ class Dashboard:
             if values is not None:
                 self._histogram(f"distributions/{name}_{layer}", values, epoch)
 
-    def _show(self, watched: Watched, records: list[Record], epoch: int) -> None:
+    def _show(self, watched: Watched, epoch: int) -> None:
+        """The pictures that can be drawn of this network and these images."""
         test, names = watched.test, watched.names
+        if not len(test.labels):
+            return
+        labels, K = test.labels.long(), len(names)
         guesses = _answers(watched.model, test.images)
-        pairs = test.labels * len(names) + guesses
-        counts = torch.bincount(pairs, minlength=len(names) ** 2).cpu()
-        counts = counts.unflatten(0, (len(names), len(names)))
-        shown = {"confusion": pictures.confusion(counts, names)}
-        if math.isqrt(test.images.shape[1]) ** 2 == test.images.shape[1]:
-            dtype = watched.input.dtype
-            x, y = scale(test.images[:1], dtype), test.labels[:1]
-            on_its_way = probe(watched.model, watched.cost, x, y)
-            label = int(y)
-            W, heads = records[0].weight, names if len(records) == 1 else None
-            shown |= {
-                "weights": pictures.weights(W, heads),
-                "misclassified": pictures.misclassified(*test, guesses, names),
-                "journey": pictures.journey(on_its_way, label, names),
-            }
+        shown: dict[str, Image] = {}
+        if K <= pictures.MOST_CLASSES:
+            counts = torch.bincount(labels * K + guesses, minlength=K * K)
+            counts = counts.unflatten(0, (K, K)).cpu()
+            shown["confusion"] = pictures.confusion(counts, names)
+        x = scale(test.images[:1], watched.input.dtype)
+        if x.dim() == 2 and math.isqrt(x.shape[1]) ** 2 == x.shape[1]:
+            shown["misclassified"] = pictures.misclassified(
+                test.images, labels, guesses, names
+            )
+            records = probe(watched.model, watched.cost, x, labels[:1])
+            if records[0].x.shape == x.shape:
+                W = records[0].weight
+                is_answer = len(records) == 1 and len(W) == K
+                shown["weights"] = pictures.weights(W, names if is_answer else None)
+                if pictures.is_journey(records, K):
+                    label = int(labels[0])
+                    shown["journey"] = pictures.journey(records, label, names)
         for name, picture in shown.items():
             self._image(f"pictures/{name}", picture, epoch)
 

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from torchbp.inspection import Record
 
-__all__ = ["CLASS_NAMES", "confusion", "journey", "misclassified", "weights"]
+__all__ = [
+    "CLASS_NAMES",
+    "MOST_CLASSES",
+    "confusion",
+    "is_journey",
+    "journey",
+    "misclassified",
+    "weights",
+]
 
 # Of data sets whose classes are not digits, short enough for a column's head.
 CLASS_NAMES = {
@@ -33,6 +41,8 @@ CLASS_NAMES = {
 WIDTH = 350
 GAP = 4
 MOST_TILES = 100
+MOST_CLASSES = 100  # of a table of classes
+MOST_NAMED = 30  # cells of a row that are wide enough for a name
 FULL_COLOUR = 0.99  # quantile of |W|: by the largest weight all others would be pale
 MOST_NEURONS = 600  # of a layer, on a sample's way through it
 BLACK, RED, GREEN, GREY = (20, 20, 20), (190, 25, 45), (20, 120, 50), (120, 120, 120)
@@ -43,7 +53,7 @@ _RED, _BLUE = (178.0, 24.0, 43.0), (33.0, 102.0, 172.0)
 def signed(values: Tensor, scale: float) -> Tensor:
     """Colours from blue (-scale) through white (0) to red (scale), uint8 (*, 3)."""
     t = (values.float() / (scale or 1.0)).clamp(-1, 1).unsqueeze(-1)
-    ends = torch.where(t < 0, torch.tensor(_BLUE), torch.tensor(_RED))
+    ends = torch.where(t < 0, t.new_tensor(_BLUE), t.new_tensor(_RED))
     return (PAPER + (ends - PAPER) * t.abs()).round().to(torch.uint8)
 
 
@@ -63,7 +73,8 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
     """
     side = math.isqrt(W.shape[1])
     shown = W[:MOST_TILES].detach().cpu()
-    scale = shown.float().abs().quantile(FULL_COLOUR).item()
+    sizes = shown.float().abs().flatten()  # torch's quantile takes 16 million at most
+    scale = sizes.kthvalue(math.ceil(FULL_COLOUR * len(sizes))).values.item()
     columns = _columns(len(shown))
     step = max((WIDTH - GAP) // columns, side + 1)
     zoom = step // side
@@ -131,7 +142,7 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
     _write(pen, GAP, 3, "rows: truth, columns: answer")
     off = counts.clone().fill_diagonal_(0)
     # By the root: a class that is confused once in a while is to be seen, too.
-    shades = signed((off / max(1, int(off.max()))).sqrt() * 0.8, 1.0).tolist()
+    shades = signed((off.float() / max(1, int(off.max()))).sqrt() * 0.8, 1.0).tolist()
     for i in range(K):
         _write(pen, GAP, top + i * tall + 6, names[i])
         x = left + i * cell + cell // 2
@@ -149,6 +160,17 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
     return sheet
 
 
+def is_journey(records: list[Record], K: int) -> bool:
+    """Whether the records are those of one example, one call after the other, the last
+    of which gives the K answers."""
+    shapes = [record.a.shape[:-1] for record in records]
+    return (
+        all(shape == (1,) for shape in shapes)
+        and all(record.delta is not None for record in records)
+        and records[-1].a.shape[-1] == K
+    )
+
+
 def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     """One example on its way through the layers, and its δ on the way back.
 
@@ -163,7 +185,8 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     zoom = max(1, 84 // side)
     size = side * zoom
     heights = [24 + 2 * (strip[1].height + GAP) for strip in strips]
-    sheet, pen = _sheet(WIDTH, size + 34 + sum(heights) + 22)
+    sheet_width = max(WIDTH, 2 * size + 120)
+    sheet, pen = _sheet(sheet_width, size + 34 + sum(heights) + 22)
     guess = int(records[-1].a[0].argmax())
     _write(pen, GAP, 4, f"truth {names[label]}", GREEN, size=16)
     ink = GREEN if guess == label else RED
@@ -173,7 +196,7 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     assert first.delta is not None
     back = (first.delta[0] @ first.weight).cpu()  # BP2
     scale = back.abs().max().item()
-    place = WIDTH - size - GAP
+    place = sheet_width - size - GAP
     _write(pen, GAP + size + 8, 52, "a0")
     _write(pen, place - 8, 52, "dC/da0", right=True)
     _write(pen, place - 8, 70, f"up to {scale:.0e}", right=True)
@@ -188,7 +211,7 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
             sheet.paste(strip, (LEFT, top))
         y += height
     cell = (WIDTH - LEFT - GAP) // len(names)
-    for i, name in enumerate(names):
+    for i, name in enumerate(names if len(names) <= MOST_NAMED else ()):
         ink = GREEN if i == label else RED if i == guess else BLACK
         centre = LEFT + i * cell + cell // 2
         _write(pen, centre, y + 2, name[: max(1, cell // 7)], ink, centred=True)
@@ -203,7 +226,7 @@ def _strip(number: int, record: Record) -> tuple[str, Image, Image]:
     assert record.delta is not None
     a, delta = record.a[0].cpu(), record.delta[0].cpu()
     shown, n = min(len(a), MOST_NEURONS), len(a)
-    columns = shown if shown <= 30 else min(60, math.ceil(shown / 2))
+    columns = shown if shown <= MOST_NAMED else min(60, math.ceil(shown / 2))
     size, largest = a.abs().max().item(), delta.abs().max().item()
     is_share = bool(a.min() >= 0) and size <= 1
     colours = grey(1 - a) if is_share else signed(a, size)
@@ -223,7 +246,7 @@ def _cells(colours: Tensor, columns: int, width: int) -> Image:
     cell = max(3, width // columns)
     rows = math.ceil(len(colours) / columns)
     tall = cell if rows > 1 else 16  # the height of its name
-    grid = torch.full((rows * columns, tall, cell, 3), 200, dtype=torch.uint8)
+    grid = colours.new_full((rows * columns, tall, cell, 3), 200)
     grid[len(colours) :] = PAPER
     grid[: len(colours), : tall - 1, : cell - 1] = colours[:, None, None]
     grid = grid.unflatten(0, (rows, columns)).transpose(1, 2)
