@@ -97,10 +97,10 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def resume(run: str, **changes: Any) -> dict[str, Any]:
-    """Go on with the run in the folder `run` from its last checkpoint.
+    """Go on with a run from its last checkpoint, or from the one that `run` names.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or a checkpoint in it, as in :class:`RunFolder`.
         changes: settings given anew. Those in CHANGEABLE take effect, the others must
             be what the run was started with.
 
@@ -112,6 +112,11 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
         and as :func:`main`.
     """
     folder = RunFolder(run)
+    if folder.path != Path(run) and not folder.has_settings:
+        raise checkpoint.CheckpointError(
+            f"{run}: expected a run's folder or a checkpoint in one, but there is no "
+            f"settings.json in {folder.path}"
+        )
     with ExitStack() as held:
         if RANK == 0:
             held.enter_context(folder.lock())

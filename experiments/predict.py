@@ -74,12 +74,10 @@ def load_run(run: str | os.PathLike[str]) -> tuple[nn.Module, Settings]:
     Raises:
         torchbp.training.CheckpointError: no such run, or none that learned digits.
     """
-    path = Path(run)
-    if not path.exists():
+    path, folder = Path(run), RunFolder(run)
+    if not os.path.isdir(folder.path):
         raise checkpoint.CheckpointError(f"{path}: no such run")
-    state, failure = (
-        RunFolder(path).load() if path.is_dir() else (checkpoint.load(path), None)
-    )
+    state, failure = folder.load()
     if failure is not None:
         print(f"NOTE: {failure}; the checkpoint before it answers", file=sys.stderr)
     try:
@@ -340,9 +338,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the pictures of a command line; returns the exit status."""
     given = parse(arguments)
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="replace")  # a terminal without blocks
     try:
         model, settings = load_run(given.run)
         return answer_all(model, settings, given)

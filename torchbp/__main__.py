@@ -263,9 +263,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_observe(commands)
     add_examine(commands)
     arguments = parser.parse_args(argv)
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="replace")  # a terminal without σ
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()

@@ -15,6 +15,9 @@ _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 class Parser(argparse.ArgumentParser):
     """argparse with a program's docstring as its help, and its errors on one line.
 
+    Parsing is the first that a program does, so it is here that its standard streams
+    are made to take every character: see :func:`replace_unencodable`.
+
     Args:
         doc: the docstring: its first line, and what comes after the first empty one.
         options: of ``argparse.ArgumentParser``.
@@ -33,6 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        replace_unencodable()
         given = sys.argv[1:] if args is None else args
         for text in given:
             if text.startswith("--") and text.endswith("=--"):
@@ -43,6 +47,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.splitlines())
         self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def replace_unencodable() -> None:
+    """Make the standard streams replace the characters that their encoding lacks.
+
+    Output in cp1252 has "?" for σ then, and input that cannot be decoded U+FFFD. An
+    error handler that never raises, such as backslashreplace, stays as it is.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A stream that stands in for a standard one may have no such method.
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure and stream.errors in ("strict", "surrogateescape"):
+            with suppress(OSError, ValueError):  # closed, or read from already
+                reconfigure(errors="replace")
 
 
 def reader_left() -> int:

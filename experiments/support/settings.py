@@ -248,7 +248,11 @@ def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]
     add_options(parser, Settings)
     add = parser.add_argument
     add("--recipe", help="best: the most accurate in ten minutes", choices=RECIPES)
-    add("--resume", help="run folder to go on with", metavar="RUN")
+    add(
+        "--resume",
+        help="run folder to go on with, or a checkpoint in it",
+        metavar="RUN",
+    )
     said = parser.add_mutually_exclusive_group()
     said.add_argument(
         "--quiet",

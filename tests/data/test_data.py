@@ -37,6 +37,7 @@ RAW = {
     "kmnist": Path("KMNIST", "raw"),
 }
 CLASSES = {name: raw.parts[0] for name, raw in RAW.items()}
+CLASS = "CLASS"  # stands for one of them
 REPOSITORY = Path(__file__).parents[2]
 
 fuzz = settings(
@@ -91,13 +92,27 @@ class Family:
         cls = getattr(torchvision.datasets, CLASSES[name])
         self.monkeypatch.setattr(cls, "mirrors", list(mirrors))
 
-    def write(self, folder: Path, name: str = "mnist", packed: bool = True) -> None:
+    def know_unpacked(self) -> dict[str, str]:
+        """Registers the checksums of the unpacked MNIST, and returns them."""
+        known = {file: md5(content) for file, content in self.files["mnist"].items()}
+        self.monkeypatch.setattr(data, "_MNIST_UNPACKED_MD5", known)
+        return known
+
+    def write(
+        self,
+        folder: Path,
+        name: str = "mnist",
+        packed: bool = True,
+        dotted: bool = False,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
+            path = folder / (file.replace("-idx", ".idx") if dotted else file)
             if packed:
-                (folder / f"{file}.gz").write_bytes(self.gz[name][file])
+                path = path.with_name(f"{path.name}.gz")
+                path.write_bytes(self.gz[name][file])
             else:
-                (folder / file).write_bytes(self.files[name][file])
+                path.write_bytes(self.files[name][file])
 
     def check(self, splits: data.Splits, name: str = "mnist") -> None:
         """Compares splits with what was put into the files."""
@@ -413,16 +428,107 @@ def test_missing_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", list(RAW))
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("dotted", [True, False])
+@pytest.mark.parametrize("deeper", [".", CLASS, f"{CLASS}/raw"])
 def test_layouts(
-    family: Family, tmp_path: Path, name: str, packed: bool, flat: bool
+    family: Family, tmp_path: Path, name: str, packed: bool, dotted: bool, deeper: str
 ) -> None:
-    family.write(tmp_path if flat else tmp_path / RAW[name], name, packed)
+    """A root in torchvision's layout, or one of its inner folders."""
+    family.write(tmp_path / RAW[name], name, packed, dotted)
+    root = tmp_path / deeper.replace(CLASS, CLASSES[name])
     before = snapshot(tmp_path)
-    assert data.find(name, tmp_path)
-    family.check(data.load(name, str(tmp_path), download=False), name)
-    family.check(data.load(name, tmp_path), name)
+    assert data.find(name, root)
+    family.check(data.load(name, str(root), download=False), name)
+    family.check(data.load(name, root), name)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", list(RAW))
+@pytest.mark.parametrize("dotted", [True, False])
+@pytest.mark.parametrize("folder", [".", "raw"])
+def test_packed_files_in_a_folder_of_any_name(
+    family: Family, tmp_path: Path, name: str, dotted: bool, folder: str
+) -> None:
+    family.write(tmp_path / folder, name, dotted=dotted)
+    assert data.find(name, tmp_path)
+    family.check(data.load(name, tmp_path), name)
+
+
+@pytest.mark.parametrize("dotted", [True, False])
+@pytest.mark.parametrize("folder", [".", "raw"])
+def test_unpacked_mnist_in_a_folder_of_any_name(
+    family: Family, tmp_path: Path, dotted: bool, folder: str
+) -> None:
+    family.know_unpacked()
+    family.write(tmp_path / folder, packed=False, dotted=dotted)
+    assert data.find("mnist", tmp_path)
+    family.check(data.load("mnist", tmp_path))
+
+
+@pytest.mark.parametrize("folder", [".", "raw", "MNIST/raw", "KMNIST", "KMNIST/raw"])
+def test_unpacked_files_of_a_set_that_is_not_certain(
+    family: Family, tmp_path: Path, folder: str
+) -> None:
+    """KMNIST's files have the names and sizes of Fashion-MNIST's."""
+    family.write(tmp_path / folder, "kmnist", packed=False)
+    for root in (tmp_path, tmp_path / folder):
+        assert not data.find("fashion", root)
+        for download in (True, False):
+            refused("fashion", root, download)
+    message = refused("fashion", tmp_path / folder)
+    assert "unpacked files count in a folder called FashionMNIST" in message
+    assert str(tmp_path / folder / FILES[0]) in message
+
+
+@pytest.mark.parametrize(
+    "folder", ["fashion", "fashion-mnist", "Fashion_MNIST/raw", "KMNIST/FashionMNIST"]
+)
+def test_a_folder_s_name_says_whose_unpacked_files_are(
+    family: Family, tmp_path: Path, folder: str
+) -> None:
+    family.write(tmp_path / folder, "fashion", packed=False)
+    family.check(data.load("fashion", tmp_path / folder), "fashion")
+    assert not data.find("kmnist", tmp_path / folder)
+
+
+def test_the_current_folder_and_links_have_names_as_well(
+    family: Family, tmp_path: Path
+) -> None:
+    family.write(tmp_path / RAW["kmnist"], "kmnist", packed=False)
+    family.monkeypatch.chdir(tmp_path / RAW["kmnist"])
+    family.check(data.load("kmnist", "."), "kmnist")
+    family.check(data.load("kmnist", ".."), "kmnist")
+    (tmp_path / "link").symlink_to(tmp_path / "KMNIST")
+    family.check(data.load("kmnist", tmp_path / "link"), "kmnist")
+    family.write(tmp_path / "store", "fashion", packed=False)
+    (tmp_path / "FashionMNIST").symlink_to(tmp_path / "store")
+    family.check(data.load("fashion", tmp_path / "FashionMNIST"), "fashion")
+
+
+def test_files_may_lie_in_several_of_the_places(family: Family, tmp_path: Path) -> None:
+    family.write(tmp_path)
+    for file, folder in zip(FILES, ["raw", ".", RAW["mnist"], "raw"], strict=True):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        name = f"{file}.gz".replace("-idx", ".idx")
+        (tmp_path / f"{file}.gz").rename(tmp_path / folder / name)
+    family.check(data.load("mnist", tmp_path))
+
+
+@pytest.mark.parametrize("deeper", [".", CLASS, f"{CLASS}/raw"])
+def test_a_download_completes_torchvision_s_layout(
+    family: Family, serve: Callable[..., Server], tmp_path: Path, deeper: str
+) -> None:
+    """No MNIST/raw inside MNIST/raw, whichever of its folders is the root."""
+    server = serve(family.gz["mnist"])
+    family.mirrors("mnist", server.url)
+    family.write(tmp_path / RAW["mnist"])
+    missing = f"{FILES[2]}.gz"
+    whole = snapshot(tmp_path)
+    (tmp_path / RAW["mnist"] / missing).unlink()
+    root = tmp_path / deeper.replace(CLASS, "MNIST")
+    family.check(data.load("mnist", root))
+    assert set(server.asked) == {missing}
+    assert snapshot(tmp_path) == whole
 
 
 def test_packed_and_unpacked_files_may_be_mixed(family: Family, tmp_path: Path) -> None:
@@ -523,14 +629,14 @@ def test_sibling_is_named(family: Family, tmp_path: Path) -> None:
 
 
 def test_unpacked_mnist_has_checksums(family: Family, tmp_path: Path) -> None:
-    known = {file: md5(family.files["mnist"][file]) for file in FILES}
-    family.monkeypatch.setattr(data, "_MNIST_UNPACKED_MD5", known)
-    family.write(tmp_path, "mnist", packed=False)
-    family.check(data.load("mnist", tmp_path, download=False))
-    assert "other than MNIST's" in refused("fashion", tmp_path)
-    family.write(tmp_path, "fashion", packed=False)
-    family.check(data.load("fashion", tmp_path, download=False), "fashion")
-    assert known[FILES[0]] in refused("mnist", tmp_path)
+    known = family.know_unpacked()
+    folder = tmp_path / "fashion"
+    family.write(folder, "mnist", packed=False)
+    family.check(data.load("mnist", folder, download=False))
+    assert "other than MNIST's" in refused("fashion", folder)
+    family.write(folder, "fashion", packed=False)
+    family.check(data.load("fashion", folder, download=False), "fashion")
+    assert known[FILES[0]] in refused("mnist", folder)
 
 
 def test_label_out_of_range(family: Family, tmp_path: Path) -> None:

@@ -85,6 +85,32 @@ def test_quiet_says_nothing(capsys, tmp_path):
     assert "not allowed with" in capsys.readouterr().err
 
 
+def checkpoints_of(run):
+    """The names by which people give a run, and the epoch that each goes on from."""
+    return {"": 2, "/": 2, "/checkpoint.pt": 2, "/checkpoint.previous.pt": 1}
+
+
+@pytest.mark.parametrize("name", checkpoints_of(""))
+def test_a_run_is_resumed_by_any_of_its_names(capsys, tmp_path, name):
+    metrics = mnist.main(settings(tmp_path, output="quiet"))
+    capsys.readouterr()
+    command = ["--resume", metrics["run"] + name, "--epochs", "3", "--json"]
+    assert mnist.command_line(command) == 0
+    epochs = [
+        json.loads(line)["epoch"] for line in capsys.readouterr().out.split("\n")[:-1]
+    ]
+    assert epochs[0] == checkpoints_of("")[name] + 1
+    assert epochs[-1] == 3
+    assert (Path(metrics["run"]) / "checkpoint.pt").is_file()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(capsys, tmp_path):
+    metrics = mnist.main(settings(tmp_path, output="quiet"))
+    capsys.readouterr()
+    assert mnist.command_line(["--resume", metrics["run"] + "/nothing.pt"]) == 2
+    assert "nothing.pt" in capsys.readouterr().err
+
+
 def test_a_resumed_run_may_say_it_in_another_way(capsys, tmp_path):
     metrics = mnist.main(settings(tmp_path))
     capsys.readouterr()
@@ -446,7 +472,7 @@ BAD = {
     "--target-accuracy 95": "target_accuracy: expected 0 to 1, got 95",
     "--name a/b": "expected a plain folder name, got 'a/b'",
     "--logdir {file}": "logdir: ",
-    "--resume {file}": "no such checkpoint",
+    "--resume {file}": "expected a run's folder or a checkpoint in one",
     "--dataset mnist --data {file}": "expected a folder as root",
     "--distort -1": "distort: expected 0 (none) to 4, got -1",
     "--distort nan": "distort: expected 0 (none) to 4, got nan",

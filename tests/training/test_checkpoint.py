@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,20 +69,26 @@ def damaged():
     def saved(content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        checkpoint._seal(buffer)
         return buffer.getvalue()
 
+    def unsealed(content):
+        return saved(content)[: -checkpoint.SEAL_SIZE]
+
     newer = {"format": checkpoint.FORMAT, "version": 99, "state": {}}
-    no_state = {"format": checkpoint.FORMAT, "version": 2, "state": 3}
+    no_state = {"format": checkpoint.FORMAT, "version": 3, "state": 3}
     return {
-        "empty": (b"", "expected a whole checkpoint"),
+        "empty": (b"", "expected a whole checkpoint, got an empty file"),
         "truncated": (whole[: len(whole) // 2], "expected a whole checkpoint"),
-        "text": (b"epoch 3", "expected a whole checkpoint"),
+        "text": (b"epoch 3", "expected a whole checkpoint, got a file of another"),
         "code": (pickle.dumps(Evil()), "expected a whole checkpoint"),
-        "torch code": (saved({"state": Evil()}), "expected a whole checkpoint"),
-        "another program's": (saved({"model": {}}), "got another kind of file"),
+        "torch code": (saved({"state": Evil()}), "expected a checkpoint that torch"),
+        "another program's": (unsealed({"model": {}}), "another program's"),
+        "another content": (saved({"model": {}}), "got another kind of file"),
         "a tensor": (saved(torch.ones(2)), "got another kind of file"),
-        "newer": (saved(newer), "expected version 2 or 3, got 99"),
-        "no version": (saved({**newer, "version": None}), "expected version 2 or 3"),
+        "newer": (saved(newer), "expected version 3, got 99"),
+        "older": (saved({**newer, "version": 2}), "expected version 3, got 2"),
+        "no version": (saved({**newer, "version": None}), "expected version 3"),
         "no checksum": (whole, "expected a whole checkpoint, got one without its"),
         "no state": (saved(no_state), "expected a state inside"),
     }
@@ -163,19 +170,56 @@ def test_torch_opens_a_checkpoint_as_well(tmp_path):
         assert archive.comment.startswith(b"torchbp sha256 ")
 
 
-def test_the_version_before_checksums_is_read(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"format": checkpoint.FORMAT, "version": 2, "state": STATE}, path)
-    assert same(checkpoint.load(path), STATE)
+REFUSED = {
+    "a NumPy number": ({"best": np.float64(0.95)}, r"state\['best'\].*numpy.float64"),
+    "deep inside": ({"a": [1, {"b": 1 + 2j, "c": object()}]}, r"state\['a'\]\[1\]"),
+    "a function": ({"f": len}, r"state\['f'\]"),
+    "an object": ({"o": Path("x")}, r"state\['o'\].*Path"),
+    "a list": ([1, 2], "state: expected a dict, got list"),
+    "None": (None, "state: expected a dict, got NoneType"),
+}
 
 
-def test_a_newer_version_with_a_checksum(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_save_names_what_load_would_refuse(tmp_path, kind):
+    state, message = REFUSED[kind]
     path = tmp_path / "checkpoint.pt"
-    monkeypatch.setattr(checkpoint, "VERSION", 4)
     checkpoint.save(path, STATE)
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="expected version 2 or 3, got 4"):
+    with pytest.raises(TypeError, match=message) as caught:
+        checkpoint.save(path, state)
+    assert "\n" not in str(caught.value)
+    assert same(checkpoint.load(path), STATE)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_a_link_stays_a_link_and_leads_to_the_new_file(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "real.pt", tmp_path / "checkpoint.pt"
+    link.symlink_to(target)  # it leads to nothing yet
+    checkpoint.save(link, {"n": 1})
+    assert link.is_symlink() and checkpoint.load(target) == {"n": 1}
+    checkpoint.save(link, {"n": 2}, tmp_path / "previous.pt")
+    assert link.is_symlink() and checkpoint.load(target) == {"n": 2}
+    assert checkpoint.load(tmp_path / "previous.pt") == {"n": 1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+@pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a device"])
+def test_what_is_no_file_is_refused_and_stays(tmp_path, kind):
+    path = tmp_path / "checkpoint.pt"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    before = os.stat(path).st_mode
+    with pytest.raises(OSError, match="expected a file, got a"):
+        checkpoint.save(path, STATE)
+    with pytest.raises(CheckpointError, match="expected a file, got a"):
         checkpoint.load(path)
+    assert os.stat(path).st_mode == before
 
 
 def whole():

@@ -427,7 +427,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     assert_undisturbed(folder, undisturbed("explicit", 3))
 
 
-@pytest.mark.parametrize("at", [22, 30, 38])
+@pytest.mark.parametrize("at", [28, 30, 38])
 def test_a_log_folder_that_is_deleted_underway(driver, undisturbed, tmp_path, at):
     folder = prepared(undisturbed, tmp_path, "explicit")
     answer = driver.run(

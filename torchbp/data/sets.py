@@ -4,6 +4,14 @@
 set of 50,000 images is 39 MB as uint8 and is best kept in memory whole. Files are
 read where they lie, packed or not; a root is written to only by a download.
 
+Before anything is downloaded, each file is looked for in `root/MNIST/raw` (as
+torchvision has it; FashionMNIST or KMNIST for these), then in `root` itself, then in
+`root/raw`: so root may be torchvision's, or its MNIST folder, or the files' own. In
+each, a file may be called train-images-idx3-ubyte.gz or train-images.idx3-ubyte.gz, or
+either without .gz. Checksums tell whose a packed file is, or an unpacked one of MNIST.
+Unpacked files of Fashion-MNIST and KMNIST have the same names and sizes: they count in
+a folder called after their set (FashionMNIST, fashion-mnist, ...), or in raw in one.
+
 torchvision, scikit-learn and numpy are imported when first used, so that this module
 stands on torch alone, and `load("digits")` works without torchvision and network.
 """
@@ -123,8 +131,8 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        root: folder in torchvision's layout (`root/MNIST/raw/...`) or with the four
-            files lying flat, as .gz or unpacked; `default_root()` if None.
+        root: folder in torchvision's layout, or one of the others that this module's
+            docstring lists; `default_root()` if None.
         download: fetch files of the MNIST family that root lacks.
 
     Returns:
@@ -172,7 +180,8 @@ def join_validation(splits: Splits) -> Splits:
 def find(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     """Tells whether any file of a dataset is on disk; reads and imports nothing.
 
-    Files lying flat in root do not tell whose they are, and count for the whole family.
+    Packed files lying flat in root count for the whole family: their names do not tell
+    whose they are.
 
     Args:
         name: one of `NAMES`; "digits" is found if scikit-learn is installed.
@@ -247,6 +256,8 @@ def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
     """Checks the name of a dataset and says where its files are looked for."""
     if name not in NAMES:
         raise ValueError(f"expected a dataset name among {NAMES}, got {name!r}")
+    if root is not None and "\0" in os.fsdecode(root):
+        raise DataError(f"root: expected a folder, got {root!r}")
     try:
         return default_root() if root is None else Path(root).expanduser()
     except RuntimeError as error:  # ~ of a user that there is not
@@ -260,7 +271,7 @@ def _load_family(name: str, root: Path, download: bool) -> Splits:
         raise DataError(f"expected a folder as root, got the file {root}")
     found = _locate(name, root)
     missing = [file for file in _FILES if file not in found]
-    for path in (path for file in missing for path in _places(name, root, file)):
+    for path in (path for file in missing for path, _ in _places(name, root, file)):
         # A download would replace it, unless another process's just did.
         if os.path.lexists(path) and not path.is_file():
             came = "a folder" if path.is_dir() else "a link to nothing or a device"
@@ -278,7 +289,7 @@ def _load_family(name: str, root: Path, download: bool) -> Splits:
         if missing:
             _download(name, root, missing, dataset)
         for file in missing:
-            path = root / _CLASSES[name] / "raw" / f"{file}.gz"
+            path = _home(name, root) / f"{file}.gz"
             (raw / file).write_bytes(_verified(path, file, name, dataset))
         images, labels = _read(dataset, scratch, "train")
         test = Split(*_read(dataset, scratch, "t10k"))
@@ -304,27 +315,64 @@ def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _locate(name: str, root: Path) -> dict[str, Path]:
-    """Finds the files of a dataset; .gz before unpacked, for the checksum's sake."""
+    """Finds the files of a dataset whose set is certain, or shown by a checksum."""
     found: dict[str, Path] = {}
     for file in _FILES:
-        for path in _places(name, root, file):
-            if path.is_file():
+        for path, is_certain in _places(name, root, file):
+            if is_certain and path.is_file():
                 found.setdefault(file, path)
     return found
 
 
-def _places(name: str, root: Path, file: str) -> list[Path]:
-    """Where a file may lie, the best place first."""
-    folders = root / _CLASSES[name] / "raw", root
-    return [folder / f for folder in folders for f in (f"{file}.gz", file)]
+def _places(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
+    """Where a file may lie, the best place first, and whether one that lies there is
+    of this set for certain; .gz before unpacked, for the checksum's sake."""
+    folders = root / _CLASSES[name] / "raw", root, root / "raw"
+    names = file, file.replace("-idx", ".idx")
+    return [
+        (folder / f"{other}{ending}", bool(ending) or _is_certain(name, folder))
+        for folder in folders
+        for ending in (".gz", "")
+        for other in names
+    ]
+
+
+def _is_certain(name: str, folder: Path) -> bool:
+    """Tells whether unpacked files in a folder are known to be of a set: by checksums,
+    as MNIST's are, or by the folder's name."""
+    ends = (Path(end(folder)) for end in (os.path.abspath, os.path.realpath))
+    owners = [(end.parent if end.name == "raw" else end).name for end in ends]
+    plain = {"".join(filter(str.isalnum, owner)).lower() for owner in owners}
+    return name == "mnist" or not plain.isdisjoint({name, _CLASSES[name].lower()})
+
+
+def _uncertain(name: str, root: Path, files: list[str]) -> str:
+    """Says which files are there, but might be another set's."""
+    for path in (path for file in files for path, _ in _places(name, root, file)):
+        if path.is_file():
+            return (
+                f" ({path} may be another set's: unpacked files count in a folder "
+                f"called {_CLASSES[name]})"
+            )
+    return ""
+
+
+def _home(name: str, root: Path) -> Path:
+    """Where a download puts its files: in torchvision's layout, of which root may be
+    an inner folder."""
+    folder = Path(os.path.abspath(root))
+    if folder.parts[-2:] == (_CLASSES[name], "raw"):
+        return root
+    is_inside = folder.name == _CLASSES[name]
+    return root / "raw" if is_inside else root / _CLASSES[name] / "raw"
 
 
 def _remedy(name: str, root: Path, files: list[str]) -> str:
     """Says which files go where, and what works without them."""
     gz = ", ".join(f"{file}.gz" for file in files)
     return (
-        f"put {gz} into {root / _CLASSES[name] / 'raw'}, or use the digits, which "
-        'work offline: load("digits"), --dataset digits'
+        f"put {gz} into {_home(name, root)}{_uncertain(name, root, files)}, or use the "
+        'digits, which work offline: load("digits"), --dataset digits'
     )
 
 
@@ -405,7 +453,7 @@ def _damaged(path: Path, expected: str, came: str) -> DataError:
 def _download(name: str, root: Path, files: list[str], dataset: Any) -> None:
     """Fetches files into root; each appears there whole and verified, or not at all."""
     mirrors = _reachable_mirrors(name, root, files, dataset)
-    raw = root / _CLASSES[name] / "raw"
+    raw = _home(name, root)
     try:
         raw.mkdir(parents=True, exist_ok=True)
         # Beside its goal, since os.replace is atomic within one file system only.

@@ -3,17 +3,24 @@
 A checkpoint is a file of ``torch.save``, which ``torch.load(path, weights_only=True)``
 opens too: {"format", "version", "state"}. It is a zip archive, and the archive's
 comment is the SHA-256 of all bytes before it: no byte can change unnoticed.
+
+Each refusal to save or to load is one line in this module's words; what torch or the
+system said is the exception's cause.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import re
 import secrets
+import stat
 import struct
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,14 +30,17 @@ __all__ = ["CheckpointError", "load", "save", "write_atomically"]
 
 FORMAT = "torchbp-checkpoint"
 VERSION = 3
-UNSEALED = 2  # the last version without a checksum
 SEAL = b"torchbp sha256 "
 SEAL_SIZE = len(SEAL) + 64
-END_OF_ZIP = b"PK\5\6"  # begins a zip archive's last 22 bytes, where it has no comment
+ZIP, END_OF_ZIP = b"PK\3\4", b"PK\5\6"  # the latter: 22 bytes, without a comment
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read; the message is one line and names the file.
+
+    Args:
+        message: what is wrong; its lines are joined.
 
     Examples:
         >>> try:
@@ -39,6 +49,9 @@ class CheckpointError(RuntimeError):
         ...     print(error)
         nowhere/checkpoint.pt: no such checkpoint
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 def save(
@@ -49,13 +62,15 @@ def save(
     """Write `state` to `path`; whoever reads `path` finds the old file or the new one.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file, as in :func:`write_atomically`.
         state: tensors, numbers, strings, and lists and dicts of them.
-        previous: where the old file is kept, in the same folder; it is not, if None.
+        previous: where the old file is kept; it is not kept if None.
 
     Raises:
-        OSError: the folder is missing, read-only or full; the old file is intact.
-        TypeError: `state` holds something that :func:`load` would refuse.
+        OSError: the folder is missing, read-only or full, or what lies at `path` is no
+            file; what lies there is intact.
+        TypeError: `state` holds something that :func:`load` would refuse; names its
+            place in `state` and its type.
 
     Examples:
         >>> import tempfile, torchbp
@@ -68,16 +83,18 @@ def save(
         >>> again.load_state_dict(state["model"])
         <All keys matched successfully>
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
-    buffer.seek(0)
+    if not isinstance(state, dict):
+        raise TypeError(f"state: expected a dict, got {_type_name(state)}")
     try:
-        torch.load(buffer, map_location="cpu", weights_only=True)
-    except Exception as error:
+        buffer = _serialize({"format": FORMAT, "version": VERSION, "state": state})
+    except OUT_OF_MEMORY:
+        raise
+    except RecursionError as error:
         raise TypeError(
-            "state: expected tensors, numbers, strings, lists and dicts, got what "
-            f"cannot be loaded again: {' '.join(str(error).split())[-200:]}"
+            "state: expected lists and dicts a few hundred levels deep, got more levels"
         ) from error
+    except Exception as error:
+        raise TypeError(_explain_refusal(state)) from error
     _seal(buffer)
     write_atomically(path, buffer.getbuffer(), previous)
 
@@ -100,32 +117,89 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
         {'epoch': 3, 'weights': [tensor([1., 1.])]}
     """
     try:
+        _check_is_file(path)
         with open(path, "rb") as file:
-            is_sealed = _check_seal(file)
-            content = torch.load(file, map_location=map_location, weights_only=True)
-    except (FileNotFoundError, NotADirectoryError):
+            _check_seal(file)
+            content = _deserialize(file, map_location)
+    # ValueError: a path that no system takes.
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises whatever its parsers raise
-        reason = (str(error).splitlines() or [""])[0][:120]
-        kind = type(error).__name__
-        raise CheckpointError(
-            f"{path}: expected a whole checkpoint, got {kind}: {reason}"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected a {FORMAT}, got another kind of file")
-    version = content.get("version")
-    if type(version) is not int or not UNSEALED <= version <= VERSION:
-        raise CheckpointError(
-            f"{path}: expected version {UNSEALED} or {VERSION}, got {version!r}"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    return content
+
+
+def _serialize(content: Any) -> io.BytesIO:
+    """The file of `content`, without a checksum; raise whatever torch raises if it
+    cannot be written, or cannot be loaded again."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)
+    return buffer
+
+
+def _explain_refusal(state: dict[Any, Any]) -> str:
+    """Say which part of `state` cannot be saved: the innermost."""
+    place, part, outer = "state", state, set[int]()
+    while True:
+        outer.add(id(part))
+        refused = (
+            (where, child)
+            for where, child in _children(part)
+            if id(child) not in outer and _is_refused(child)  # there may be cycles
         )
-    if version > UNSEALED and not is_sealed:
-        raise CheckpointError(
-            f"{path}: expected a whole checkpoint, got one without its checksum"
-        )
-    state = content.get("state")
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected a state inside, got {type(state)}")
-    return state
+        found = next(refused, None)
+        if found is None:
+            return (
+                f"{place}: expected tensors, numbers, strings, lists and dicts, got "
+                f"{_type_name(part)}, which cannot be loaded again"
+            )
+        place, part = f"{place}{found[0]}", found[1]
+
+
+def _children(part: Any) -> Iterator[tuple[str, Any]]:
+    """What a list or dict holds, its keys too, and where: "[3]", "['a']", ", a key"."""
+    if type(part) in (dict, OrderedDict):
+        yield from ((", a key", key) for key in part)
+        yield from ((f"[{_key_name(key)}]", child) for key, child in part.items())
+    elif type(part) in (list, tuple):
+        yield from ((f"[{i}]", child) for i, child in enumerate(part))
+
+
+def _is_refused(part: Any) -> bool:
+    try:
+        _serialize(part)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        return True
+    return False
+
+
+def _key_name(key: Any) -> str:
+    return f"{key!r:.80}" if type(key) in (str, int) else f"a {_type_name(key)}"
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return " ".join(f"{module}{kind.__qualname__}".split())
+
+
+def _check_is_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of the file at `path`, links followed; raise OSError if there is none,
+    or something that is no file: it is not opened, since a FIFO would wait for its
+    writer and a device may act."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder")
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a FIFO" if stat.S_ISFIFO(status.st_mode) else "a device or socket"
+        raise OSError(errno.EINVAL, f"expected a file, got {kind}")
+    return status
 
 
 def _seal(buffer: io.BytesIO) -> None:
@@ -139,35 +213,69 @@ def _seal(buffer: io.BytesIO) -> None:
     buffer.write(SEAL + digest.encode())
 
 
-def _check_seal(file: IO[bytes]) -> bool:
-    """Whether `file` ends with a checksum, and raise ValueError if it is not that of
-    the bytes before it; `file` is left at its start."""
+def _check_seal(file: IO[bytes]) -> None:
+    """Raise CheckpointError unless `file` ends with the checksum of the bytes before
+    it; `file` is left at its start."""
     size = file.seek(0, os.SEEK_END)
     left = max(0, size - SEAL_SIZE)
     file.seek(left)
     seal = file.read(SEAL_SIZE)
     file.seek(0)
     if not seal.startswith(SEAL):
-        return False
+        kind = "a file of another kind" if size else "an empty file"
+        if file.read(len(ZIP)) == ZIP:
+            kind = "one without its checksum: cut off, or another program's"
+        raise CheckpointError(f"expected a whole checkpoint, got {kind}")
     digest = hashlib.sha256()
     while left:
         piece = file.read(min(left, 1 << 20))
         if not piece:
-            raise ValueError("the file shrank while it was read")
+            raise CheckpointError(
+                "expected a whole checkpoint, got a file that shrank while it was read"
+            )
         digest.update(piece)
         left -= len(piece)
     if seal != SEAL + digest.hexdigest().encode():
-        raise ValueError("its checksum is not that of its content")
+        raise CheckpointError(
+            "expected a whole checkpoint, got content that is not its checksum's"
+        )
     file.seek(0)
-    return True
+
+
+def _deserialize(file: IO[bytes], map_location: Any) -> dict[str, Any]:
+    """The state in a file whose checksum fits."""
+    try:
+        content = torch.load(file, map_location=map_location, weights_only=True)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # torch.load raises whatever its parsers raise
+        raise CheckpointError(
+            f"expected a checkpoint that torch {torch.__version__} loads to "
+            f"{map_location}, got {type(error).__name__}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"expected a {FORMAT}, got another kind of file")
+    version, state = content.get("version"), content.get("state")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"expected version {VERSION}, got {version!r:.80}")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"expected a state inside, got {_type_name(state)}")
+    return state
 
 
 TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.torchbp")
 
 
-def _temporary(path: Path) -> Path:
-    """A free name beside `path`, which says whose it is."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.torchbp")
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, which says whose it is; free again in the end."""
+    name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.torchbp"
+    temporary = path.with_name(name)
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def write_atomically(
@@ -177,62 +285,81 @@ def write_atomically(
 ) -> None:
     """Write bytes to a temporary file beside `path`, then rename it over `path`.
 
+    What lies at `path` keeps its nature: a link leads to the new file where it led to
+    the old one, a file keeps its permissions, and what is no file is refused.
+
     Args:
         path: the file; its folder must exist.
         data: its bytes.
-        previous: where the old file is kept, in the same folder; it is not, if None.
+        previous: where the old file is kept; it is not kept if None.
 
     Raises:
-        OSError: the folder is missing, read-only or full; the old file is intact.
+        OSError: the folder is missing, read-only or full, or what lies at `path` or
+            `previous` is no file; what lies there is intact.
 
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_atomically(f"{folder}/note.txt", b"whole")
-        ...     Path(folder, "note.txt").read_text()
-        'whole'
+        ...     Path(folder, "note.txt").read_bytes()
+        b'whole'
     """
-    path = Path(path)
-    temporary = _temporary(path)
     try:
-        # Not mkstemp: its files are for their owner alone, whatever the umask says.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None:
-            _keep(path, Path(previous))
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):  # it names the temporary file, or none
-            reason = f"cannot be written: {error.strerror}"
-            raise OSError(error.errno, reason, str(path)) from error
-        raise
-    _sync_folder(path.parent)
+        target, mode = _follow_links(path)
+        with _temporary(target) as temporary:
+            _write_to_disk(temporary, data, mode)
+            if previous is not None and mode is not None:
+                _keep(target, _follow_links(previous)[0], mode)
+            os.replace(temporary, target)
+    except OSError as error:  # it names the temporary file, or none
+        reason = f"cannot be written: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from error
+    except ValueError as error:
+        reason = "cannot be written: no system takes this path"
+        raise OSError(errno.EINVAL, reason, str(path)) from error
+    _sync_folder(target.parent)
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Make `previous` a second name of the file at `path`, if there is one: at every
-    moment both names lead to whole files."""
-    link = _temporary(previous)
+def _follow_links(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The path without links, and the permissions of the file there, if there is one;
+    raise OSError if what is there is no file."""
     try:
+        mode = stat.S_IMODE(_check_is_file(path).st_mode)
+    except FileNotFoundError:
+        mode = None
+    return Path(os.path.realpath(path)), mode
+
+
+def _write_to_disk(path: Path, data: Any, mode: int | None) -> None:
+    """Make a file, and return when its bytes are on the disk.
+
+    Args:
+        path: of the file, which is not there yet.
+        data: its bytes.
+        mode: its permissions; those of any new file if None.
+    """
+    # Not mkstemp: its files are for their owner alone, whatever the umask says.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    handle = os.open(path, flags, 0o666 if mode is None else mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if mode is not None:  # the umask has taken some of them
+        with contextlib.suppress(OSError):  # not every file system has them
+            os.chmod(path, mode)
+
+
+def _keep(path: Path, previous: Path, mode: int) -> None:
+    """Make `previous` a second name of the file at `path`, or a copy where one file
+    cannot have two names: at every moment both names lead to whole files."""
+    with _temporary(previous) as link:
         try:
             os.link(path, link)
-        except FileNotFoundError:
-            raise
-        except OSError:  # no hard links here: for a moment there is `previous` alone
-            os.replace(path, previous)
-        else:
-            os.replace(link, previous)
-    except FileNotFoundError:  # there is nothing to keep
-        pass
-    finally:
-        # Still there where both names led to one file: to rename it does nothing then.
-        with contextlib.suppress(OSError):
-            os.unlink(link)
+        except OSError:
+            _write_to_disk(link, path.read_bytes(), mode)
+        # Where both names lead to one file already, this does nothing.
+        os.replace(link, previous)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,13 +16,17 @@ from torchbp.training.checkpoint import CheckpointError
 
 __all__ = ["RunFolder"]
 
+NAMES = NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
 
 class RunFolder:
     """``runs/<name>/``: settings.json, versions.json, checkpoint.pt, the one before it
     in checkpoint.previous.pt, and event files.
 
     Args:
-        path: the folder; :meth:`create` makes one, this opens it as it is.
+        path: the folder, or a checkpoint in it: "checkpoint.pt" stands for the run,
+            and any other is the one that :meth:`load` returns. :meth:`create` makes a
+            folder, this opens it as it is.
 
     Attributes:
         path: the folder.
@@ -39,17 +43,30 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._chosen: Path | None = None
         self._is_damaged = False
+        if os.path.isdir(self.path):
+            return
+        if os.path.lexists(self.path) or self.path.name in NAMES:
+            self._choose(self.path)
+
+    def _choose(self, file: Path) -> None:
+        """Open the folder of the checkpoint `file`, to go on from there."""
+        self.path = file.parent
+        if os.path.islink(file) and not self.has_settings:  # a link from elsewhere
+            file = Path(os.path.realpath(file))
+            self.path = file.parent
+        self._chosen = None if file == self.checkpoint else file
 
     @property
     def checkpoint(self) -> Path:
         """The newest checkpoint."""
-        return self.path / "checkpoint.pt"
+        return self.path / NEWEST
 
     @property
     def previous(self) -> Path:
         """The one before it."""
-        return self.path / "checkpoint.previous.pt"
+        return self.path / PREVIOUS
 
     @classmethod
     def create(cls, logdir: str | os.PathLike[str], name: str) -> RunFolder:
@@ -101,16 +118,20 @@ class RunFolder:
         """
         path = self.path / f"{name}.json"
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: expected {name}, got {error}") from error
 
     @property
     def never_began(self) -> bool:
         """Whether a run was stopped here before its first checkpoint."""
-        written = self.checkpoint, self.previous
-        settings = self.path / "settings.json"
-        return settings.is_file() and not any(map(os.path.lexists, written))
+        written = self.checkpoint, self.previous, *filter(None, [self._chosen])
+        return self.has_settings and not any(map(os.path.lexists, written))
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether this is the folder of a run, and not just of a checkpoint."""
+        return os.path.isfile(self.path / "settings.json")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -154,8 +175,7 @@ class RunFolder:
     def what_is_left(self) -> str:
         """What there is to go on with, for the last words of a run."""
         for path in (self.checkpoint, self.previous):
-            with contextlib.suppress(CheckpointError):
-                checkpoint.load(path)
+            if _is_whole(path):
                 return f"{path} is whole, to go on: --resume {self.path}"
         return "no checkpoint is left"
 
@@ -165,14 +185,15 @@ class RunFolder:
             if not os.path.lexists(aside):
                 break
         with contextlib.suppress(FileNotFoundError):
-            os.replace(self.checkpoint, aside)
+            # The file itself: a link to it stays, and leads to the next checkpoint.
+            shutil.move(os.path.realpath(self.checkpoint), aside)
         self._is_damaged = False
 
     def load(
         self, check: Callable[[dict[str, Any]], None] | None = None
     ) -> tuple[dict[str, Any], str | None]:
         """The newest checkpoint that is whole and passes `check`, and what is wrong
-        with the newest if it is the one before it.
+        with the newest if it is the one before it; or the one that was asked for.
 
         Args:
             check: raises whatever it likes about a state that is not to be used.
@@ -180,6 +201,10 @@ class RunFolder:
         Raises:
             CheckpointError: there is none.
         """
+        if self._chosen is not None:
+            state = _load_checked(self._chosen, check)
+            self._is_damaged = not _is_whole(self.checkpoint)
+            return state, None
         try:
             return _load_checked(self.checkpoint, check), None
         except CheckpointError as error:
@@ -192,6 +217,14 @@ class RunFolder:
             raise CheckpointError(f"{failure}; {error}") from failure
         self._is_damaged = True
         return state, str(failure)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoint.load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _load_checked(
