@@ -145,16 +145,31 @@ def transforming() -> bool:
 def may_overwrite(other: Tensor) -> bool:
     """Whether a backward may work in place, with `other`, on tensors it made itself.
 
-    It may where nothing records the operations and no transform hides dimensions in
-    `other` that those tensors have not: those of torch.func, or of ``autograd.grad(...,
-    is_grads_batched=True)``, which has a vmap of its own.
+    It may where nothing records the operations (autograd, a ``TorchDispatchMode``), and
+    where no transform hides dimensions in `other` that those tensors have not: those of
+    torch.func, or of ``autograd.grad(..., is_grads_batched=True)``, which has a vmap of
+    its own.
     """
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()  # a mode may keep what it sees
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(other)
     )
+
+
+def varying(t: Tensor, s: Tensor) -> Tensor:
+    """Return `t`, whose derivative by `s` is 0 everywhere, with that 0 in the graph.
+
+    Without it, a differentiated backward pass would not use `s`: autograd.grad raises
+    an error then, and DistributedDataParallel waits for the gradient of what lies
+    below. Native layers give zeros.
+    """
+    if not (torch.is_grad_enabled() and s.requires_grad):
+        return t
+    # 0 with the sign of s: 0 · s would be NaN where s is infinite.
+    return t + torch.zeros_like(s).copysign(s)
 
 
 def times(own: Tensor, other: Tensor) -> Tensor:

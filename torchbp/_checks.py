@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def explain(x: Any, W: Any, b: Any) -> Exception | None:
@@ -70,10 +73,11 @@ def check_entrywise(role: str, f: Any) -> bool:
         raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
     probe = torch.linspace(0.1, 0.9, 5, dtype=torch.float64, device="cpu")
     argument = probe.clone()
-    with torch.no_grad():
+    with torch.enable_grad():
         result = f(argument)
     if not isinstance(result, Tensor):
         raise TypeError(f"{role}: expected it to return a Tensor, got {result!r}")
+    check_reads_no_parameter(role, f, result)
     if result.shape != probe.shape or result.dtype != probe.dtype:
         raise ValueError(
             f"{role}: expected an entrywise function, (5,) float64 -> (5,) float64, "
@@ -89,3 +93,72 @@ def check_entrywise(role: str, f: Any) -> bool:
     if not torch.equal(argument, probe):
         raise ValueError(f"{role}: expected its argument unchanged, got it overwritten")
     return result.data_ptr() == argument.data_ptr()
+
+
+def check_reads_no_parameter(role: str, f: Any, result: Tensor) -> None:
+    """Raise ValueError if the `result` of `f`, for arguments that do not require grad,
+    requires grad: then `f` reads a tensor that would never get its gradient."""
+    if not result.requires_grad:
+        return
+    leaves = _leaves(result)
+    names = [n for n, t in _tensors_read(f) if any(t is leaf for leaf in leaves)]
+    shapes = [f"a tensor of shape {tuple(leaf.shape)}" for leaf in leaves]
+    raise ValueError(
+        f"{role}: expected a function of its arguments alone, got one that reads "
+        f"{', '.join(names or shapes)}, which requires grad and would never get its "
+        "gradient; give its values by .detach()"
+    )
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """The leaf tensors that autograd would send gradients of `result` to."""
+    if result.grad_fn is None:
+        return [result]
+    leaves: list[Tensor] = []
+    waiting: list[Any] = [result.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting += [below for below, _ in node.next_functions]
+    return leaves
+
+
+def _tensors_read(f: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a callable can name: in its closure, among the globals that it
+    reads, as an attribute of a module or as an argument bound beforehand."""
+    if isinstance(f, functools.partial):
+        bound = {str(i): a for i, a in enumerate(f.args)} | f.keywords
+        yield from _tensors_in(bound)
+        yield from _tensors_read(f.func)
+    elif isinstance(f, nn.Module):
+        yield from f.named_parameters()
+    elif inspect.ismethod(f):
+        yield from _tensors_in({"self": f.__self__})
+        yield from _tensors_read(f.__func__)
+    elif inspect.isfunction(f):
+        names = inspect.getclosurevars(f)
+        defaults = inspect.signature(f).parameters.values()
+        own = {p.name: p.default for p in defaults}
+        yield from _tensors_in({**names.globals, **names.nonlocals, **own})
+    elif hasattr(f, "__dict__"):
+        yield from _tensors_in(vars(f))
+
+
+def _tensors_in(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, nn.Module):
+            yield from ((f"{name}.{n}", p) for n, p in value.named_parameters())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in({f"{name}[{i}]": v for i, v in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from _tensors_in({f"{name}[{k!r}]": v for k, v in value.items()})
+        elif hasattr(value, "__dict__") and not inspect.isroutine(value):
+            tensors = {f"{name}.{k}": v for k, v in vars(value).items()}
+            yield from ((n, t) for n, t in tensors.items() if isinstance(t, Tensor))

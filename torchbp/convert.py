@@ -31,6 +31,7 @@ _OUTPUT_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_INPUT_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 def to_native(model: nn.Module) -> nn.Module:
@@ -44,7 +45,8 @@ def to_native(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a layer from ``define_layer``, or one with parametrizations, which
-            has no native counterpart; a compiled module.
+            has no native counterpart; a compiled module, or one whose instance has a
+            ``forward`` of its own.
 
     Examples:
         >>> import torch, torchbp
@@ -69,10 +71,12 @@ def from_native(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is. Every ``nn.Linear`` becomes a
             :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or
             ``nn.ReLU`` right behind it in the same ``nn.Sequential`` the two become one
-            layer, unless hooks look at what lies between them.
+            layer, unless hooks look at what lies between them or the activation has
+            options other than its defaults.
 
     Raises:
-        ValueError: a compiled module.
+        ValueError: a compiled module, or one whose instance has a ``forward`` of its
+            own.
 
     Examples:
         >>> import torch, torchbp
@@ -108,17 +112,20 @@ class _Converter:
 
     def rebuild(self, module: nn.Module) -> list[nn.Module]:
         """`module` with every layer below it converted, as a list of one."""
-        converted = self.layer(module)
-        if converted is not None:
-            return [converted]
-        if type(module) is MLP and isinstance(self, _ToNative):
-            children = self.sequence(_numbered(module.layers))
-            return [nn.Sequential(children).train(module.training)]
         if hasattr(module, "_orig_mod"):
             raise ValueError(
                 "convert: expected a module that is not compiled, got one that is; "
                 "convert the module that was given to torch.compile"
             )
+        _check_instance(module)
+        converted = self.layer(module)
+        if converted is not None:
+            return [converted]
+        if type(module) is MLP and isinstance(self, _ToNative):
+            children = self.sequence(_numbered(module.layers))
+            flat = nn.Sequential(children).train(module.training)
+            _copy_hooks(module, flat, (*_OUTPUT_HOOKS, *_INPUT_HOOKS))
+            return [flat]
         result = _shallow(module, type(module))
         self.done[("rebuild", id(module))] = (module, [result])  # it may hold itself
         if type(module) is nn.Sequential:
@@ -156,13 +163,12 @@ class _ToNative(_Converter):
         if len(pair) == 1:
             return pair[0]
         container = nn.Sequential(*pair).train(module.training)
-        for name in _OUTPUT_HOOKS:
-            setattr(container, name, getattr(module, name).copy())
-        container._is_full_backward_hook = module._is_full_backward_hook
+        _copy_hooks(module, container, _OUTPUT_HOOKS)
         return container
 
     def pair(self, layer: BPLinear) -> list[nn.Module]:
         """nn.Linear, and the activation unless it is the identity."""
+        _check_instance(layer)
         if type(layer) not in _NATIVE:
             raise ValueError(
                 f"to_native: expected layers with a native counterpart, "
@@ -192,6 +198,7 @@ class _FromNative(_Converter):
         return _shallow(module, BPLinear) if type(module) is nn.Linear else None
 
     def fuse(self, linear: nn.Module, activation: nn.Module) -> list[nn.Module]:
+        _check_instance(linear)
         return [_shallow(linear, _OURS[type(activation)])]
 
     def counterparts(
@@ -219,10 +226,46 @@ def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
     """Whether nobody would notice that z is no longer passed between the two."""
     return (
         type(activation) in _OURS
+        and _is_default(activation)
         and not _watched(linear)
         and not _watched(activation)
         and not activation._forward_pre_hooks
     )
+
+
+def _is_default(activation: nn.Module) -> bool:
+    """Whether an activation computes what a default instance of its class does."""
+
+    def options(module: nn.Module) -> dict[str, Any]:
+        # inplace changes where the result lies, not its numbers.
+        skip = ("training", "inplace")
+        own = vars(module).items()
+        return {k: v for k, v in own if k[0] != "_" and k not in skip}
+
+    _check_instance(activation)
+    return options(activation) == options(type(activation)())
+
+
+def _check_instance(module: nn.Module) -> None:
+    """Raise ValueError if an attribute of the instance shadows one of its class, as a
+    replaced ``forward`` does, or what ``module.compile()`` leaves: a copy would go on
+    calling the original, and a layer of another class would lose it."""
+    cls = type(module)
+    for name, value in vars(module).items():
+        if hasattr(cls, name) and value is not getattr(cls, name):
+            what = f"with a {name} of its own"
+            if name == "_compiled_call_impl":
+                what = "compiled by module.compile()"
+            raise ValueError(
+                f"convert: expected modules that compute what their class says, got "
+                f"a {cls.__name__} {what}"
+            )
+
+
+def _copy_hooks(source: nn.Module, target: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        setattr(target, name, getattr(source, name).copy())
+    target._is_full_backward_hook = source._is_full_backward_hook
 
 
 def _shallow(module: nn.Module, cls: type[_M]) -> _M:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from torchbp._autograd import TwoFormFunction, autocast_dtype, call
-from torchbp._checks import explain_storage
+from torchbp._autograd import TwoFormFunction, autocast_dtype, call, varying
+from torchbp._checks import check_reads_no_parameter, explain_storage
 from torchbp._define import check_name, make_class, place
 
 __all__ = [
@@ -97,7 +97,10 @@ class CostFunction(TwoFormFunction):
             return None, None
         v, y = ctx.saved_tensors
         n = v.shape[:-1].numel()
-        return cls.nabla(v, y) * (grad_C / n), None  # BP1: ∇C, the last layer adds σ'
+        nabla = cls.nabla(v, y)
+        if not nabla.requires_grad:
+            nabla = varying(nabla, v)
+        return nabla * (grad_C / n), None  # BP1: ∇C, the last layer adds σ'
 
     @classmethod
     def push_forward(cls, ctx: Any, dv: Any, dy: Any) -> Any:
@@ -499,7 +502,11 @@ def define_cost(
     Raises:
         TypeError: `cost` or `grad` is not callable or does not return a tensor.
         ValueError: `name` is not an identifier, `takes` is neither "a" nor "z", a
-            result has another shape than said, or an argument is overwritten.
+            result has another shape than said, an argument is overwritten, or a tensor
+            is read that requires grad and would never get its gradient.
+
+    Both are tried on three outputs; where that fails in torch, as with ten class
+    weights, they are tried at the first call, on its number of outputs.
 
     Examples:
         >>> import torch, torchbp
@@ -514,27 +521,59 @@ def define_cost(
     check_name(name)
     if takes not in ("a", "z"):
         raise ValueError(f'takes: expected "a" or "z", got {takes!r}')
-    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
-    _check_part("cost", cost, probe, (2,))
-    _check_part("grad", grad, probe, (2, 3))
-    parts = {"per_example": staticmethod(cost), "nabla": staticmethod(grad)}
+    parts = {
+        "per_example": staticmethod(_checked("cost", cost, has_outputs=False)),
+        "nabla": staticmethod(_checked("grad", grad, has_outputs=True)),
+    }
     function = make_class(f"{name}Function", CostFunction, parts)
     members = {"__doc__": f"The cost {name}.", "function": function, "takes": takes}
     return place(make_class(name, _Cost, members))
 
 
-def _check_part(role: str, f: Any, probe: Tensor, shape: tuple[int, ...]) -> None:
-    """Try a user's C_x or ∇C_x on two rows of three outputs."""
+def _checked(role: str, f: Any, has_outputs: bool) -> Any:
+    """A user's C_x or ∇C_x, tried on two rows of three outputs; where it takes another
+    number only, as with one weight for each class, at its first call instead."""
     if not callable(f):
         raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
-    with torch.no_grad():
+    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
+    try:
+        _check_part(role, f, probe, has_outputs)
+    except (RuntimeError, IndexError):  # torch's own about shapes, dtypes and devices
+        return _CheckedAtFirstCall(role, f, has_outputs)
+    return f
+
+
+class _CheckedAtFirstCall:
+    """A user's C_x or ∇C_x that is tried at the number of outputs of its first call."""
+
+    def __init__(self, role: str, f: Any, has_outputs: bool) -> None:
+        self.role, self.f, self.has_outputs = role, f, has_outputs
+        self.is_checked = False
+
+    def __call__(self, v: Tensor, y: Tensor) -> Tensor:
+        if not self.is_checked:
+            probe = torch.linspace(
+                0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device
+            ).reshape(2, -1)
+            _check_part(self.role, self.f, probe, self.has_outputs)
+            self.is_checked = True
+        result: Tensor = self.f(v, y)
+        return result
+
+
+def _check_part(role: str, f: Any, probe: Tensor, has_outputs: bool) -> None:
+    """Try a user's C_x or ∇C_x on the two rows of `probe`."""
+    K = probe.shape[1]
+    shape = (2, K) if has_outputs else (2,)
+    with torch.enable_grad():
         arguments = probe.clone(), probe.flip(0)
         result = f(*arguments)
     if not isinstance(result, Tensor):
         raise TypeError(f"{role}: expected it to return a Tensor, got {result!r}")
+    check_reads_no_parameter(role, f, result)
     if tuple(result.shape) != shape:
         raise ValueError(
-            f"{role}: expected shape {shape} from outputs and targets (2, 3), "
+            f"{role}: expected shape {shape} from outputs and targets (2, {K}), "
             f"got {tuple(result.shape)}"
         )
     if not (

@@ -26,6 +26,7 @@ from torchbp._autograd import (
     may_overwrite,
     times,
     transforming,
+    varying,
 )
 from torchbp._checks import check_entrywise, explain
 from torchbp._define import check_name, make_class
@@ -71,12 +72,15 @@ class LinearFunction(TwoFormFunction):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        """σ(z), entrywise; may overwrite `z`."""
+        """σ(z), entrywise. Leaves `z` as it is: whoever watches the operations, such as
+        selective activation checkpointing, may have kept the product."""
         return z
 
     @staticmethod
     def gate(grad_a: Tensor, s: Any) -> Tensor:
-        """`grad_a` ⊙ σ'(z), from the `s` that is saved. Changes neither argument."""
+        """`grad_a` ⊙ σ'(z), from the `s` that is saved. Changes neither argument.
+
+        Where σ' does not vary, its derivative is 0 and not missing: :func:`varying`."""
         return grad_a
 
     @staticmethod
@@ -256,8 +260,7 @@ class LinearSigmoidFunction(LayerFromOutput):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        # Out of place on subclasses: sigmoid_ of a partial DTensor fails.
-        return z.sigmoid_() if type(z) is Tensor else z.sigmoid()
+        return z.sigmoid()
 
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
@@ -276,7 +279,7 @@ class LinearTanhFunction(LayerFromOutput):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        return z.tanh_() if type(z) is Tensor else z.tanh()
+        return z.tanh()
 
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
@@ -296,7 +299,7 @@ class LinearReLUFunction(LayerFromOutput):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        return z.relu_() if type(z) is Tensor else z.relu()
+        return z.relu()
 
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
@@ -306,7 +309,7 @@ class LinearReLUFunction(LayerFromOutput):
         large = a.is_cpu and type(a) is Tensor and a.numel() > _LARGE
         if large and may_overwrite(grad_a):
             return _masked(grad_a, a)
-        return grad_a.masked_fill(a.logical_not(), 0)
+        return varying(grad_a.masked_fill(a.logical_not(), 0), a)
 
 
 _LARGE = 4096  # numbers; below, _masked's five calls cost more than the branches
@@ -534,7 +537,8 @@ def define_function(
         return sigma(z).clone() if aliases else sigma(z)
 
     def gate(grad_a: Tensor, s: Tensor) -> Tensor:
-        return grad_a * sigma_prime(s)
+        slope = sigma_prime(s)
+        return grad_a * (slope if slope.requires_grad else varying(slope, s))
 
     members = {
         "__doc__": f"a = {getattr(sigma, '__name__', 'σ')}(x Wᵀ + b), σ' from {saves}.",

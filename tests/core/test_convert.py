@@ -295,3 +295,72 @@ def test_a_compiled_module_is_refused(convert):
     compiled = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
     with pytest.raises(ValueError, match="expected a module that is not compiled"):
         convert(compiled)
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+
+
+def with_another_forward(module):
+    module.forward = lambda x: torch.zeros(5, 3)
+
+
+ALTERATIONS = [compiled_in_place, with_another_forward]
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS)
+@pytest.mark.parametrize("place", ["0", "1", ""])
+def test_an_altered_native_module_is_refused_by_name(alter, place):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    alter(model.get_submodule(place))
+    name = type(model.get_submodule(place)).__name__
+    with pytest.raises(ValueError, match=f"got a {name} (compiled|with a forward)"):
+        from_native(model)
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS)
+@pytest.mark.parametrize("place", ["0", ""])
+def test_an_altered_module_of_ours_is_refused_by_name(alter, place):
+    model = nn.Sequential(torchbp.BPLinearSigmoid(4, 3))
+    alter(model.get_submodule(place))
+    with pytest.raises(ValueError, match=r"got a .* (compiled|with a forward)"):
+        to_native(model)
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS)
+def test_an_altered_mlp_and_its_layer_are_refused(alter):
+    for place in ("", "layers.0"):
+        model = torchbp.MLP([4, 3, 2])
+        alter(model.get_submodule(place))
+        with pytest.raises(ValueError, match="compute what their class says"):
+            to_native(model)
+
+
+def test_a_layer_with_another_function_is_refused():
+    layer = torchbp.BPLinearSigmoid(4, 3)
+    layer.function = torchbp.functional.LinearTanhFunction
+    with pytest.raises(ValueError, match="a BPLinearSigmoid with a function"):
+        to_native(layer)
+
+
+def test_hooks_of_an_mlp_are_kept():
+    model = torchbp.MLP([4, 3, 2])
+    model.register_forward_hook(lambda module, args, output: output + 1)
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    x = torch.randn(5, 4)
+    assert torch.equal(to_native(model)(x), model(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_inplace_relu_is_fused(inplace):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace))
+    converted = from_native(model)
+    assert [type(m) for m in converted] == [torchbp.BPLinearReLU]
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_an_activation_with_an_option_of_its_own_is_not_fused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    model[1].gain = 2.0  # nothing that torch's own Tanh has
+    assert [type(m) for m in from_native(model)] == [torchbp.BPLinear, nn.Tanh]

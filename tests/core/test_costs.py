@@ -497,3 +497,64 @@ def test_nan_in_z_is_not_hidden_by_the_log_likelihood(outputs):
     C = torchbp.LogLikelihoodCost()(z, torch.zeros(1, dtype=torch.int64))
     C.backward()
     assert C.isnan() and z.grad.isnan().all()
+
+
+def test_a_cost_with_ten_class_weights_works_for_ten_outputs():
+    w = torch.linspace(0.5, 2, 10)
+    Weighted = torchbp.define_cost(
+        "Weighted",
+        lambda a, y: (w * (a - y) ** 2).sum(-1) / 2,
+        lambda a, y: w * (a - y),
+    )
+    a, y = torch.rand(4, 10, requires_grad=True), torch.rand(4, 10)
+    C = Weighted()(a, y)
+    C.backward()
+    torch.testing.assert_close(C, (w * (a - y) ** 2).sum(-1).mean() / 2)
+    torch.testing.assert_close(a.grad, w * (a - y).detach() / 4)
+    model = torchbp.MLP([3, 10])
+    x, labels = torch.rand(4, 3), torch.arange(4)
+    torchbp.ExplicitSGD(model, Weighted(), 0.1).step(x, labels)
+    with pytest.raises(RuntimeError):  # torch's own, of ten weights and three outputs
+        Weighted()(torch.rand(4, 3), torch.rand(4, 3))
+
+
+def test_a_wrong_shape_shows_at_the_first_call_where_it_cannot_before():
+    w = torch.rand(10)
+    Wrong = torchbp.define_cost(
+        "Wrong", lambda a, y: w * (a - y), lambda a, y: w * (a - y)
+    )
+    with pytest.raises(ValueError, match=r"cost: expected shape \(2,\)"):
+        Wrong()(torch.rand(4, 10), torch.rand(4, 10))
+
+
+class Slope(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, a, y):
+        return (self.slope * (a - y)).sum(-1)
+
+
+LEARNED = torch.nn.Parameter(torch.tensor(2.0))
+
+
+def test_a_cost_that_reads_a_parameter_is_refused_by_its_name():
+    slope = torch.nn.Parameter(torch.tensor(2.0))
+    right = lambda a, y: a - y  # noqa: E731
+    sums = lambda a, y: (a - y).sum(-1)  # noqa: E731
+    readers = {
+        "slope": lambda a, y: slope * (a - y).sum(-1),
+        "LEARNED": lambda a, y: LEARNED * (a - y).sum(-1),
+        "by_default": lambda a, y, by_default=slope: by_default * (a - y).sum(-1),
+        "self.slope": Slope().forward,
+    }
+    for name, reader in readers.items():
+        with pytest.raises(ValueError, match=f"cost: .* reads {name}, which requires"):
+            torchbp.define_cost("Bad", reader, right)
+    with pytest.raises(ValueError, match=r"cost: .* reads slope, which requires grad"):
+        torchbp.define_cost("Bad", Slope(), right)
+    with pytest.raises(ValueError, match=r"grad: .* reads slope, which requires grad"):
+        torchbp.define_cost("Bad", sums, lambda a, y: slope * (a - y))
+    fixed = slope.detach()
+    torchbp.define_cost("Good", lambda a, y: fixed * (a - y).sum(-1), right)

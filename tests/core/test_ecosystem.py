@@ -7,6 +7,7 @@ what comes out: outputs, gradients, weights after steps, what hooks see.
 import copy
 import io
 import pickle
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -588,3 +589,64 @@ def test_dynamic_quantization(pair):
     quantized = quantize(torchbp.to_native(ours), {nn.Linear}, dtype=torch.qint8)
     assert not any(isinstance(module, nn.Linear) for module in quantized.modules())
     assert_close(quantized(x), ours(x), rtol=0.05, atol=0.05)
+
+
+def saving_products(mutation_allowed):
+    """A context of selective checkpointing that keeps what every product returns."""
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        create_selective_checkpoint_contexts,
+    )
+
+    def policy(ctx, op, *args, **kwargs):
+        kept = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        P = CheckpointPolicy
+        return P.MUST_SAVE if kept else P.PREFER_RECOMPUTE
+
+    return partial(
+        create_selective_checkpoint_contexts,
+        policy,
+        allow_cache_entry_mutation=mutation_allowed,
+    )
+
+
+@pytest.mark.parametrize("mutation_allowed", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)], ids=["2-D", "3-D"])
+@all_layers
+def test_selective_checkpointing_that_saves_the_products(
+    layer, shape, mutation_allowed
+):
+    model = nn.Sequential(layer.module(4, 4), layer.module(4, 3)).double()
+    plain = rand(*shape).requires_grad_()
+    kept = plain.detach().clone().requires_grad_()
+    expected = torch.autograd.grad(model(plain).sum(), [plain, *model.parameters()])
+    output = torch.utils.checkpoint.checkpoint(
+        model, kept, use_reentrant=False, context_fn=saving_products(mutation_allowed)
+    )
+    actual = torch.autograd.grad(output.sum(), [kept, *model.parameters()])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gradient_penalty_alone_reaches_every_parameter(native):
+    torch.manual_seed(0)
+    model = torchbp.MLP([4, 5, 3, 2], "relu", output="sigmoid").double()
+    model = torchbp.to_native(model) if native else model
+    x = rand(6, 4).requires_grad_()
+    hidden = model[0:4] if native else nn.Sequential(*model.layers[:2])
+    (g,) = torch.autograd.grad(hidden(x).sum(), x, create_graph=True)
+    used = list(model.parameters())[:4]
+    grads = torch.autograd.grad(g.square().sum(), used)
+    assert [p.shape for p in used] == [grad.shape for grad in grads]
+    assert not grads[1].any() and not grads[3].any()  # ReLU has no curvature
+    assert grads[0].any() and grads[2].any()
+
+
+def test_a_layer_whose_slope_is_constant_has_zeros_as_second_derivatives():
+    Scaled = torchbp.define_layer(
+        "Scaled", lambda z: 3 * z, lambda a: torch.full_like(a, 3.0)
+    )
+    layer, x = Scaled(3, 2).double(), rand(4, 3).requires_grad_()
+    (g,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    grad_W, grad_b = torch.autograd.grad(g.square().sum(), [layer.weight, layer.bias])
+    assert grad_W.any() and not grad_b.any()

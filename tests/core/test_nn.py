@@ -436,3 +436,19 @@ def test_nested_tensors_are_refused():
     )
     with pytest.raises(TypeError, match="expected a dense Tensor, got a nested one"):
         torchbp.BPLinearSigmoid(3, 2)(nested)
+
+
+def test_a_sigma_that_reads_a_parameter_is_refused_by_its_name():
+    slope = torch.nn.Parameter(torch.tensor(0.25))
+    prelu = torch.nn.PReLU(dtype=torch.float64)
+    one = torch.ones_like
+    with pytest.raises(ValueError, match=r"sigma: .* reads slope, which requires grad"):
+        torchbp.define_layer("Bad", lambda z: torch.where(z > 0, z, slope * z), one)
+    with pytest.raises(ValueError, match=r"sigma: .* reads weight, which requires"):
+        torchbp.define_layer("Bad", prelu, one)
+    with pytest.raises(ValueError, match=r"sigma: .* reads prelu.weight, which"):
+        torchbp.define_layer("Bad", lambda z: prelu(z), one)
+    with pytest.raises(ValueError, match=r"sigma_prime: .* reads slope, which"):
+        torchbp.define_layer("Bad", torch.relu, lambda a: slope * torch.ones_like(a))
+    prelu.requires_grad_(False)
+    torchbp.define_layer("Good", prelu, one)

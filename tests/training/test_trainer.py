@@ -412,3 +412,21 @@ def test_a_network_with_batch_norm_trains():
     assert torch.equal(model[1].running_mean, remembered)
     assert math.isfinite(trainer.run_epoch().running_cost)
     assert not torch.equal(model[1].running_mean, remembered)
+
+
+@pytest.mark.parametrize("make", [AutogradSGD, torchbp.ExplicitSGD])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_is_a_tensor_is_refused_by_both_engines(make, name):
+    """It could be changed in place, and one engine would not see it."""
+    model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
+    rates = {"lr": 1.0, "weight_decay": 0.0, name: torch.tensor(1.0)}
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got tensor"):
+        make(model, cost, **rates)
+    engine = make(model, cost, lr=1.0)
+
+    def step_with_a_tensor():
+        engine.lr = torch.tensor(1.0)
+        engine.step(torch.rand(5, 4), torch.rand(5, 2))
+
+    with pytest.raises(TypeError, match="lr: expected a number, got tensor"):
+        step_with_a_tensor()

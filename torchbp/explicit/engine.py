@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import numbers
 import operator
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
@@ -281,6 +282,7 @@ def check_rates(lr: float, weight_decay: float, model: nn.Module) -> None:
         model: whose parameters they are for.
 
     Raises:
+        TypeError: one of the rates is no number: a tensor could be changed unseen.
         ValueError: one of the rates is negative, not finite or too large.
 
     Examples:
@@ -290,6 +292,9 @@ def check_rates(lr: float, weight_decay: float, model: nn.Module) -> None:
         ValueError: lr: expected a number >= 0, got -1.0
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, numbers.Real):
+            got = type(value).__name__
+            raise TypeError(f"{name}: expected a number, got {value!r} of type {got}")
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {value}")
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
