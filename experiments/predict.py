@@ -381,7 +381,7 @@ def as_json(path: str, answer: Answer) -> dict[str, Any]:
 
 
 def complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

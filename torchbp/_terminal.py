@@ -58,7 +58,8 @@ def replace_unencodable() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # A stream that stands in for a standard one may have no such method.
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure and stream.errors in ("strict", "surrogateescape"):
+        handlers = ("strict", "surrogateescape", "surrogatepass")  # they may raise
+        if reconfigure and stream.errors in handlers:
             with suppress(OSError, ValueError):  # closed, or read from already
                 reconfigure(errors="replace")
 

@@ -21,7 +21,7 @@ import torchbp
 from experiments.support.options import add_options, check_choices, option
 from experiments.support.timing import processor
 from torchbp import _terminal, data
-from torchbp.training import RunFolder
+from torchbp.training import RunFolder, event_writer
 
 MOST = 1_000_000
 # Tag: its points (step, value).
@@ -130,9 +130,7 @@ class Report:
 
 def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
     """The curves for TensorBoard, and the verdict as text."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
+    with event_writer(folder) as writer:
         writer.add_text("verdict", results["verdict"], 0)
         for tag, points in curves.items():
             for step, value in points:

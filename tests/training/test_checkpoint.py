@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import os
 import pickle
+import shutil
+import socket
+import stat
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +175,38 @@ def test_torch_opens_a_checkpoint_as_well(tmp_path):
         assert archive.comment.startswith(b"torchbp sha256 ")
 
 
+class Sized(dict):
+    """A dict of another class."""
+
+
+class Marked(torch.Tensor):
+    """A tensor of another class."""
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise RuntimeError("two\nlines")
+
+
+def marked(mark):
+    tensor = torch.ones(2)
+    tensor.mark = mark
+    return tensor
+
+
+def in_a_cycle(value):
+    cycle = []
+    cycle.append({"again": cycle, "f": value})
+    return {"c": cycle}
+
+
+def deep(levels):
+    nest = []
+    for _ in range(levels):
+        nest = [nest]
+    return nest
+
+
 REFUSED = {
     "a NumPy number": ({"best": np.float64(0.95)}, r"state\['best'\].*numpy.float64"),
     "deep inside": ({"a": [1, {"b": 1 + 2j, "c": object()}]}, r"state\['a'\]\[1\]"),
@@ -177,6 +214,22 @@ REFUSED = {
     "an object": ({"o": Path("x")}, r"state\['o'\].*Path"),
     "a list": ([1, 2], "state: expected a dict, got list"),
     "None": (None, "state: expected a dict, got NoneType"),
+    "a kind of dict": ({"d": Sized(a=1)}, r"state\['d'\].*Sized"),
+    "a kind of dict at the top": (Sized(a=1), "state: expected tensors.*Sized"),
+    "a kind of tensor": ({"t": torch.ones(2).as_subclass(Marked)}, r"\['t'\].*Marked"),
+    "a tensor's attribute": ({"t": marked(Evil())}, r"state\['t'\].*torch.Tensor"),
+    "an array": ({"a": np.ones(2)}, r"state\['a'\].*numpy.ndarray"),
+    "a module": ({"m": torchbp.BPLinear(2, 2)}, r"state\['m'\].*BPLinear"),
+    "a lambda": ({"f": [lambda: 0]}, r"state\['f'\]\[0\].*function"),
+    "a generator": ({"g": iter([])}, r"state\['g'\].*list_iterator"),
+    "what cannot be pickled": ({"o": (1, Unpicklable())}, r"\['o'\]\[1\].*Unpicklable"),
+    "a set": ({"s": {np.float64(1)}}, r"state\['s'\].*set"),
+    "a key": ({"k": {np.int64(3): 1}}, r"state\['k'\], a key: .*numpy.int64"),
+    "in a key": ({(1, np.int64(3)): 1}, r"state, a key\[1\]: .*numpy.int64"),
+    "under an odd key": ({"a\nb": {(1,): len}}, r"\['a\\nb'\]\[a tuple\]"),
+    "a number without end": ({"n": 10**1000}, r"state\['n'\].*int"),
+    "a cycle": (in_a_cycle(len), r"state\['c'\]\[0\]\['f'\]"),
+    "too deep": ({"d": deep(10_000)}, "state: expected .* levels deep"),
 }
 
 
@@ -190,6 +243,22 @@ def test_save_names_what_load_would_refuse(tmp_path, kind):
     assert "\n" not in str(caught.value)
     assert same(checkpoint.load(path), STATE)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_all_that_load_takes_may_be_saved(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {
+        1: {None: 1, True: 2, 1.5: 3, ("a", 1): 4},
+        "scalars": [1 + 2j, b"\xff", float("inf"), -(2**70), "\udcff \u2028"],
+        "kinds": (torch.float32, torch.Size([2]), torch.device("cpu"), {1, 2}),
+        "ordered": OrderedDict(b=1, a=2),
+    }
+    checkpoint.save(path, state)
+    assert checkpoint.load(path) == state
+    cycle = in_a_cycle(3)
+    checkpoint.save(path, cycle)
+    loaded = checkpoint.load(path)["c"]
+    assert loaded[0]["again"] is loaded and loaded[0]["f"] == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX files")
@@ -220,6 +289,110 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path, kind):
     with pytest.raises(CheckpointError, match="expected a file, got a"):
         checkpoint.load(path)
     assert os.stat(path).st_mode == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_a_file_keeps_its_permissions(tmp_path):
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "previous.pt"
+    checkpoint.save(path, {"n": 1})
+    for mode in (0o600, 0o666):  # the umask may take some of the latter
+        path.chmod(mode)
+        checkpoint.save(path, {"n": 2}, previous)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        assert stat.S_IMODE(previous.stat().st_mode) == mode
+
+
+def no_file(kind, folder):
+    """A path at which there is no file that could be read."""
+    path = folder / "checkpoint.pt"
+    if kind == "a link to nothing":
+        path.symlink_to(folder / "absent" / "file")
+    elif kind == "a loop of links":
+        path.symlink_to(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))
+    elif kind == "below a file":
+        path.write_bytes(b"")
+        path = path / "below"
+    elif kind == "too long a name":
+        path = folder / ("x" * 5000)
+    elif kind == "a null byte":
+        path = folder / "\0"
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a link to nothing", "a loop of links", "a socket", "below a file",
+        "too long a name", "a null byte",
+    ],
+)  # fmt: skip
+def test_no_file_is_one_line(tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    path = no_file(kind, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as unread:
+        checkpoint.load(path)
+    with pytest.raises(OSError, match="cannot be written: ") as unwritten:
+        checkpoint.save(path, STATE)
+    for error in (unread.value, unwritten.value):
+        assert len(str(error).splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_name_of_two_lines(tmp_path):
+    path = tmp_path / "two\nlines"
+    for content in (None, b"text"):
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(path)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def other_files(folder):
+    """Files of other kinds, large ones among them."""
+    with zipfile.ZipFile(folder / "other.zip", "w") as archive:
+        archive.writestr("note.txt", "hello")
+    with zipfile.ZipFile(folder / "comment.zip", "w") as archive:
+        archive.comment = b"torchbp sha256 " + b"0" * 64
+    torch.save({"weight": torch.ones(2)}, folder / "weights.pt")
+    torch.save(STATE, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "pickle").write_bytes(pickle.dumps({"state": Evil()}))
+    (folder / "seal alone").write_bytes(checkpoint.SEAL + b"0" * 64)
+    (folder / "huge").touch()
+    os.truncate(folder / "huge", 10**12)  # sparse: it takes no space
+    return sorted(folder.iterdir())
+
+
+def test_other_files_are_one_line_in_our_own_words(tmp_path, capfd):
+    for path in other_files(tmp_path):
+        with pytest.raises(CheckpointError, match="expected a whole ch") as caught:
+            checkpoint.load(path)
+        text = str(caught.value)
+        assert text.startswith(f"{path}: ") and len(text.splitlines()) == 1
+        assert not any(word in text for word in ("Weights", "PytorchStream", "pickle."))
+    assert "ran" not in capfd.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    path.chmod(0)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        checkpoint.load(path)
+
+
+def test_a_device_that_there_is_not(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    with pytest.raises(CheckpointError, match="loads to nowhere, got ") as caught:
+        checkpoint.load(path, map_location="nowhere")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def whole():
@@ -293,6 +466,132 @@ def test_the_checkpoint_before_is_kept(tmp_path):
         if n:
             assert checkpoint.load(folder.previous) == {"n": n - 1}
     assert len(list(folder.path.iterdir())) == 2
+
+
+def test_the_checkpoint_before_is_kept_where_a_file_has_one_name(tmp_path, monkeypatch):
+    """As on FAT, and where the one before lies on another disk."""
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    folder = RunFolder.create(tmp_path, "run")
+    for n in range(3):
+        folder.save({"n": n})
+        assert checkpoint.load(folder.checkpoint) == {"n": n}
+    assert checkpoint.load(folder.previous) == {"n": 1}
+    assert len(list(folder.path.iterdir())) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_the_checkpoint_before_keeps_its_nature(tmp_path):
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "previous.pt"
+    (tmp_path / "store").mkdir()
+    previous.symlink_to(tmp_path / "store" / "before.pt")
+    for n in range(3):
+        checkpoint.save(path, {"n": n}, previous)
+    assert previous.is_symlink()
+    assert checkpoint.load(tmp_path / "store" / "before.pt") == {"n": 1}
+    previous.unlink()
+    os.mkfifo(previous)
+    with pytest.raises(OSError, match="expected a file, got a FIFO"):
+        checkpoint.save(path, {"n": 3}, previous)
+    assert checkpoint.load(path) == {"n": 2} and previous.is_fifo()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_a_link_to_a_damaged_checkpoint_stays_a_link(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    (tmp_path / "store").mkdir()
+    target = tmp_path / "store" / "newest.pt"
+    folder.checkpoint.symlink_to(target)
+    for n in (1, 2):
+        folder.save({"n": n})
+    target.write_bytes(b"spoilt")
+    assert folder.load()[0] == {"n": 1}
+    folder.save({"n": 3})
+    assert folder.checkpoint.is_symlink() and checkpoint.load(target) == {"n": 3}
+    assert checkpoint.load(folder.previous) == {"n": 1}
+    assert (folder.path / "checkpoint.damaged.pt").read_bytes() == b"spoilt"
+
+
+# -------------------------------------------------------------- the names of a run
+
+
+def run_with_two(tmp_path):
+    """A run's folder with checkpoints of n = 1 and n = 2, and settings."""
+    folder = RunFolder.create(tmp_path, "run")
+    folder.write(settings={})
+    for n in (1, 2):
+        folder.save({"n": n})
+    return folder
+
+
+def test_a_run_has_several_names(tmp_path, monkeypatch):
+    folder = run_with_two(tmp_path)
+    shutil.copy(folder.previous, folder.path / "mine.pt")
+    names = {"": 2, "checkpoint.pt": 2, "checkpoint.previous.pt": 1, "mine.pt": 1}
+    for name, n in names.items():
+        opened = RunFolder(folder.path / name)
+        assert (opened.path, opened.load()) == (folder.path, ({"n": n}, None))
+    monkeypatch.chdir(folder.path)
+    for name, n in names.items():
+        opened = RunFolder(name)
+        assert (opened.path, opened.load()) == (Path("."), ({"n": n}, None))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX files")
+def test_a_link_to_a_checkpoint_is_a_name_of_its_run(tmp_path):
+    folder = run_with_two(tmp_path)
+    (tmp_path / "latest.pt").symlink_to(folder.checkpoint)
+    opened = RunFolder(tmp_path / "latest.pt")
+    assert (opened.path, opened.load()) == (folder.path, ({"n": 2}, None))
+    # A link in the folder of a run is that run's, wherever it leads.
+    (tmp_path / "store").mkdir()
+    folder.checkpoint.rename(tmp_path / "store" / "newest.pt")
+    folder.checkpoint.symlink_to(tmp_path / "store" / "newest.pt")
+    opened = RunFolder(folder.checkpoint)
+    assert (opened.path, opened.load()) == (folder.path, ({"n": 2}, None))
+
+
+@pytest.mark.parametrize("damage", [b"spoilt", None])
+def test_the_newest_checkpoint_stands_for_the_run(tmp_path, damage):
+    folder = run_with_two(tmp_path)
+    folder.checkpoint.unlink()
+    if damage:
+        folder.checkpoint.write_bytes(damage)
+    state, failure = RunFolder(folder.checkpoint).load()
+    assert state == {"n": 1} and failure is not None
+
+
+def test_a_checkpoint_that_was_asked_for_has_no_substitute(tmp_path):
+    folder = run_with_two(tmp_path)
+    folder.previous.write_bytes(b"spoilt")
+    with pytest.raises(
+        CheckpointError, match=r"previous.pt: expected a whole"
+    ):
+        RunFolder(folder.previous).load()
+    folder.previous.unlink()
+    with pytest.raises(CheckpointError, match=r"previous.pt: no such checkpoint"):
+        RunFolder(folder.previous).load()
+
+
+def test_a_checkpoint_that_was_asked_for_outlives_a_damaged_newest(tmp_path):
+    folder = run_with_two(tmp_path)
+    folder.checkpoint.write_bytes(b"spoilt")
+    opened = RunFolder(folder.previous)
+    assert opened.load() == ({"n": 1}, None)
+    opened.save({"n": 3})
+    assert checkpoint.load(folder.previous) == {"n": 1}
+    assert (folder.path / "checkpoint.damaged.pt").read_bytes() == b"spoilt"
+
+
+def test_a_run_that_never_began_is_not_one_of_a_checkpoint_beside_it(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    folder.write(settings={})
+    checkpoint.save(folder.path / "mine.pt", {"n": 5})
+    assert folder.never_began
+    assert not RunFolder(folder.path / "mine.pt").never_began
 
 
 def test_two_names_of_one_file(tmp_path):

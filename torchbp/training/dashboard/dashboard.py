@@ -21,6 +21,7 @@ from torchbp.inspection import Record, evaluating, probe
 from torchbp.nn import BPLinear, check_takes
 from torchbp.training.dashboard import graph, pictures
 from torchbp.training.dashboard.captions import LAYOUT, caption
+from torchbp.training.dashboard.events import event_writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,15 +97,13 @@ class Dashboard:
         self._described: set[str] = set()
         if level == "off":
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         _wait_for_a_later_name(earlier)
         # Epoch 0 is logged anew by a run that did not complete its first.
         purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
         # An interrupt while the writer is handed an event may keep its thread waiting
         # until the next flush is due, and with it the end of the program: a second.
-        self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=1)
+        self.writer = event_writer(folder, purge_step=purge, flush_secs=1)
         # What stands at step 0 was superseded with it, or was never written.
         # Not so the graph: a sitting whose level is higher draws it, at any epoch.
         self._is_drawn = level != "full" or any(
