@@ -567,9 +567,7 @@ def test_the_newest_checkpoint_stands_for_the_run(tmp_path, damage):
 def test_a_checkpoint_that_was_asked_for_has_no_substitute(tmp_path):
     folder = run_with_two(tmp_path)
     folder.previous.write_bytes(b"spoilt")
-    with pytest.raises(
-        CheckpointError, match=r"previous.pt: expected a whole"
-    ):
+    with pytest.raises(CheckpointError, match=r"previous.pt: expected a whole"):
         RunFolder(folder.previous).load()
     folder.previous.unlink()
     with pytest.raises(CheckpointError, match=r"previous.pt: no such checkpoint"):
