@@ -104,6 +104,45 @@ def test_a_run_is_resumed_by_any_of_its_names(capsys, tmp_path, name):
     assert (Path(metrics["run"]) / "checkpoint.pt").is_file()
 
 
+def test_a_run_is_named_by_its_checkpoint_though_it_is_damaged_or_gone(
+    capsys, tmp_path
+):
+    """The one before it takes its place, as where the folder is named."""
+    run = Path(mnist.main(settings(tmp_path, output="quiet"))["run"])
+    newest, command = run / "checkpoint.pt", ["--resume", str(run / "checkpoint.pt")]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert mnist.command_line(command) == 0
+    assert "going on from" in capsys.readouterr().err
+    newest.unlink()
+    assert mnist.command_line(command) == 0
+    assert "no such checkpoint; going on from" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX links")
+def test_a_run_is_named_by_a_link_to_its_checkpoint(capsys, tmp_path):
+    run = Path(mnist.main(settings(tmp_path, output="quiet"))["run"])
+    (tmp_path / "latest.pt").symlink_to(run / "checkpoint.pt")
+    command = ["--resume", str(tmp_path / "latest.pt"), "--epochs", "3", "--json"]
+    assert mnist.command_line(command) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["epoch"], last["run"]) == (3, str(run))
+
+
+def test_nothing_is_written_beside_a_checkpoint_without_a_run(capsys, tmp_path):
+    run = Path(mnist.main(settings(tmp_path, output="quiet"))["run"])
+    (tmp_path / "alone").mkdir()
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "best.pt"):
+        alone = tmp_path / "alone" / name
+        alone.write_bytes((run / "checkpoint.pt").read_bytes())
+        assert mnist.command_line(["--resume", str(alone)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            f"error: {alone}: expected a run's folder or a checkpoint"
+        )
+        assert err.count("\n") == 1
+    assert len(list((tmp_path / "alone").iterdir())) == 3
+
+
 def test_a_checkpoint_that_is_not_there_is_refused(capsys, tmp_path):
     metrics = mnist.main(settings(tmp_path, output="quiet"))
     capsys.readouterr()

@@ -349,6 +349,23 @@ def test_loading_leaves_random_numbers_and_finds_checkpoints(small_run):
         assert torch.equal(a, b)
 
 
+def test_a_run_by_any_of_its_names(capsys, small_run, digit, tmp_path):
+    """And a checkpoint alone, which is enough to answer."""
+    for name in ("", "/", "/checkpoint.pt", "/checkpoint.previous.pt"):
+        status, _, err = run(capsys, small_run + name, digit(7))
+        assert (status, err) == (0, ""), name
+    shutil.copy(Path(small_run) / "checkpoint.previous.pt", tmp_path / "alone.pt")
+    assert run(capsys, str(tmp_path / "alone.pt"), digit(7))[0] == 0
+    status, _, err = run(capsys, small_run + "/nothing.pt", digit(7))
+    assert status == 2 and err.endswith("nothing.pt: no such run\n")
+
+
+def test_errors_are_one_line_whatever_the_names(capsys, small_run, tmp_path):
+    for arguments in ([small_run, "two\nlines.png"], ["two\nlines", "a.png"]):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and err.count("\n") == 1 and err.startswith("error: two ")
+
+
 def bad_files(tmp_path):
     """Files that are no digits, by what is said of them."""
     (tmp_path / "text.png").write_text("no picture at all")
