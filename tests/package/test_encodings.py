@@ -166,9 +166,9 @@ def test_an_experiment_of_a_name_that_the_locale_lacks(tmp_path):
     assert {"results", "events"} <= written
 
 
-@needs_posix
-def test_input_that_the_locale_lacks(tmp_path):
+def test_input_that_the_encoding_lacks(tmp_path, monkeypatch):
     steps = b"\xff\xc3\xbc\n" * 40
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # strict, as in no locale
     result = run("-m", "torchbp", "tour", "--step", folder=tmp_path, input=steps)
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"Every gradient is right." in result.stdout

@@ -471,11 +471,17 @@ def test_the_checkpoint_before_is_kept(tmp_path):
 def test_the_checkpoint_before_is_kept_where_a_file_has_one_name(tmp_path, monkeypatch):
     """As on FAT, and where the one before lies on another disk."""
 
+    folder, replace = RunFolder.create(tmp_path, "run"), os.replace
+
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
+    def replace_and_look(source, target):
+        replace(source, target)
+        assert folder.checkpoint.exists()  # at every moment
+
     monkeypatch.setattr(checkpoint.os, "link", refuse)
-    folder = RunFolder.create(tmp_path, "run")
+    monkeypatch.setattr(checkpoint.os, "replace", replace_and_look)
     for n in range(3):
         folder.save({"n": n})
         assert checkpoint.load(folder.checkpoint) == {"n": n}
