@@ -19,6 +19,14 @@ def event_writer(folder: str | os.PathLike[str], **options: Any) -> Any:
     Args:
         folder: of the event file; it exists.
         options: of ``torch.utils.tensorboard.SummaryWriter``.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with event_writer(folder) as writer:
+        ...         writer.add_scalar("cost", 0.5, 1)
+        ...     print(len(os.listdir(folder)), "file")
+        1 file
     """
     from torch.utils.tensorboard import SummaryWriter
 
