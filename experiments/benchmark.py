@@ -366,7 +366,9 @@ def command_line(arguments: list[str] | None = None) -> int:
         help="leave out what torch.compile makes, which takes most of the time",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--data", help="folder of MNIST; also TORCHBP_DATA")
+    parser.add_argument(
+        "--data", help="folder of MNIST: in it, its raw or MNIST/raw; also TORCHBP_DATA"
+    )
     parser.add_argument("--logdir", default=default.logdir)
     parser.add_argument("--name", help="of the folder there")
     try:

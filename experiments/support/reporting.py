@@ -34,7 +34,9 @@ class Common:
 
     quick: bool = option(False, "a small version")
     seed: int = option(0, "of the random numbers")
-    data: str | None = option(None, "folder of MNIST; also TORCHBP_DATA")
+    data: str | None = option(
+        None, "folder of MNIST: in it, its raw or MNIST/raw; also TORCHBP_DATA"
+    )
     logdir: str = option("runs", "where run folders are made")
     name: str | None = option(None, "of the run folder")
 

@@ -75,7 +75,9 @@ class Settings:
         "auto", "auto: MNIST if it can be had, else digits", ("auto", *data.NAMES)
     )
     data: str | None = option(
-        None, "folder of the data; also TORCHBP_DATA", shown="~/.cache/torchbp"
+        None,
+        "folder of the files: in it, its raw or MNIST/raw; also TORCHBP_DATA",
+        shown="~/.cache/torchbp",
     )
     sizes: tuple[int, ...] = option((784, 30, 10), "neurons per layer")
     activation: str = option("sigmoid", "of the hidden layers", tuple(ACTIVATIONS))
