@@ -137,8 +137,8 @@ def add_observe(commands: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        help="where MNIST is: in it, its raw or MNIST/raw (TORCHBP_DATA, else the cache "
-        "of downloads)",
+        help="folder of MNIST: in it, its raw or MNIST/raw (TORCHBP_DATA, else the "
+        "cache of downloads)",
     )
     parser.set_defaults(run=run_observe)
 
