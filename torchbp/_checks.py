@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ def explain(x: Any, W: Any, b: Any) -> Exception | None:
 
 def explain_storage(name: str, t: Tensor) -> TypeError | None:
     """What is wrong with a tensor whose entries are not numbers in strided memory."""
+    if type(t).__name__ == "ExpandedWeight":  # asked for anything else, it raises
+        return TypeError(
+            f"{name}: expected a plain Tensor, got the ExpandedWeight of "
+            "call_for_per_sample_grads; torch.func.vmap(torch.func.grad(...)) gives "
+            "per-example gradients"
+        )
     if t.is_nested:
         got = "a nested one"
     elif t.is_quantized:
@@ -95,19 +101,24 @@ def check_entrywise(role: str, f: Any) -> bool:
     return result.data_ptr() == argument.data_ptr()
 
 
-def check_reads_no_parameter(role: str, f: Any, result: Tensor) -> None:
+def check_reads_no_parameter(role: str, f: Any, result: Tensor | None = None) -> None:
     """Raise ValueError if the `result` of `f`, for arguments that do not require grad,
-    requires grad: then `f` reads a tensor that would never get its gradient."""
-    if not result.requires_grad:
+    requires grad: then `f` reads a tensor that would never get its gradient. Without a
+    result, if any of the tensors that `f` can name requires grad."""
+    if result is None:
+        found = [name for name, t in _tensors_read(f) if t.requires_grad]
+    elif result.requires_grad:
+        leaves = _leaves(result)
+        names = [n for n, t in _tensors_read(f) if any(t is leaf for leaf in leaves)]
+        found = names or [f"a tensor of shape {tuple(t.shape)}" for t in leaves]
+    else:
         return
-    leaves = _leaves(result)
-    names = [n for n, t in _tensors_read(f) if any(t is leaf for leaf in leaves)]
-    shapes = [f"a tensor of shape {tuple(leaf.shape)}" for leaf in leaves]
-    raise ValueError(
-        f"{role}: expected a function of its arguments alone, got one that reads "
-        f"{', '.join(names or shapes)}, which requires grad and would never get its "
-        "gradient; give its values by .detach()"
-    )
+    if found:
+        raise ValueError(
+            f"{role}: expected a function of its arguments alone, got one that reads "
+            f"{', '.join(found)}, which requires grad and would never get its "
+            "gradient; give its values by .detach()"
+        )
 
 
 def _leaves(result: Tensor) -> list[Tensor]:
@@ -130,35 +141,55 @@ def _leaves(result: Tensor) -> list[Tensor]:
 
 def _tensors_read(f: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a callable can name: in its closure, among the globals that it
-    reads, as an attribute of a module or as an argument bound beforehand."""
-    if isinstance(f, functools.partial):
-        bound = {str(i): a for i, a in enumerate(f.args)} | f.keywords
-        yield from _tensors_in(bound)
-        yield from _tensors_read(f.func)
-    elif isinstance(f, nn.Module):
-        yield from f.named_parameters()
-    elif inspect.ismethod(f):
-        yield from _tensors_in({"self": f.__self__})
-        yield from _tensors_read(f.__func__)
-    elif inspect.isfunction(f):
-        names = inspect.getclosurevars(f)
-        defaults = inspect.signature(f).parameters.values()
-        own = {p.name: p.default for p in defaults}
-        yield from _tensors_in({**names.globals, **names.nonlocals, **own})
-    elif hasattr(f, "__dict__"):
-        yield from _tensors_in(vars(f))
-
-
-def _tensors_in(named: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in named.items():
+    reads, in its defaults, as an attribute of its object or as an argument bound
+    beforehand; and those that the functions among these can name."""
+    waiting = [("", f)]
+    seen: dict[
+        int, Any
+    ] = {}  # values, too: an id may come back once its object is gone
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, nn.Module):
-            yield from ((f"{name}.{n}", p) for n, p in value.named_parameters())
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in({f"{name}[{i}]": v for i, v in enumerate(value)})
-        elif isinstance(value, dict):
-            yield from _tensors_in({f"{name}[{k!r}]": v for k, v in value.items()})
-        elif hasattr(value, "__dict__") and not inspect.isroutine(value):
-            tensors = {f"{name}.{k}": v for k, v in vars(value).items()}
-            yield from ((n, t) for n, t in tensors.items() if isinstance(t, Tensor))
+            yield from ((_member(name, n), p) for n, p in value.named_parameters())
+        else:
+            waiting += _parts(name, value)
+
+
+def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
+    """What lies directly in a value, with its name."""
+    if isinstance(value, functools.partial):
+        bound = [(f"{name}({i})", a) for i, a in enumerate(value.args)]
+        return [*bound, *value.keywords.items(), (name, value.func)]
+    if inspect.ismethod(value):
+        return [("self", value.__self__), (name, value.__func__)]
+    if inspect.isfunction(value):
+        return [] if value.__module__.partition(".")[0] == "torch" else _names(value)
+    if isinstance(value, (list, tuple)):
+        return [(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        return [(f"{name}[{k!r}]", v) for k, v in value.items()]
+    if inspect.ismodule(value):
+        of_module = vars(value).items()
+        return [(_member(name, k), v) for k, v in of_module if isinstance(v, Tensor)]
+    if inspect.isclass(value) or not hasattr(value, "__dict__"):
+        return []
+    return [(_member(name, k), v) for k, v in vars(value).items()]
+
+
+def _names(f: Any) -> list[tuple[str, Any]]:
+    """The variables around a function, and its defaults."""
+    try:
+        around = inspect.getclosurevars(f)
+    except ValueError:  # a variable that has no value yet
+        return []
+    defaults = {k: p.default for k, p in inspect.signature(f).parameters.items()}
+    return [*around.globals.items(), *around.nonlocals.items(), *defaults.items()]
+
+
+def _member(name: str, attribute: str) -> str:
+    return f"{name}.{attribute}" if name else attribute

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchbp.nn import MLP, BPLinear, BPLinearReLU, BPLinearSigmoid, BPLinearTanh
 
@@ -21,6 +27,7 @@ _NATIVE: dict[type[BPLinear], type[nn.Module] | None] = {
     BPLinearReLU: nn.ReLU,
 }
 _OURS = {native: ours for ours, native in _NATIVE.items() if native is not None}
+_CONVERTED = {nn.Linear, *_NATIVE, *_OURS}
 
 # Hooks that see a module's output, and so notice where it is cut. A pre-hook sees the
 # input, which the linear part keeps (pruning computes the weight in one).
@@ -41,12 +48,13 @@ def to_native(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
             ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
             each of our layers becomes two entries, elsewhere, or where it has a name or
-            hooks on its output, a small ``nn.Sequential``.
+            hooks on its output, a small ``nn.Sequential``. An MLP whose instance has
+            more than its class gives it (attributes, buffers, other modules) stays one.
 
     Raises:
         ValueError: a layer from ``define_layer``, or one with parametrizations, which
-            has no native counterpart; a compiled module, or one whose instance has a
-            ``forward`` of its own.
+            has no native counterpart; a compiled or scripted module, one whose instance
+            has a ``forward`` of its own, or one that is not initialised yet.
 
     Examples:
         >>> import torch, torchbp
@@ -61,7 +69,7 @@ def to_native(model: nn.Module) -> nn.Module:
         >>> native[0].weight is model.layers[0].weight
         True
     """
-    return _ToNative().convert(model)
+    return _ToNative(model).result
 
 
 def from_native(model: nn.Module) -> nn.Module:
@@ -75,8 +83,7 @@ def from_native(model: nn.Module) -> nn.Module:
             options other than its defaults.
 
     Raises:
-        ValueError: a compiled module, or one whose instance has a ``forward`` of its
-            own.
+        ValueError: as :func:`to_native`, but for layers of ours.
 
     Examples:
         >>> import torch, torchbp
@@ -87,15 +94,22 @@ def from_native(model: nn.Module) -> nn.Module:
           (1): BPLinear(in_features=3, out_features=2, bias=True)
         )
     """
-    return _FromNative().convert(model)
+    return _FromNative(model).result
 
 
 class _Converter:
     """Rebuilds a tree of modules; one that stands in two places stays one."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # Each with its original, which must live as long as its id is a key.
         self.done: dict[tuple[object, ...], tuple[object, list[nn.Module]]] = {}
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.copies: list[nn.Module] = []
+        self.result = self.convert(model)
+        for copy in self.copies:  # which may still grow
+            for name, value in vars(copy).items():
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    vars(copy)[name] = self.redirected(value)
 
     def convert(self, module: nn.Module) -> nn.Module:
         (result,) = self.once([module], self.rebuild)
@@ -112,21 +126,18 @@ class _Converter:
 
     def rebuild(self, module: nn.Module) -> list[nn.Module]:
         """`module` with every layer below it converted, as a list of one."""
-        if hasattr(module, "_orig_mod"):
+        if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 "convert: expected a module that is not compiled, got one that is; "
-                "convert the module that was given to torch.compile"
+                "convert the module that was given to the compiler"
             )
-        _check_instance(module)
+        self.check_instance(module)
         converted = self.layer(module)
         if converted is not None:
             return [converted]
-        if type(module) is MLP and isinstance(self, _ToNative):
-            children = self.sequence(_numbered(module.layers))
-            flat = nn.Sequential(children).train(module.training)
-            _copy_hooks(module, flat, (*_OUTPUT_HOOKS, *_INPUT_HOOKS))
-            return [flat]
-        result = _shallow(module, type(module))
+        if type(module) is MLP and isinstance(self, _ToNative) and _is_flat(module):
+            return [self.flattened(module)]
+        result = self.copied(module, type(module))
         self.done[("rebuild", id(module))] = (module, [result])  # it may hold itself
         if type(module) is nn.Sequential:
             result._modules = self.sequence(module._modules)  # type: ignore[assignment]
@@ -135,6 +146,51 @@ class _Converter:
                 if child is not None:
                     result._modules[name] = self.convert(child)
         return [result]
+
+    def check_instance(self, module: nn.Module) -> None:
+        """Raise ValueError if a copy of the instance would not compute what it does."""
+        what = _alteration(module)
+        if what is not None:
+            name = self.names.get(id(module))
+            raise ValueError(
+                "convert: expected modules that compute what their class says, got a "
+                f"{type(module).__name__} {what}"
+                + (f" (module {name!r})" if name else "")
+            )
+
+    def copied(self, module: nn.Module, cls: type[_M]) -> _M:
+        """A module of class `cls` with the state of `module`: its parameters, buffers
+        and children are the same objects, the dictionaries that hold them are not."""
+        result = cls.__new__(cls)  # copy.copy is refused by parametrized modules
+        result.__dict__ = {
+            key: value.copy() if isinstance(value, (dict, set)) else value
+            for key, value in module.__dict__.items()
+        }
+        self.copies.append(result)
+        return result
+
+    def redirected(self, value: Any) -> Any:
+        """An attribute's `value` with the copies of this network's modules where it
+        holds modules, or methods of modules, as hooks often are."""
+        if isinstance(value, nn.Module):
+            return self.convert(value) if id(value) in self.names else value
+        if inspect.ismethod(value):
+            owner = self.redirected(value.__self__)
+            same = owner is value.__self__
+            return value if same else MethodType(value.__func__, owner)
+        if type(value) is functools.partial:
+            parts = (value.func, value.args, value.keywords)
+            func, args, keywords = map(self.redirected, parts)
+            return functools.partial(func, *args, **keywords)
+        if type(value) in (list, tuple, set):
+            items = [self.redirected(item) for item in value]
+            same = all(map(operator.is_, items, value))
+            return value if same else type(value)(items)
+        if type(value) in (dict, OrderedDict):
+            items = [self.redirected(item) for item in value.values()]
+            same = all(map(operator.is_, items, value.values()))
+            return value if same else type(value)(zip(value, items, strict=True))
+        return value
 
     def layer(self, module: nn.Module) -> nn.Module | None:
         """The counterpart of `module` by itself, or None if it is no layer."""
@@ -163,24 +219,39 @@ class _ToNative(_Converter):
         if len(pair) == 1:
             return pair[0]
         container = nn.Sequential(*pair).train(module.training)
-        _copy_hooks(module, container, _OUTPUT_HOOKS)
-        return container
+        return self.with_hooks(container, module, _OUTPUT_HOOKS)
 
     def pair(self, layer: BPLinear) -> list[nn.Module]:
         """nn.Linear, and the activation unless it is the identity."""
-        _check_instance(layer)
+        self.check_instance(layer)
         if type(layer) not in _NATIVE:
             raise ValueError(
                 f"to_native: expected layers with a native counterpart, "
                 f"got {type(layer).__name__}"
             )
         activation = _NATIVE[type(layer)]
-        linear = _shallow(layer, nn.Linear)
+        linear = self.copied(layer, nn.Linear)
         if activation is None:
             return [linear]
         for name in _OUTPUT_HOOKS:
             getattr(linear, name).clear()  # the container has them: they expect a
         return [linear, activation().train(layer.training)]
+
+    def flattened(self, model: MLP) -> nn.Module:
+        """An MLP as one nn.Sequential."""
+        flat = nn.Sequential(self.sequence(_numbered(model.layers)))
+        flat.training = model.training
+        return self.with_hooks(flat, model, _OUTPUT_HOOKS + _INPUT_HOOKS)
+
+    def with_hooks(
+        self, target: nn.Module, source: nn.Module, names: Iterable[str]
+    ) -> nn.Module:
+        """`target`, with those hooks of `source`."""
+        for name in names:
+            setattr(target, name, getattr(source, name).copy())
+        target._is_full_backward_hook = source._is_full_backward_hook
+        self.copies.append(target)
+        return target
 
     def counterparts(
         self, children: Mapping[str, Any]
@@ -195,11 +266,12 @@ class _ToNative(_Converter):
 
 class _FromNative(_Converter):
     def layer(self, module: nn.Module) -> nn.Module | None:
-        return _shallow(module, BPLinear) if type(module) is nn.Linear else None
+        return self.copied(module, BPLinear) if type(module) is nn.Linear else None
 
     def fuse(self, linear: nn.Module, activation: nn.Module) -> list[nn.Module]:
-        _check_instance(linear)
-        return [_shallow(linear, _OURS[type(activation)])]
+        self.check_instance(linear)
+        self.check_instance(activation)
+        return [self.copied(linear, _OURS[type(activation)])]
 
     def counterparts(
         self, children: Mapping[str, Any]
@@ -214,66 +286,63 @@ class _FromNative(_Converter):
                 yield name, self.convert(child)
 
 
+def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
+    """Whether nobody would notice that z is no longer passed between the two, and
+    nothing that the activation carries is lost."""
+    return (
+        type(activation) in _OURS
+        and activation.training == linear.training
+        and not _watched(linear)
+        # inplace changes where the result lies, not its numbers.
+        and _is_new(activation, type(activation)(), ("training", "inplace"))
+    )
+
+
+def _is_flat(model: MLP) -> bool:
+    """Whether an MLP has no more than its layers, and hooks that an nn.Sequential may
+    have as well."""
+    hooks = (*_OUTPUT_HOOKS, *_INPUT_HOOKS, "_is_full_backward_hook")
+    return (
+        model._modules.keys() == {"layers"}
+        and _is_new(model, nn.Module(), ("training", "sizes", "_modules", *hooks))
+        and _is_new(model.layers, nn.ModuleList(), ("training", "_modules"))
+    )
+
+
+def _is_new(module: nn.Module, new: nn.Module, ignored: Iterable[str]) -> bool:
+    """Whether an instance has the attributes of a `new` one of its class, but for those
+    that are `ignored`, or for an altered call, which is refused by name."""
+    own, fresh = (
+        {k: v for k, v in vars(m).items() if k not in ignored} for m in (module, new)
+    )
+    for name in ("forward", "_compiled_call_impl"):
+        own.pop(name, None)
+    return own.keys() == fresh.keys() and all(
+        type(own[k]) is type(fresh[k]) and own[k] == fresh[k] for k in fresh
+    )
+
+
+def _alteration(module: nn.Module) -> str | None:
+    """What makes an instance compute something else than its class, if anything: a copy
+    would go on calling the original, and a layer of another class would lose it."""
+    cls = type(module)
+    if any(map(is_lazy, [*module._parameters.values(), *module._buffers.values()])):
+        return "that is not initialised yet; give it a batch first"
+    for name, value in vars(module).items():
+        if name == "_compiled_call_impl" and value is not None:
+            return "compiled by module.compile()"
+        # A class's default that an instance of its own kind overrides is an option, but
+        # a layer becomes one of another class.
+        is_call = callable(getattr(nn.Module, name, None))
+        is_layer = cls in _CONVERTED and value is not getattr(cls, name, value)
+        if is_call or is_layer:
+            return f"with a {name} of its own"
+    return None
+
+
 def _numbered(modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
     return {str(i): module for i, module in enumerate(modules)}
 
 
 def _watched(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _OUTPUT_HOOKS)
-
-
-def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
-    """Whether nobody would notice that z is no longer passed between the two."""
-    return (
-        type(activation) in _OURS
-        and _is_default(activation)
-        and not _watched(linear)
-        and not _watched(activation)
-        and not activation._forward_pre_hooks
-    )
-
-
-def _is_default(activation: nn.Module) -> bool:
-    """Whether an activation computes what a default instance of its class does."""
-
-    def options(module: nn.Module) -> dict[str, Any]:
-        # inplace changes where the result lies, not its numbers.
-        skip = ("training", "inplace")
-        own = vars(module).items()
-        return {k: v for k, v in own if k[0] != "_" and k not in skip}
-
-    _check_instance(activation)
-    return options(activation) == options(type(activation)())
-
-
-def _check_instance(module: nn.Module) -> None:
-    """Raise ValueError if an attribute of the instance shadows one of its class, as a
-    replaced ``forward`` does, or what ``module.compile()`` leaves: a copy would go on
-    calling the original, and a layer of another class would lose it."""
-    cls = type(module)
-    for name, value in vars(module).items():
-        if hasattr(cls, name) and value is not getattr(cls, name):
-            what = f"with a {name} of its own"
-            if name == "_compiled_call_impl":
-                what = "compiled by module.compile()"
-            raise ValueError(
-                f"convert: expected modules that compute what their class says, got "
-                f"a {cls.__name__} {what}"
-            )
-
-
-def _copy_hooks(source: nn.Module, target: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        setattr(target, name, getattr(source, name).copy())
-    target._is_full_backward_hook = source._is_full_backward_hook
-
-
-def _shallow(module: nn.Module, cls: type[_M]) -> _M:
-    """A module of class `cls` with the state of `module`: its parameters, buffers and
-    children are the same objects, the dictionaries that hold them are not."""
-    result = cls.__new__(cls)  # copy.copy is refused by parametrized modules
-    result.__dict__ = {
-        key: value.copy() if isinstance(value, (dict, set)) else value
-        for key, value in module.__dict__.items()
-    }
-    return result

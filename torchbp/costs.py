@@ -537,28 +537,42 @@ def _checked(role: str, f: Any, has_outputs: bool) -> Any:
         raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
     probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
     try:
-        _check_part(role, f, probe, has_outputs)
-    except (RuntimeError, IndexError):  # torch's own about shapes, dtypes and devices
-        return _CheckedAtFirstCall(role, f, has_outputs)
+        with torch.no_grad():
+            f(probe.clone(), probe.flip(0))
+    except (RuntimeError, IndexError, ValueError, AssertionError):
+        # Torch's own about shapes, dtypes and devices, or a check of the user's.
+        check_reads_no_parameter(role, f)
+        return _checked_at_first_call(role, f, has_outputs)
+    _check_part(role, f, probe, has_outputs)
     return f
 
 
-class _CheckedAtFirstCall:
+def _checked_at_first_call(role: str, f: Any, has_outputs: bool) -> Any:
     """A user's C_x or ∇C_x that is tried at the number of outputs of its first call."""
+    is_checked = False
 
-    def __init__(self, role: str, f: Any, has_outputs: bool) -> None:
-        self.role, self.f, self.has_outputs = role, f, has_outputs
-        self.is_checked = False
-
-    def __call__(self, v: Tensor, y: Tensor) -> Tensor:
-        if not self.is_checked:
-            probe = torch.linspace(
+    def checked(v: Tensor, y: Tensor) -> Tensor:
+        nonlocal is_checked
+        if not is_checked and _has_numbers(v):
+            numbers = torch.linspace(
                 0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device
-            ).reshape(2, -1)
-            _check_part(self.role, self.f, probe, self.has_outputs)
-            self.is_checked = True
-        result: Tensor = self.f(v, y)
+            )
+            with torch.inference_mode(False):  # which hides who requires grad
+                _check_part(role, f, numbers.clone().reshape(2, -1), has_outputs)
+            is_checked = True
+        result: Tensor = f(v, y)
         return result
+
+    return checked
+
+
+def _has_numbers(v: Tensor) -> bool:
+    """Whether results can be looked at: not while a compiler or a mode traces."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or v.is_meta
+    )
 
 
 def _check_part(role: str, f: Any, probe: Tensor, has_outputs: bool) -> None:

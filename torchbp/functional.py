@@ -28,7 +28,7 @@ from torchbp._autograd import (
     transforming,
     varying,
 )
-from torchbp._checks import check_entrywise, explain
+from torchbp._checks import check_entrywise, check_reads_no_parameter, explain
 from torchbp._define import check_name, make_class
 
 __all__ = [
@@ -512,8 +512,8 @@ def define_function(
         TypeError: `sigma` or `sigma_prime` is not callable, or does not map a tensor to
             a tensor.
         ValueError: `name` is not an identifier, `saves` is neither "a" nor "z", or one
-            of the two is not entrywise (it changes the shape or the dtype) or
-            overwrites its argument.
+            of the two is not entrywise (it changes the shape or the dtype), overwrites
+            its argument, or reads a tensor that requires grad.
 
     Examples:
         >>> Cubic = define_function("Cubic", lambda z: z**3, lambda z: 3 * z**2, "z")
@@ -529,8 +529,11 @@ def define_function(
     aliases = check_entrywise("sigma", sigma)
     check_entrywise("sigma_prime", sigma_prime)
     z = torch.linspace(-10, 10, 2001, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        slopes = sigma_prime(sigma(z) if saves == "a" else z).abs()
+    with torch.enable_grad():  # on both sides of 0, where a σ may have two formulas
+        a = sigma(z)
+        check_reads_no_parameter("sigma", sigma, a)
+        slopes = sigma_prime(a if saves == "a" else z).abs()
+        check_reads_no_parameter("sigma_prime", sigma_prime, slopes)
     slopes = slopes[slopes.isfinite()]
 
     def evaluate_sigma(z: Tensor) -> Tensor:

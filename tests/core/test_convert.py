@@ -1,6 +1,7 @@
 """convert: both ways the same network and parameters, and the original untouched."""
 
 import copy
+import functools
 import random
 
 import pytest
@@ -364,3 +365,142 @@ def test_an_activation_with_an_option_of_its_own_is_not_fused():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
     model[1].gain = 2.0  # nothing that torch's own Tanh has
     assert [type(m) for m in from_native(model)] == [torchbp.BPLinear, nn.Tanh]
+
+
+class Listed(nn.Module):
+    """A container that holds its layers a second time, in ways that no registry sees."""
+
+    gain = 1.0
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.gain = 2.0  # overrides the class's default
+        self.in_a_list, self.in_a_dict = [layer], {"layer": [layer]}
+        self.outside = [nn.Linear(3, 3)]  # registered nowhere
+        self.seen = []
+        self.layer.register_forward_hook(self.remember)
+        self.layer.register_forward_hook(functools.partial(self.named, "twice"))
+        self.method = self.layer.forward
+
+    def remember(self, module, args, output):
+        self.seen = [*self.seen, "once"]
+
+    def named(self, name, *call):
+        self.seen = [*self.seen, name]
+
+    def forward(self, x):
+        return self.gain * self.in_a_list[0](x) + self.in_a_dict["layer"][0](x)
+
+
+@pytest.mark.parametrize(
+    ("convert", "layer"), [(to_native, torchbp.BPLinearTanh), (from_native, nn.Linear)]
+)
+def test_what_a_network_holds_of_itself_is_its_own(convert, layer):
+    """Layers in lists and methods as hooks: the copy's, not the original's."""
+    model = Listed(layer(3, 3)).double()
+    x, lists = rand(2, 3), vars(model)["in_a_list"]
+    converted = convert(model)
+    assert_close(converted(x), model(x))
+    assert converted.in_a_list[0] is converted.in_a_dict["layer"][0] is converted.layer
+    assert converted.layer is not model.layer and lists[0] is model.layer
+    assert converted.outside is model.outside
+    assert converted.method.__self__ is converted.layer
+    assert converted.seen == model.seen == ["once", "twice"] * 2
+
+
+def grown(how):
+    model = torchbp.MLP([4, 3, 2]).double()
+    if how == "attribute":
+        model.note = "mine"
+    elif how == "buffer":
+        model.register_buffer("mean", rand(4))
+    elif how == "module":
+        model.add_module("extra", nn.Linear(2, 2))
+    elif how == "hook on the state":
+        model.register_state_dict_post_hook(lambda module, state, *rest: state.pop(
+            "layers.0.bias", None))  # fmt: skip
+    elif how == "list of layers":
+        model.layers.note = "mine"
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", ["attribute", "buffer", "module", "hook on the state", "list of layers"]
+)
+def test_an_mlp_with_more_than_its_class_gives_it_stays_one(how):
+    model, x = grown(how), rand(5, 4)
+    native = to_native(model)
+    assert not any(isinstance(module, torchbp.BPLinear) for module in native.modules())
+    assert_close(native(x), model(x))
+    assert vars(native).get("note") == vars(model).get("note")
+    assert vars(native.layers).get("note") == vars(model.layers).get("note")
+    assert native._buffers == model._buffers
+    assert native._modules.keys() == model._modules.keys()
+    assert "layers.0.bias" not in native.state_dict()
+    assert len([*native.parameters()]) == len([*model.parameters()])
+
+
+def test_modes_of_single_layers_survive():
+    model = torchbp.MLP([4, 3, 2])
+    model.layers.append(nn.Dropout(1.0))
+    model.layers[2].eval()
+    native = to_native(model)
+    assert native.training and native[0].training and not native[4].training
+    x = torch.rand(5, 4)
+    assert_close(native(x), model(x))
+
+
+def with_a_buffer(activation):
+    activation.register_buffer("seen", torch.zeros(1))
+
+
+def with_a_hook_on_its_state(activation):
+    activation.register_state_dict_pre_hook(lambda *call: None)
+
+
+@pytest.mark.parametrize(
+    "alter", [with_a_buffer, with_a_hook_on_its_state, nn.Module.eval]
+)
+def test_an_activation_with_state_of_its_own_is_kept(alter):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.Tanh())
+    alter(model[1])
+    converted = from_native(model)
+    assert kinds(converted) == [torchbp.BPLinear, nn.Sigmoid, torchbp.BPLinearTanh]
+    assert converted.state_dict().keys() >= model[1].state_dict(prefix="1.").keys()
+    assert converted[1].training == model[1].training
+    x = torch.rand(5, 4)
+    assert_close(converted(x), model(x))
+    assert_close(to_native(converted)(x), model(x))
+
+
+def test_an_activation_of_other_options_stays():
+    for other in (nn.Softplus(beta=5), nn.Softplus(threshold=0.1), nn.ELU(0.3)):
+        model = nn.Sequential(nn.Linear(4, 3), other, nn.Linear(3, 2))
+        converted, x = from_native(model), torch.randn(5, 4)
+        assert type(converted[1]) is type(other)
+        assert_close(converted(x), model(x))
+        assert_close(to_native(converted)(x), model(x))
+
+
+@pytest.mark.parametrize("convert", [to_native, from_native])
+def test_a_module_without_parameters_yet_is_refused(convert):
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"LazyLinear that is not initialised.*'1'"):
+        convert(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("convert", [to_native, from_native])
+def test_a_scripted_module_is_refused(convert):
+    model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="expected a module that is not compiled"):
+        convert(model)
+
+
+def test_converting_draws_no_random_numbers():
+    model = torchbp.MLP([4, 3, 2])
+    before = torch.get_rng_state()
+    from_native(to_native(model))
+    assert torch.equal(torch.get_rng_state(), before)

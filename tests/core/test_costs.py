@@ -558,3 +558,87 @@ def test_a_cost_that_reads_a_parameter_is_refused_by_its_name():
         torchbp.define_cost("Bad", sums, lambda a, y: slope * (a - y))
     fixed = slope.detach()
     torchbp.define_cost("Good", lambda a, y: fixed * (a - y).sum(-1), right)
+
+
+def test_learned_class_weights_are_refused_at_definition():
+    """Before any call: under torch.compile the first call is not tried."""
+    w = torch.nn.Parameter(torch.rand(10))
+    with pytest.raises(ValueError, match=r"cost: .* reads w, which requires grad"):
+        torchbp.define_cost(
+            "Bad", lambda a, y: (w * (a - y)).sum(-1), lambda a, y: a - y
+        )
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, IndexError])
+def test_a_cost_that_refuses_three_outputs_itself_works_for_ten(error):
+    def grad(a, y):
+        if a.shape[-1] != 10:
+            raise error("ten outputs")
+        return a - y
+
+    Ten = torchbp.define_cost("Ten", lambda a, y: (a - y).square().sum(-1) / 2, grad)
+    a, y = torch.rand(4, 10, requires_grad=True), torch.rand(4, 10)
+    Ten()(a, y).backward()
+    torch.testing.assert_close(a.grad, (a - y).detach() / 4)
+    x = torch.rand(4, 3, requires_grad=True)
+    with pytest.raises(error, match="ten outputs"):
+        Ten()(x, torch.rand(4, 3)).backward()
+
+
+def test_a_mistake_that_no_number_of_outputs_cures_is_raised_at_once():
+    with pytest.raises(NameError):
+        torchbp.define_cost("Bad", lambda a, y: missing(a), lambda a, y: a)  # noqa: F821
+
+
+def weighted(w):
+    return torchbp.define_cost(
+        "Weighted",
+        lambda a, y: (w * (a - y) ** 2).sum(-1) / 2,
+        lambda a, y: w * (a - y),
+    )()
+
+
+FIRST_CALLS = {
+    "compiled": lambda cost, a, y: torch.autograd.grad(
+        torch.compile(cost, backend="aot_eager", fullgraph=True)(a, y), a
+    )[0],
+    "torch.func.grad": lambda cost, a, y: torch.func.grad(cost)(a, y),
+    "vmap": lambda cost, a, y: torch.func.vmap(torch.func.grad(cost))(a, y) / len(a),
+}
+
+
+def identity(n):
+    layer = torchbp.BPLinear(n, n, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(n))
+        layer.bias.zero_()
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["compiled", "torch.func.grad", "vmap"])
+def test_ten_class_weights_wherever_the_first_call_is(way):
+    w = torch.linspace(0.5, 2, 10, dtype=torch.float64)
+    a, y = rand(4, 10).requires_grad_(), rand(4, 10, seed=1)
+    actual = FIRST_CALLS[way](weighted(w), a, y)
+    torch.testing.assert_close(actual, (w * (a - y)).detach() / 4)
+
+
+def test_ten_class_weights_in_backprop():
+    w = torch.linspace(0.5, 2, 10, dtype=torch.float64)
+    a, y = rand(4, 10), rand(4, 10, seed=1)
+    _, grads = torchbp.backprop(identity(10), weighted(w), a, y)
+    torch.testing.assert_close(grads["bias"], (w * (a - y)).mean(0))
+
+
+def test_a_gradient_that_does_not_vary_has_zeros_as_its_derivative():
+    """The hinge: native gives zeros, by clamp."""
+    Hinge = torchbp.define_cost(
+        "Hinge",
+        lambda v, y: (1 - v * y).clamp(min=0).sum(-1),
+        lambda v, y: torch.where(v * y < 1, -y, torch.zeros_like(y)),
+    )
+    v, y = rand(4, 3).requires_grad_(), rand(4, 3, seed=1)
+    (g,) = torch.autograd.grad(Hinge()(v, y), v, create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), v)
+    assert g.any() and not second.any()

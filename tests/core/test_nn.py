@@ -1,6 +1,7 @@
 """nn: the layers drop in for nn.Linear, and the MLP computes what the book says."""
 
 import copy
+import functools
 import io
 import pickle
 import shutil
@@ -452,3 +453,49 @@ def test_a_sigma_that_reads_a_parameter_is_refused_by_its_name():
         torchbp.define_layer("Bad", torch.relu, lambda a: slope * torch.ones_like(a))
     prelu.requires_grad_(False)
     torchbp.define_layer("Good", prelu, one)
+
+
+class Holder:
+    """An object with a σ as its method, and one that is itself called."""
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def __call__(self, z):
+        return self.slope * z
+
+    sigma = __call__
+
+
+def test_a_sigma_that_reaches_a_parameter_on_the_way_is_refused_by_its_name():
+    """Through a helper, an argument bound beforehand, an object, a list; for negative z
+    alone; and in a recursive function."""
+    slope = torch.nn.Parameter(torch.tensor(0.25))
+
+    def helper(z):
+        return slope * z
+
+    def below_zero(z):
+        return z if z.numel() and bool((z > 0).all()) else torch.where(
+            z > 0, z, slope * z)  # fmt: skip
+
+    def countdown(z, n=1):
+        return countdown(z, n - 1) if n else slope * z
+
+    slopes = [1.0, {"left": slope}]
+    slopes.append(slopes)
+    readers = {
+        "slope": lambda z: helper(z),
+        "slope ": below_zero,
+        "slope  ": countdown,
+        "gain": functools.partial(lambda z, gain: gain * z, gain=slope),
+        r"\(0\)": functools.partial(lambda gain, z: gain * z, slope),
+        "self.slope": Holder(slope).sigma,
+        "slope   ": Holder(slope),
+        r"slopes\[1\]\['left'\]": lambda z: slopes[1]["left"] * z,
+    }
+    for name, sigma in readers.items():
+        pattern = f"sigma: .* reads {name.strip()}, which requires grad"
+        with pytest.raises(ValueError, match=pattern):
+            torchbp.define_layer("Bad", sigma, torch.ones_like)
+    torchbp.define_layer("Good", lambda z: slope.detach() * z, torch.ones_like)
