@@ -18,6 +18,7 @@ autograd.grad inside the graph   refused             ours, with trace_autograd_o
 torch.func.grad, vjp, jacrev     torch's own         ours
 grad of functional_call          refused             ours
 vmap(grad), hessian, jvp(grad)   torch's own         refused: InternalTorchDynamoError
+vmap of a module                 refused             refused
 torch.func.jvp, jacfwd           torch's own         torch's own
 torch.func.grad(compiled)        refused             refused
 ===============================  ==================  ==============================
@@ -391,6 +392,19 @@ def test_around_nested_transforms(layer, name):
     else:
         with pytest.raises((InternalTorchDynamoError, Unsupported)):
             compiled_transform(name, layer)
+
+
+@some_layers
+def test_around_vmap_of_a_module(layer):
+    """Refused by torch, with no result: what Dynamo makes of a Function has no rule for
+    vmap. The layer in a region that Dynamo leaves to eager mode is the way out."""
+    model, x = layer.module(5, 3, dtype=F64), rand(4, 5)
+    with pytest.raises((InternalTorchDynamoError, Unsupported)):
+        torch.compile(lambda x: vmap(model)(x), backend="aot_eager")(x)
+    torch.compiler.reset()
+    mapped = torch.compiler.disable(lambda x: vmap(model)(x))
+    y = torch.compile(lambda x: 2 * mapped(x), backend="aot_eager")(x)
+    assert_close(y, 2 * model(x))
 
 
 @some_layers

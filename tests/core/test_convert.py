@@ -368,7 +368,7 @@ def test_an_activation_with_an_option_of_its_own_is_not_fused():
 
 
 class Listed(nn.Module):
-    """A container that holds its layers a second time, in ways that no registry sees."""
+    """A container that holds its layer a second time, where no registry sees it."""
 
     gain = 1.0
 

@@ -12,12 +12,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from cases import F64, LAYERS, SiLU, all_layers, rand
+from cases import F64, LAYERS, SiLU, all_layers, operands, rand
 from torch import nn
 from torch.autograd import graph
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import torchbp
@@ -650,3 +653,152 @@ def test_a_layer_whose_slope_is_constant_has_zeros_as_second_derivatives():
     (g,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
     grad_W, grad_b = torch.autograd.grad(g.square().sum(), [layer.weight, layer.bias])
     assert grad_W.any() and not grad_b.any()
+
+
+class Keeping:
+    """What operations returned, kept as by a cache, and a copy of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def keep(self, output):
+        if isinstance(output, torch.Tensor) and not output.is_meta:
+            self.kept.append((output, output.detach().clone()))
+        return output
+
+    def assert_unchanged(self):
+        assert self.kept
+        for output, copied in self.kept:
+            assert torch.equal(output.detach(), copied)
+
+
+class KeepingOperations(Keeping, TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return self.keep(op(*args, **kwargs or {}))
+
+
+class KeepingCalls(Keeping, TorchFunctionMode):
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        output = f(*args, **kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return self.keep(output)
+
+
+@all_layers
+@pytest.mark.parametrize("rows", [(7,), (2, 3), (99,)], ids=str)
+def test_what_a_mode_keeps_of_a_pass_stays_as_it_was(layer, rows):
+    """Forward and backward: nothing is overwritten under the eyes of a mode. 99 rows of
+    50 are enough for what ReLU does to large layers."""
+    model = nn.Sequential(layer.module(4, 50), layer.module(50, 50)).double()
+    x = rand(*rows, 4).requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+    with KeepingCalls() as calls:
+        y = model(x)
+    calls.assert_unchanged()
+    with KeepingOperations() as operations:
+        y = model(x)
+        actual = torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y))
+    operations.assert_unchanged()
+    assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a l")
+@all_layers
+def test_partitioners_that_recompute(layer):
+    """functorch's, which choose what the forward pass keeps."""
+    from functorch.compile import (
+        aot_function,
+        min_cut_rematerialization_partition,
+        nop,
+    )
+
+    args = [t.detach().requires_grad_() for t in (rand(7, 4), rand(3, 4), rand(3))]
+    f = aot_function(
+        lambda *args: layer(*args).sin(),
+        fw_compiler=nop,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    g = rand(7, 3, seed=9)
+    expected = torch.autograd.grad(layer.native(*args).sin(), args, g)
+    assert_close(torch.autograd.grad(f(*args), args, g), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a l")
+@all_layers
+def test_selective_checkpointing_inside_a_compiled_function(layer):
+    model = nn.Sequential(layer.module(4, 4), layer.module(4, 3)).double()
+    x = rand(5, 4).requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+
+    context = saving_products(False)
+
+    def f(x):
+        return checkpoint(model, x, use_reentrant=False, context_fn=context)
+
+    torch.compiler.reset()
+    y = torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+    torch.compiler.reset()
+    assert_close(torch.autograd.grad(y.sum(), [x, *model.parameters()]), expected)
+
+
+@all_layers
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_penalty_on_the_gradient_reaches_what_native_ones_reach(layer, bias):
+    """By every argument: a gradient, zeros or none, as native gives them."""
+    results = []
+    for f in (layer, layer.native):
+        args = operands(layer, bias=bias)
+        (g,) = torch.autograd.grad(f(*args).sum(), args[0], create_graph=True)
+        penalty = g.square().sum()
+        results.append(torch.autograd.grad(penalty, args, allow_unused=True))
+    ours, native = results
+    assert [g is None for g in ours] == [g is None for g in native]
+    for a, b in zip(ours, native, strict=True):
+        assert a is b is None or assert_close(a, b) is None
+
+
+@pytest.mark.parametrize("infinite", [torch.inf, torch.nan])
+def test_a_penalty_through_a_relu_that_is_not_finite(infinite):
+    """Its zeros are zeros there, too."""
+    x = torch.tensor([[infinite, -1.0], [2.0, -3.0]], dtype=F64, requires_grad=True)
+    eye, b = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64, requires_grad=True)
+    a = torchbp.functional.linear_relu(x, eye, b)
+    (g,) = torch.autograd.grad(a, b, torch.ones_like(a), create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), b)
+    assert torch.equal(second, torch.zeros_like(b))
+
+
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="needs torch.distributed with gloo",
+)
+@pytest.mark.parametrize("name", ["relu", "sigmoid"])
+def test_a_penalty_alone_under_distributed_data_parallel(name, tmp_path, monkeypatch):
+    """Twice: the reducer refuses a second pass after one that left a parameter out."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    model = torchbp.MLP([4, 5, 3], name, dtype=F64)
+    x = rand(6, 4).requires_grad_()
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel.zero_grad()
+            (g,) = torch.autograd.grad(parallel(x).sum(), x, create_graph=True)
+            g.square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    expected = torch.autograd.grad(g.square().sum(), list(model.parameters()))
+    assert_close(gradients(model), list(expected))
+
+
+@all_layers
+def test_expanded_weights_are_refused_with_the_way_out(layer):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    with pytest.raises(TypeError, match=r"call_for_per_sample_grads; torch.func.vmap"):
+        call_for_per_sample_grads(layer.module(4, 3))(torch.rand(5, 4))
