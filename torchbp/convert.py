@@ -326,7 +326,8 @@ def _alteration(module: nn.Module) -> str | None:
     """What makes an instance compute something else than its class, if anything: a copy
     would go on calling the original, and a layer of another class would lose it."""
     cls = type(module)
-    if any(map(is_lazy, [*module._parameters.values(), *module._buffers.values()])):
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    if any(is_lazy(t) for t in tensors if t is not None):
         return "that is not initialised yet; give it a batch first"
     for name, value in vars(module).items():
         if name == "_compiled_call_impl" and value is not None:

@@ -78,7 +78,13 @@ class CostFunction(TwoFormFunction):
         raise NotImplementedError
 
     @classmethod
+    def check_parts(cls, v: Tensor) -> None:
+        """Check C_x and ∇C_x at the number of outputs of `v`, where they have not been
+        checked: before the first of them is used."""
+
+    @classmethod
     def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
+        cls.check_parts(v)
         return cls.per_example(v, y).mean()
 
     @classmethod
@@ -521,18 +527,22 @@ def define_cost(
     check_name(name)
     if takes not in ("a", "z"):
         raise ValueError(f'takes: expected "a" or "z", got {takes!r}')
-    parts = {
-        "per_example": staticmethod(_checked("cost", cost, has_outputs=False)),
-        "nabla": staticmethod(_checked("grad", grad, has_outputs=True)),
+    parts: dict[str, Any] = {
+        "per_example": staticmethod(cost),
+        "nabla": staticmethod(grad),
     }
+    takes_three = [_takes_three("cost", cost), _takes_three("grad", grad)]
+    if not all(takes_three):
+        parts |= {"is_checked": False}
+        parts |= {"check_parts": classmethod(_check_parts)}
     function = make_class(f"{name}Function", CostFunction, parts)
     members = {"__doc__": f"The cost {name}.", "function": function, "takes": takes}
     return place(make_class(name, _Cost, members))
 
 
-def _checked(role: str, f: Any, has_outputs: bool) -> Any:
-    """A user's C_x or ∇C_x, tried on two rows of three outputs; where it takes another
-    number only, as with one weight for each class, at its first call instead."""
+def _takes_three(role: str, f: Any) -> bool:
+    """Whether a user's C_x or ∇C_x passes its check on three outputs; False where it
+    takes another number only, as with one weight for each class."""
     if not callable(f):
         raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
     probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
@@ -542,28 +552,21 @@ def _checked(role: str, f: Any, has_outputs: bool) -> Any:
     except (RuntimeError, IndexError, ValueError, AssertionError):
         # Torch's own about shapes, dtypes and devices, or a check of the user's.
         check_reads_no_parameter(role, f)
-        return _checked_at_first_call(role, f, has_outputs)
-    _check_part(role, f, probe, has_outputs)
-    return f
+        return False
+    _check_part(role, f, probe)
+    return True
 
 
-def _checked_at_first_call(role: str, f: Any, has_outputs: bool) -> Any:
-    """A user's C_x or ∇C_x that is tried at the number of outputs of its first call."""
-    is_checked = False
-
-    def checked(v: Tensor, y: Tensor) -> Tensor:
-        nonlocal is_checked
-        if not is_checked and _has_numbers(v):
-            numbers = torch.linspace(
-                0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device
-            )
-            with torch.inference_mode(False):  # which hides who requires grad
-                _check_part(role, f, numbers.clone().reshape(2, -1), has_outputs)
-            is_checked = True
-        result: Tensor = f(v, y)
-        return result
-
-    return checked
+def _check_parts(cls: Any, v: Tensor) -> None:
+    """:meth:`CostFunction.check_parts` of a cost that does not take three outputs."""
+    if not _has_numbers(v) or cls.is_checked:  # in this order for torch.compile
+        return
+    numbers = torch.linspace(0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device)
+    with torch.inference_mode(False):  # which hides who requires grad
+        probe = numbers.clone().reshape(2, -1)
+        _check_part("cost", cls.per_example, probe)
+        _check_part("grad", cls.nabla, probe)
+    cls.is_checked = True
 
 
 def _has_numbers(v: Tensor) -> bool:
@@ -575,10 +578,10 @@ def _has_numbers(v: Tensor) -> bool:
     )
 
 
-def _check_part(role: str, f: Any, probe: Tensor, has_outputs: bool) -> None:
+def _check_part(role: str, f: Any, probe: Tensor) -> None:
     """Try a user's C_x or ∇C_x on the two rows of `probe`."""
     K = probe.shape[1]
-    shape = (2, K) if has_outputs else (2,)
+    shape = (2,) if role == "cost" else (2, K)
     with torch.enable_grad():
         arguments = probe.clone(), probe.flip(0)
         result = f(*arguments)

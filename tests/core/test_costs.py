@@ -590,11 +590,15 @@ def test_a_mistake_that_no_number_of_outputs_cures_is_raised_at_once():
         torchbp.define_cost("Bad", lambda a, y: missing(a), lambda a, y: a)  # noqa: F821
 
 
-def weighted(w):
+# No local: torch 2.8 compiles no function around a local tensor.
+TEN = torch.linspace(0.5, 2, 10, dtype=F64)
+
+
+def weighted():
     return torchbp.define_cost(
         "Weighted",
-        lambda a, y: (w * (a - y) ** 2).sum(-1) / 2,
-        lambda a, y: w * (a - y),
+        lambda a, y: (TEN * (a - y) ** 2).sum(-1) / 2,
+        lambda a, y: TEN * (a - y),
     )()
 
 
@@ -618,17 +622,26 @@ def identity(n):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 @pytest.mark.parametrize("way", ["compiled", "torch.func.grad", "vmap"])
 def test_ten_class_weights_wherever_the_first_call_is(way):
-    w = torch.linspace(0.5, 2, 10, dtype=torch.float64)
     a, y = rand(4, 10).requires_grad_(), rand(4, 10, seed=1)
-    actual = FIRST_CALLS[way](weighted(w), a, y)
-    torch.testing.assert_close(actual, (w * (a - y)).detach() / 4)
+    actual = FIRST_CALLS[way](weighted(), a, y)
+    torch.testing.assert_close(actual, (TEN * (a - y)).detach() / 4)
 
 
 def test_ten_class_weights_in_backprop():
-    w = torch.linspace(0.5, 2, 10, dtype=torch.float64)
     a, y = rand(4, 10), rand(4, 10, seed=1)
-    _, grads = torchbp.backprop(identity(10), weighted(w), a, y)
-    torch.testing.assert_close(grads["bias"], (w * (a - y)).mean(0))
+    _, grads = torchbp.backprop(identity(10), weighted(), a, y)
+    torch.testing.assert_close(grads["bias"], (TEN * (a - y)).mean(0))
+
+
+def test_the_explicit_engine_refuses_a_wrong_gradient_of_ten_before_any_step():
+    """It takes ∇C before C."""
+    Wrong = torchbp.define_cost(
+        "Wrong",
+        lambda a, y: (TEN * (a - y) ** 2).sum(-1) / 2,
+        lambda a, y: (TEN * (a - y)).sum(-1, keepdim=True),
+    )
+    with pytest.raises(ValueError, match=r"grad: expected shape \(2, 10\)"):
+        torchbp.ExplicitSGD(identity(10), Wrong(), 0.1)
 
 
 def test_a_gradient_that_does_not_vary_has_zeros_as_its_derivative():

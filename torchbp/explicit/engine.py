@@ -391,6 +391,9 @@ class ExplicitSGD:
         self.model, self.cost = model, cost
         self.lr, self.weight_decay = lr, weight_decay
         self._layers, self._function = layers, costs.function_of(cost)
+        self._function.check_parts(
+            layers[-1].weight.new_empty(1, len(layers[-1].weight))
+        )
         _check_separate(layers)
         self._is_built_in = self._function in BUILT_IN and all(
             layer.function is LinearFunction or layer.function in FAST
