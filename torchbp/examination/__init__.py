@@ -4,7 +4,8 @@ The room stands on torch and on the package's underscored files alone, so that i
 judge any Function, ours included.
 """
 
-from torchbp.examination.examiner import Finding, Report, examine
+from torchbp.examination.examiner import CHECKS, examine
+from torchbp.examination.report import Finding, Report
 from torchbp.examination.targets import draw, find
 
-__all__ = ["Finding", "Report", "draw", "examine", "find"]
+__all__ = ["CHECKS", "Finding", "Report", "draw", "examine", "find"]

@@ -4,188 +4,119 @@ is right, and what else it can be used with."""
 from __future__ import annotations
 
 import functools
+import random
 import re
-import textwrap
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchbp.examination import backward, costs, derivatives, layouts, transforms
+from torchbp.examination.isolation import in_a_child
+from torchbp.examination.report import Finding, Report
 from torchbp.examination.subject import Subject, make_subject
 from torchbp.examination.tools import F64, first_line
-from torchbp.examination.verdicts import Verdict
+from torchbp.examination.verdicts import Fail, Verdict, fix_for
 
-__all__ = ["Finding", "Report", "examine"]
-
-STATUSES = ("fail", "pass", "not supported", "not applicable")
-WIDTH = 88
+__all__ = ["CHECKS", "examine"]
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "forward": derivatives.forward,
-    "first derivatives": derivatives.first_derivatives,
-    "second derivatives": derivatives.second_derivatives,
+    "determinism": transforms.determinism,
+    "linear-in-g": derivatives.linear_in_g,
+    "first-derivatives": derivatives.first_derivatives,
+    "raw-gradients": backward.raw_gradients,
+    "second-derivatives": derivatives.second_derivatives,
     "reference": derivatives.reference,
     "float32": functools.partial(derivatives.in_dtype, torch.float32),
     "bfloat16": functools.partial(derivatives.in_dtype, torch.bfloat16),
     "float16": functools.partial(derivatives.in_dtype, torch.float16),
-    "raw gradients": backward.raw_gradients,
-    "requires_grad subsets": backward.subsets,
-    "unneeded gradients": backward.unneeded_gradients,
-    "output gradients": layouts.output_gradient_layouts,
-    "undefined gradients": layouts.undefined_gradients,
-    "input layouts": layouts.input_layouts,
-    "inputs unchanged": backward.inputs_unchanged,
-    "gradients unchanged": backward.output_gradients_unchanged,
+    "requires_grad-subsets": backward.subsets,
+    "unneeded-gradients": backward.unneeded_gradients,
+    "gradients-unchanged": backward.output_gradients_unchanged,
+    "output-gradients": layouts.output_gradient_layouts,
+    "undefined-gradients": layouts.undefined_gradients,
+    "input-layouts": layouts.input_layouts,
+    "inputs-unchanged": backward.inputs_unchanged,
     "retain_graph": backward.retain_graph,
-    "saved on ctx": backward.saved_on_ctx,
-    "changes in between": backward.changes_in_between,
-    "outputs freed": backward.outputs_freed,
-    "N-d inputs": layouts.n_d_inputs,
-    "empty inputs": layouts.empty_inputs,
-    "batched gradients": transforms.batched_gradients,
+    "saved-on-ctx": backward.saved_on_ctx,
+    "changes-in-between": backward.changes_in_between,
+    "outputs-freed": backward.outputs_freed,
+    "N-d-inputs": layouts.n_d_inputs,
+    "empty-inputs": layouts.empty_inputs,
+    "batched-gradients": transforms.batched_gradients,
     "vmap": transforms.vmap,
-    "vmap of grad": transforms.vmap_of_grad,
+    "vmap-of-grad": transforms.vmap_of_grad,
     "jacrev": transforms.jacrev,
     "jvp": transforms.jvp,
-    "dual numbers": transforms.dual_numbers,
+    "dual-numbers": transforms.dual_numbers,
     "jacfwd": transforms.jacfwd,
     "compile": transforms.compile,
-    "compiled backward": transforms.compiled_backward,
+    "compiled-backward": transforms.compiled_backward,
     "autocast": transforms.autocast,
-    "determinism": transforms.determinism,
-    "second device": transforms.second_device,
+    "second-device": transforms.second_device,
     "A1": costs.a1,
     "A2": costs.a2,
 }
-# What another check's failure leaves nothing to say about.
-AFTER: dict[str, tuple[str, ...]] = {
-    "second derivatives": ("first derivatives",),
-    "float32": ("reference",),
-    "bfloat16": ("reference",),
-    "float16": ("reference",),
-    "N-d inputs": ("first derivatives", "reference", "output gradients"),
-    "compiled backward": ("compile",),
-}
 # These have something to say of a function without derivatives, too.
-OF_VALUES = ("forward", "inputs unchanged", "outputs freed")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        check: its name.
-        status: "pass"; "fail", where something is wrong; "not supported", where it
-            raises an error; "not applicable", where there was nothing to check.
-        reason: what was seen.
-        mend: what to do about it; "" if nothing.
-
-    Examples:
-        >>> print(Finding("vmap", "not supported", "there is no batching rule"))
-        vmap                   not supported   there is no batching rule
-    """
-
-    check: str
-    status: str
-    reason: str
-    mend: str = ""
-
-    @property
-    def line(self) -> str:
-        """Everything but the mend, in one line."""
-        return f"{self.check:<22} {self.status:<14}  {self.reason}"
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the line is longer than a table has room for."""
-        return len(self.line) > WIDTH
-
-    def __str__(self) -> str:
-        return self.line[: WIDTH - 1].rstrip() + "…" if self.is_cut else self.line
-
-
-@dataclass(frozen=True)
-class Report:
-    """The findings on one function, in the order of the checks.
-
-    ``report["vmap"]`` is one of them. ``str(report)`` is a table, and below it what
-    failed or did not fit, why, and how to mend it.
-
-    Attributes:
-        name: the function's.
-        findings: one for each check.
-
-    Examples:
-        >>> report = Report("f", (Finding("vmap", "pass", "as a loop does it"),))
-        >>> report.ok, report["vmap"].status
-        (True, 'pass')
-        >>> print(report.brief())
-        f: 1 pass
-    """
-
-    name: str
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing failed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[Finding, ...]:
-        """The findings that failed."""
-        return tuple(f for f in self.findings if f.status == "fail")
-
-    def __iter__(self) -> Iterator[Finding]:
-        return iter(self.findings)
-
-    def __getitem__(self, check: str) -> Finding:
-        for finding in self.findings:
-            if finding.check == check:
-                return finding
-        raise KeyError(f"expected one of {[f.check for f in self]}, got {check!r}")
-
-    def __str__(self) -> str:
-        cut = [f for f in self if f.is_cut and f.status != "fail"]
-        lines = [self._head(), "", *map(str, self.findings)]
-        return "\n".join([*lines, *self._details([*self.failures, *cut])])
-
-    def brief(self) -> str:
-        """What failed, why, and how to mend it; no table."""
-        return "\n".join([self._head(), *self._details(self.failures)])
-
-    def _head(self) -> str:
-        counts = [sum(f.status == status for f in self) for status in STATUSES]
-        pairs = zip(counts, STATUSES, strict=True)
-        summary = ", ".join(f"{count} {status}" for count, status in pairs if count)
-        return f"{self.name}: {summary}"
-
-    def _details(self, findings: Iterable[Finding]) -> Iterator[str]:
-        for f in findings:
-            yield ""
-            yield from _wrapped(f"{f.check}: {f.reason}", "")
-            if f.mend:
-                yield from _wrapped(f"mend: {f.mend}", "  ")
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  "
-    )
+OF_VALUES = ("forward", "inputs-unchanged", "outputs-freed")
+# These ask for nothing but a backward that runs.
+OF_NUMBERS = ("determinism", "linear-in-g", "first-derivatives")
+UNNUMBERED = (
+    *OF_VALUES, *OF_NUMBERS, "raw-gradients", "unneeded-gradients", "vmap", "jvp",
+    "gradients-unchanged", "retain_graph", "saved-on-ctx", "changes-in-between",
+    "dual-numbers", "jacfwd", "compiled-backward", "A1", "A2",
+)  # fmt: skip
+# One cause, one finding: those on these checks explain what this one would find.
+AFTER: dict[str, tuple[str, ...]] = {
+    "linear-in-g": ("determinism",),
+    "first-derivatives": ("determinism", "linear-in-g"),
+    "second-derivatives": ("raw-gradients",),
+    "float32": ("reference",),
+    "bfloat16": ("reference", "float32"),
+    "float16": ("reference", "float32", "bfloat16"),
+    "output-gradients": ("gradients-unchanged",),
+    "unneeded-gradients": ("requires_grad-subsets",),
+    "retain_graph": ("inputs-unchanged", "gradients-unchanged", *OF_NUMBERS[:1]),
+    "changes-in-between": ("saved-on-ctx", "inputs-unchanged", "gradients-unchanged"),
+    "outputs-freed": ("saved-on-ctx",),
+    "N-d-inputs": ("raw-gradients", "reference", "output-gradients"),
+    "empty-inputs": ("raw-gradients", "N-d-inputs"),
+    "batched-gradients": ("raw-gradients", "gradients-unchanged"),
+    "vmap-of-grad": ("raw-gradients", "gradients-unchanged", "vmap"),
+    "jacrev": ("raw-gradients", "gradients-unchanged", "batched-gradients"),
+    "jvp": ("first-derivatives",),
+    "dual-numbers": ("first-derivatives", "jvp"),
+    "jacfwd": ("first-derivatives", "jvp"),
+    "compiled-backward": ("compile",),
+    "autocast": ("float32", "bfloat16"),
+    "A1": ("first-derivatives", "linear-in-g"),
+}
+# Where a function of random numbers may draw others: in another dtype, order or shape.
+DRAWN_ANEW = (
+    "float32", "bfloat16", "float16", "reference", "input-layouts", "N-d-inputs",
+    "empty-inputs", "batched-gradients", "vmap", "vmap-of-grad", "jacrev", "jvp",
+    "jacfwd", "compile", "compiled-backward", "autocast", "second-device", "A1",
+)  # fmt: skip
 
 
 def examine(
     fn: Any,
     *inputs: Any,
     reference: Callable[..., Any] | None = None,
+    surrogate: Callable[..., Any] | None = None,
     cost: bool | None = None,
     compile: bool | str = False,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    strict: bool = False,
+    tolerance: float | None = None,
+    isolate: bool = False,
     seed: int = 0,
 ) -> Report:
     """Examine the derivatives of `fn` at `inputs`, and report a finding for each check.
@@ -196,16 +127,28 @@ def examine(
             may be a tensor or several.
         inputs: what it is called with: tensors, and whatever else it takes. They are
             copied. Those that require grad are differentiated; if none does, all
-            floating ones (of a cost, the first). Small ones do: finite differences are
-            taken at every entry. Keep off kinks, where they mean nothing. Rows with the
-            first tensor's first size are taken as examples where they prove to be.
+            floating ones (of a cost, the first). Avoid kinks such as ReLU at 0. Of up
+            to 200 entries each is differenced; of more, so many and random directions.
+            Rows with the first tensor's first size are taken as examples where they
+            prove to be.
         reference: what is right: a function of the same arguments; for a module, a
             function of its inputs and parameters, or a module with parameters of the
             same shapes in the same order, for which the first one's stand in.
+        surrogate: the function whose derivatives the backward is meant to return, where
+            that is not `fn`: the identity for a straight-through estimator, -x for a
+            gradient reversal, ``lambda v: v + (v.round() - v).detach()`` as well. It
+            takes the same arguments, or the first of them.
         cost: whether `fn` is a cost, to be held to A1 and A2; None: if it gives one 0-d
             tensor from two inputs with as many rows and is called a cost, loss, entropy
             or likelihood, or has a second input of integers or without a gradient.
         compile: whether to compile it, with the backend "aot_eager" or the one named.
+        skip: checks to leave out, by identifier or title.
+        only: the only checks to run; empty: all.
+        strict: whether a warning counts as a failure.
+        tolerance: how far two results may part, relative to the largest entry of what
+            is compared; None: 1e-5 from finite differences, and the dtype's rounding
+            between two computations. Never less than that rounding.
+        isolate: whether to examine in a child process, for code that may crash.
         seed: of all that is random here.
 
     Returns:
@@ -213,29 +156,61 @@ def examine(
 
     Raises:
         TypeError: `fn` cannot be called, or an input is complex or sparse.
-        ValueError: a module as `reference` whose parameters do not fit.
+        ValueError: a module as `reference` whose parameters do not fit, or no such
+            check.
 
     Whatever goes wrong in a check is a finding. The inputs, the generators of random
     numbers, the grad mode and a module's buffers are as before when it returns. Where
     `fn` does not take float64, most checks make do with its own dtype.
 
+    Differences move every entry alone. A function of symmetric, positive or normalised
+    arguments is therefore examined as one of free ones: ``lambda x: f(x + x.mT)``,
+    ``lambda x: f(x.exp())``, ``lambda x: f(x.softmax(-1))``.
+
     Examples:
         >>> import torch, torchbp
         >>> x, W, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
         >>> report = torchbp.examine(torchbp.functional.linear_sigmoid, x, W, b)
-        >>> report.ok, report["first derivatives"].status
+        >>> report.ok, report["first-derivatives"].status
         (True, 'pass')
     """
-    with _undisturbed(inputs):
-        subject = make_subject(fn, inputs, reference, seed)
-        subject.backend = "aot_eager" if compile is True else compile or None
-        return Report(_title(subject), tuple(_findings(subject, cost)))
+    chosen = _chosen(skip, only)
+
+    def run() -> Iterator[Any]:
+        with _undisturbed(inputs):
+            subject = make_subject(fn, inputs, reference, seed, surrogate)
+            subject.backend = "aot_eager" if compile is True else compile or None
+            subject.given_tolerance = tolerance
+            yield _title(subject)
+            yield from _findings(subject, cost, chosen)
+            yield subject.calls
+
+    name, *findings, calls = in_a_child(run, chosen) if isolate else run()
+    return Report(name, tuple(findings), strict, calls)
+
+
+def _chosen(skip: Sequence[str], only: Sequence[str]) -> list[str]:
+    """The identifiers of the checks to be run."""
+    named = {
+        what: {
+            str(name).replace(" ", "-")
+            for name in ([names] if isinstance(names, str) else names)
+        }
+        for what, names in (("skip", skip), ("only", only))
+    }
+    for what, names in named.items():
+        if unknown := names - set(CHECKS):
+            raise ValueError(
+                f"{what}: expected some of {', '.join(CHECKS)}, got {min(unknown)!r}"
+            )
+    wanted = named["only"] or set(CHECKS)
+    return [name for name in CHECKS if name in wanted and name not in named["skip"]]
 
 
 @contextmanager
 def _undisturbed(inputs: tuple[Any, ...]) -> Iterator[None]:
-    """The modes that the checks need, whatever the caller's; his are as before, and his
-    random numbers, afterwards."""
+    """Run with grad on, autocast and inference mode off; restore the caller's modes and
+    random state."""
     devices = sorted(
         {t.device.index for t in inputs if isinstance(t, Tensor) and t.is_cuda}
     )
@@ -246,6 +221,10 @@ def _undisturbed(inputs: tuple[Any, ...]) -> Iterator[None]:
         for kind in {"cpu", *(t.device.type for t in inputs if isinstance(t, Tensor))}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numpy = sys.modules["numpy"].random
+            stack.callback(numpy.set_state, numpy.get_state())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -262,48 +241,61 @@ def _title(s: Subject) -> str:
     return f"{s.name}({arguments})".replace("torch.", "")
 
 
-def _findings(s: Subject, cost: bool | None) -> Iterator[Finding]:
+def _findings(s: Subject, cost: bool | None, chosen: list[str]) -> Iterator[Finding]:
     """Every check's finding; where the function cannot be called at all, that one."""
     try:
         why_not = _first_call(s, cost)
     except Exception as error:
+        reason = f"raised {first_line(error)}"
         yield Finding(
-            "forward", "fail", f"raised {first_line(error)}", "give it what it takes"
+            "forward", "fail", reason, fix_for(error, "give it what it takes")
         )
         return
-    failed: set[str] = set()
-    for name, check in CHECKS.items():
+    broken = None if why_not else _first_backward(s)
+    s.has_backward = broken is None and not why_not
+    found: dict[str, str] = {}
+    for name in chosen:
+        before = [n for n in _causes(name) if n in found]
         if why_not and name not in OF_VALUES:
             yield Finding(name, "not applicable", why_not)
-        elif before := failed.intersection(AFTER.get(name, ())):
-            yield Finding(name, "not applicable", f"see {min(before)} first")
+        elif broken and name == "first-derivatives":
+            yield Finding(name, "fail", broken.reason, broken.fix)
+        elif broken and name not in OF_VALUES:
+            yield Finding(name, "not applicable", "see first-derivatives")
+        elif before:
+            yield Finding(name, "not applicable", f"see {before[0]}")
         else:
-            finding = _finding(name, check, s)
-            if finding.status == "fail":
-                failed.add(name)
+            finding = _finding(name, CHECKS[name], s)
+            if finding.status in ("fail", "warn"):
+                found[name] = finding.status
             yield finding
+
+
+def _causes(name: str) -> tuple[str, ...]:
+    """The checks whose findings explain those of this one."""
+    return (*AFTER.get(name, ()), *(() if name in UNNUMBERED else OF_NUMBERS))
 
 
 def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
     try:
         return Finding(name, "pass", check(s))
     except Verdict as verdict:
-        return Finding(name, verdict.status, verdict.reason, verdict.mend)
+        if verdict.status == "fail" and name in DRAWN_ANEW and s.is_random:
+            return Finding(
+                name, "not applicable", "it draws other random numbers there"
+            )
+        return Finding(name, verdict.status, verdict.reason, verdict.fix)
     except Exception as error:
-        return Finding(name, "fail", f"the check stopped at {first_line(error)}")
+        reason = f"the check stopped at {first_line(error)}"
+        return Finding(name, "fail", reason, fix_for(error))
 
 
 def _first_call(s: Subject, cost: bool | None) -> str:
     """Learn what the function is like; say why it has no derivatives, or ""."""
     arguments = s.copies(s.own_dtype)
     with torch.no_grad():
-        outputs = s.evaluate(arguments)
-    if any(y is t for y in outputs for t in arguments):
-        s.in_place = True
-        original = s.function
-        s.function = lambda *ts: original(
-            *[t.clone() if isinstance(t, Tensor) else t for t in ts]
-        )
+        outputs = s.call(arguments)
+    s.in_place = any(y is t for y in outputs for t in arguments)
     if any(y.layout != torch.strided for y in outputs):
         return "its outputs are not dense"
     s.is_cost = _looks_like_a_cost(s, outputs) if cost is None else bool(cost)
@@ -315,9 +307,48 @@ def _first_call(s: Subject, cost: bool | None) -> str:
     s.dtype, s.refusal = _working_dtype(s)
     arguments = s.copies()
     s.leaves(arguments)
-    if not any(y.requires_grad for y in s.evaluate(arguments)):
+    start = time.perf_counter()
+    outputs = s.evaluate(arguments)
+    # A slow function is differenced at fewer entries: for some ten seconds in all.
+    s.entries = int(max(8, min(s.entries, 4 / (time.perf_counter() - start + 1e-9))))
+    if not any(y.requires_grad for y in outputs):
         return "no output requires grad"
     return ""
+
+
+def _first_backward(s: Subject) -> Fail | None:
+    """Learn in which dtype the backward runs, and how; what it raises, if in none."""
+    error = _error_of_backward(s)
+    if error is not None and s.dtype != s.own_dtype:
+        dtype, s.dtype = s.dtype, s.own_dtype
+        if _error_of_backward(s) is None:
+            s.refusal = f"its backward raised {first_line(error)}"
+            return None
+        s.dtype = dtype
+    if error is not None:
+        return Fail(f"the backward raised {first_line(error)}", fix_for(error, _RAISED))
+    s.is_exact = derivatives.is_exact(s)
+    return None
+
+
+_RAISED = "call the backward by itself, with the output gradients that it should take"
+
+
+def _error_of_backward(s: Subject) -> Exception | None:
+    """What the backward raises, both as autograd.grad and as backward() run it."""
+    errors = []
+    for s.accumulates in (False, True):
+        arguments = s.copies()
+        leaves = s.leaves(arguments)
+        try:
+            s.pull_back(s.evaluate(arguments), leaves)
+        except Exception as error:
+            errors.append(error)
+            continue
+        if s.accumulates or all(t.grad is None for t in leaves):
+            return None
+    s.accumulates = False
+    return errors[0]
 
 
 def _looks_like_a_cost(s: Subject, outputs: list[Tensor]) -> bool:

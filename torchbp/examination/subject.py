@@ -1,8 +1,9 @@
-"""A function under examination, in one form: a function of all its arguments, whatever
-it was, with the arguments as copies and the tools to call and to differentiate it."""
+"""The function under examination as a function of all its arguments, with copies of
+the arguments and the tools to call and to differentiate it."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torchbp.examination.tools import (
     flatten,
     random_like,
     seed_generators,
+    variables_of,
 )
 
 
@@ -36,12 +38,21 @@ class Subject:
         floats: which of them are differentiated.
         inputs: how many are inputs; the rest are a module's parameters.
         reference: a function of the same arguments that is right, or None.
+        surrogate: the function whose derivatives the backward is meant to return, or
+            None for the function's own.
+        given_tolerance: the caller's, or None.
         is_cost: whether A1 and A2 are examined.
         backend: torch.compile's, or None.
-        in_place: whether the function gives back one of its arguments, overwritten.
+        in_place: whether the function returns one of its arguments, overwritten.
         dtype: in which it is examined: float64 where it takes that.
         refusal: why it does not take float64.
         was_asked: whether the caller chose `floats` by requires_grad.
+        accumulates: whether its backward adds to .grad itself, so that only
+            ``backward()`` gives all gradients (a checkpoint that is reentrant).
+        has_backward: whether its backward runs without an error.
+        calls: how often the function was called.
+        entries: at how many entries of the arguments differences are taken.
+        is_exact: whether it computes in float64 inside, where it takes that.
     """
 
     name: str
@@ -52,12 +63,19 @@ class Subject:
     inputs: int
     reference: Callable[..., Any] | None
     seed: int
+    surrogate: Callable[..., Any] | None = None
+    given_tolerance: float | None = None
     is_cost: bool = False
     backend: str | None = None
     in_place: bool = False
     dtype: torch.dtype = F64
     refusal: str = ""
     was_asked: bool = False
+    accumulates: bool = False
+    calls: int = 0
+    has_backward: bool = True
+    entries: int = 200
+    is_exact: bool = True
     _rows: tuple[int, ...] | None = field(default=None, repr=False)
 
     # ------------------------------------------------------------ arguments
@@ -74,11 +92,21 @@ class Subject:
         tensors = [t for t in self.arguments if isinstance(t, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
 
+    def tolerance(self, dtype: torch.dtype | None = None) -> float:
+        """The caller's, but no less than the rounding of `dtype`."""
+        dtype = dtype or self.dtype
+        if dtype == F64 and not self.is_exact:
+            dtype = torch.float32
+        usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+        return max(usual, self.given_tolerance or 0.0)
+
     def copies(self, dtype: torch.dtype | None = None, device: Any = None) -> list[Any]:
         """The arguments, copied; floating ones in `dtype`, the working one if None."""
         dtype = dtype or self.dtype
 
         def copied(t: Any) -> Any:
+            if isinstance(t, nn.Module):
+                return copy.deepcopy(t).to(device, dtype)
             if not isinstance(t, Tensor):
                 return t
             return t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True)
@@ -91,14 +119,23 @@ class Subject:
 
     # ------------------------------------------------------------ calls
 
-    def evaluate(
+    def call(
         self, arguments: Sequence[Any], function: Callable[..., Any] | None = None
     ) -> list[Tensor]:
         """The tensors that the function returns, complex ones as pairs of real ones;
-        whatever it draws is the same at each call."""
+        the random numbers that it draws are the same at each call."""
+        self.calls += 1
         seed_generators(self.seed, self.device)
         outputs = flatten((function or self.function)(*arguments))
         return [torch.view_as_real(y) if y.is_complex() else y for y in outputs]
+
+    def evaluate(
+        self, arguments: Sequence[Any], function: Callable[..., Any] | None = None
+    ) -> list[Tensor]:
+        """The same of clones: a function that overwrites its arguments fails the one
+        check of that, and no other."""
+        clones = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
+        return self.call(clones, function)
 
     def differentiable(self, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         """Its outputs that have a gradient."""
@@ -106,14 +143,17 @@ class Subject:
 
     @functools.cached_property
     def is_random(self) -> bool:
-        """Whether it gives something else with another seed."""
+        """Whether it gives other values with another seed, in either dtype."""
         with torch.no_grad():
-            first = self.evaluate(self.copies())
-            self.seed += 1
-            try:
-                second = self.evaluate(self.copies())
-            finally:
-                self.seed -= 1
+            return any(self._is_random_in(d) for d in {self.dtype, self.own_dtype})
+
+    def _is_random_in(self, dtype: torch.dtype) -> bool:
+        first = self.evaluate(self.copies(dtype))
+        self.seed += 1
+        try:
+            second = self.evaluate(self.copies(dtype))
+        finally:
+            self.seed -= 1
         return any(difference(a, b, 0.0) for a, b in zip(first, second, strict=True))
 
     def closure(
@@ -138,7 +178,7 @@ class Subject:
 
     def cotangents(self, outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
         """Output gradients: random, never 0, of few bits, so exact in every dtype."""
-        generator = torch.Generator("cpu").manual_seed(self.seed + seed)
+        generator = torch.Generator().manual_seed(self.seed + seed)
         return [
             random_like(y, generator).to(dtype=y.dtype, device=y.device)
             for y in outputs
@@ -149,11 +189,28 @@ class Subject:
         arguments: list[Any],
         wrt: Sequence[int] = (),
         function: Callable[..., Any] | None = None,
+        cotangents: Sequence[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Every output, and the gradients of the arguments at `wrt`, zeros for None."""
         leaves = self.leaves(arguments, wrt)
         outputs = self.evaluate(arguments, function)
-        return outputs, self.pull_back(outputs, leaves)
+        return outputs, self.pull_back(outputs, leaves, cotangents)
+
+    def right_gradients(
+        self,
+        arguments: list[Any],
+        cotangents: Sequence[Tensor] | None = None,
+        function: Callable[..., Any] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of `function` (its own if None), and the gradients that it should
+        have: the surrogate's where there is one."""
+        outputs, grads = self.gradients(arguments, (), function, cotangents)
+        if self.surrogate is not None:
+            fresh = [
+                t.detach().clone() if isinstance(t, Tensor) else t for t in arguments
+            ]
+            _, grads = self.gradients(fresh, (), self.surrogate, cotangents)
+        return outputs, grads
 
     def pull_back(
         self,
@@ -168,59 +225,32 @@ class Subject:
             return [torch.zeros_like(t) for t in leaves]
         if cotangents is None:
             cotangents = self.cotangents(outputs)
-        grads = torch.autograd.grad(
-            outputs, leaves, cotangents, allow_unused=True, **options
-        )
+        # Not the forward's seed: a mask that backward draws anew must differ.
+        seed_generators(self.seed + 7919, self.device)
+        if self.accumulates and not options.get("create_graph"):
+            grads = self._accumulated(outputs, leaves, cotangents, options)
+        else:
+            grads = torch.autograd.grad(
+                outputs, leaves, cotangents, allow_unused=True, **options
+            )
         return [
             torch.zeros_like(t) if grad is None else grad
             for grad, t in zip(grads, leaves, strict=True)
         ]
 
-    def numeric(
-        self, f: Callable[..., Sequence[Tensor]], at: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The gradients of Σ f by central differences, an entry at a time."""
-        step = 1e-6
-        result = []
-        with torch.no_grad():
-            at = [t.detach().clone() for t in at]
-            for t in at:
-                grad = torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-                t_flat, grad_flat = t.view(-1), grad.view(-1)
-                for j in range(t.numel()):
-                    value = t_flat[j].item()
-                    ends = []
-                    for end in (value + step, value - step):
-                        t_flat[j] = end
-                        ends.append(sum(y.sum() for y in f(*[u.clone() for u in at])))
-                    t_flat[j] = value
-                    grad_flat[j] = (ends[0] - ends[1]) / (2 * step)
-                result.append(grad)
-        return result
-
-    @functools.cached_property
-    def jacobian(self) -> list[Tensor]:
-        """∂(all differentiable outputs, end to end)/∂(each argument), by central
-        differences: (outputs, argument's entries)."""
-        step = 1e-6
-        arguments = self.copies(F64)
-        f = self.closure(arguments)
-        at = [arguments[i].detach().contiguous() for i in self.floats]
-        result = []
-        with torch.no_grad():
-            for t in at:
-                flat, columns = t.view(-1), []
-                for j in range(t.numel()):
-                    value = flat[j].item()
-                    ends = []
-                    for end in (value + step, value - step):
-                        flat[j] = end
-                        outputs = f(*[u.clone() for u in at])
-                        ends.append(torch.cat([y.reshape(-1) for y in outputs]))
-                    flat[j] = value
-                    columns.append((ends[0] - ends[1]) / (2 * step))
-                result.append(torch.stack(columns, 1) if columns else flat.view(0, 0))
-        return result
+    def _accumulated(
+        self, outputs: Any, leaves: Any, cotangents: Any, options: dict[str, Any]
+    ) -> list[Tensor | None]:
+        known = [*leaves, *variables_of(outputs)]
+        before = [t.grad for t in known]
+        try:
+            for t in known:
+                t.grad = None
+            torch.autograd.backward(outputs, cotangents, **options)
+            return [t.grad for t in leaves]
+        finally:
+            for t, grad in zip(known, before, strict=True):
+                t.grad = grad
 
     # ------------------------------------------------------------ rows
 
@@ -263,7 +293,7 @@ class Subject:
                     for y, all in zip(got, whole, strict=True):
                         if all.dim() == 0 or all.shape[0] != rows:
                             return False
-                        if difference(y, all[part], TOLERANCE[self.dtype]):
+                        if difference(y, all[part], self.tolerance()):
                             return False
         except Exception:
             return False
@@ -283,8 +313,9 @@ class Subject:
 def make_subject(
     fn: Any,
     inputs: tuple[Any, ...],
-    reference: Any,
-    seed: int,
+    reference: Any = None,
+    seed: int = 0,
+    surrogate: Any = None,
 ) -> Subject:
     """`fn`, its copied inputs and what belongs to them as a Subject."""
     if isinstance(fn, type) and issubclass(fn, Function):
@@ -297,45 +328,55 @@ def make_subject(
             raise TypeError(f"inputs: expected real tensors, got {t.dtype} as {i}")
         if isinstance(t, Tensor) and t.layout != torch.strided:
             raise TypeError(f"inputs: expected dense tensors, got {t.layout} as {i}")
-    copies = tuple(_copy(t) for t in inputs)
-    labels = tuple(_input_names(fn, len(inputs)))
+    count = len(inputs)
     asked = [i for i, t in enumerate(inputs) if _is_float(t) and t.requires_grad]
     floats = asked or [i for i, t in enumerate(inputs) if _is_float(t)]
-    function, truth = fn, reference
-    if isinstance(fn, nn.Module):
-        parameters = dict(fn.named_parameters())
-        names = list(parameters)
-        floats += [
-            len(inputs) + k
-            for k, p in enumerate(parameters.values())
-            if p.requires_grad
-        ]
-        copies += tuple(_copy(p) for p in parameters.values())
-        labels += tuple(names)
-        function = _stateless(fn, names, len(inputs))
-        if isinstance(reference, nn.Module):
-            theirs = {n: p.shape for n, p in reference.named_parameters()}
-            shapes = [p.shape for p in parameters.values()]
-            if list(theirs.values()) != shapes:
-                raise ValueError(
-                    f"reference: expected parameters of shapes "
-                    f"{[tuple(s) for s in shapes]}, got "
-                    f"{[tuple(s) for s in theirs.values()]}"
-                )
-            truth = _stateless(reference, list(theirs), len(inputs))
-    elif isinstance(reference, nn.Module):
-        truth = _stateless(reference, (), len(inputs))
+    parameters = dict(fn.named_parameters()) if isinstance(fn, nn.Module) else {}
+    floats += [count + k for k, p in enumerate(parameters.values()) if p.requires_grad]
     return Subject(
         name=_name(fn),
-        function=function,
-        arguments=copies,
-        labels=labels,
+        function=_Stateless(fn, count) if isinstance(fn, nn.Module) else fn,
+        arguments=tuple(map(_copy, [*inputs, *parameters.values()])),
+        labels=(*_input_names(fn, count), *parameters),
         floats=tuple(floats),
-        inputs=len(inputs),
-        reference=truth,
+        inputs=count,
+        reference=_same_arguments(reference, "reference", parameters, count),
         seed=seed,
+        surrogate=_same_arguments(surrogate, "surrogate", parameters, count),
         was_asked=bool(asked),
     )
+
+
+def _same_arguments(
+    f: Any, what: str, parameters: dict[str, Tensor], inputs: int
+) -> Callable[..., Any] | None:
+    """`f` as a function of the subject's arguments, parameters included; a function
+    that takes fewer gets the first ones."""
+    if isinstance(f, nn.Module):
+        theirs = [tuple(p.shape) for p in f.parameters()]
+        shapes = [tuple(p.shape) for p in parameters.values()]
+        if parameters and theirs != shapes:
+            raise ValueError(
+                f"{what}: expected parameters of shapes {shapes}, got {theirs}"
+            )
+        return _Stateless(f, inputs, bool(parameters))
+    if f is None or what == "reference":
+        return f
+    if not callable(f):
+        raise TypeError(f"{what}: expected a function, got {type(f).__name__}")
+    try:
+        kinds = [p.kind for p in inspect.signature(f).parameters.values()]
+    except (TypeError, ValueError):
+        return f
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return f
+    P = inspect.Parameter
+    positional = P.POSITIONAL_ONLY, P.POSITIONAL_OR_KEYWORD
+    return functools.partial(_first_of, f, sum(k in positional for k in kinds))
+
+
+def _first_of(f: Callable[..., Any], count: int, *arguments: Any) -> Any:
+    return f(*arguments[:count])
 
 
 def _copy(t: Any) -> Any:
@@ -354,7 +395,7 @@ def _name(fn: Any) -> str:
 
 
 def _input_names(fn: Any, count: int) -> Iterator[str]:
-    """What the function itself calls its inputs, where it says."""
+    """The names of the function's own parameters, where it tells them."""
     owner = getattr(fn, "__self__", None)
     names: list[str] = []
     try:
@@ -375,18 +416,32 @@ def _input_names(fn: Any, count: int) -> Iterator[str]:
         yield names[i] if i < len(names) else f"input {i}"
 
 
-def _stateless(
-    module: nn.Module, names: Sequence[str], inputs: int
-) -> Callable[..., Any]:
-    """The module as a function of its inputs and of the parameters named. The rest of
-    its state follows them in dtype and device, as copies."""
-    state = [*module.named_parameters(), *module.named_buffers()]
-    fixed = {n: t for n, t in state if n not in names}
+class _Stateless:
+    """A module as a function of its inputs and then of its parameters.
 
-    def function(*arguments: Any) -> Any:
-        like = next(
-            (t for t in (*arguments[inputs:], *arguments) if _is_float(t)), None
-        )
+    Each call sets the tensors on a new copy of the module, which lives as long as the
+    graph does: a module that computes again in its backward finds them there.
+
+    Args:
+        module: the module; it is not changed.
+        inputs: how many of the arguments are inputs.
+        takes_parameters: whether the rest replaces its parameters.
+    """
+
+    def __init__(
+        self, module: nn.Module, inputs: int, takes_parameters: bool = True
+    ) -> None:
+        self.module, self.inputs = module, inputs
+        self.parameters = list(module.parameters()) if takes_parameters else []
+        known = {id(p) for p in self.parameters}
+        state = [*module.parameters(), *module.buffers()]
+        self.fixed = [t for t in state if id(t) not in known]
+
+    def _values(self, arguments: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor of the module with the one that takes its place: buffers follow
+        the arguments in dtype and device."""
+        given = arguments[self.inputs :]
+        like = next((t for t in (*given, *arguments) if _is_float(t)), None)
 
         def following(t: Tensor) -> Tensor:
             if like is None:
@@ -394,8 +449,21 @@ def _stateless(
             dtype = like.dtype if t.is_floating_point() else t.dtype
             return t.detach().to(like.device, dtype, copy=True)
 
-        values = {n: following(t) for n, t in fixed.items()}
-        values |= zip(names, arguments[inputs:], strict=True)
-        return functional_call(module, values, arguments[:inputs])
+        pairs = list(zip(self.parameters, given, strict=False))
+        return [*pairs, *((t, following(t)) for t in self.fixed)]
 
-    return function if names or fixed else module
+    def __call__(self, *arguments: Any) -> Any:
+        values = self._values(arguments)
+        try:
+            # Wherever the copy refers to a parameter it finds the one of the memo.
+            copied = copy.deepcopy(self.module, {id(old): new for old, new in values})
+        except Exception:  # what a module refers to may be impossible to copy
+            return self.functional(*arguments)
+        return copied(*arguments[: self.inputs])
+
+    def functional(self, *arguments: Any) -> Any:
+        """The same by functional_call, which torch.compile can trace."""
+        new = {id(old): t for old, t in self._values(arguments)}
+        state = [*self.module.named_parameters(), *self.module.named_buffers()]
+        values = {name: new[id(t)] for name, t in state}
+        return functional_call(self.module, values, arguments[: self.inputs])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,26 +10,29 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchbp.examination.differences import CLOSE, ROUNDINGS, Slopes
 from torchbp.examination.subject import Subject
 from torchbp.examination.tools import (
-    TOLERANCE,
     custom_nodes,
     difference,
     differences,
     flatten,
+    no_memory_of_batched_tensors,
     random_like,
     replaced_backward,
 )
 from torchbp.examination.verdicts import (
-    TIGHT,
     Fail,
     NotApplicable,
+    Warn,
     differentiated,
     dtype_name,
     is_large,
     labels_of,
     must_equal,
+    must_equal_rounded,
     needs_float64,
+    needs_own_graph,
     numbered,
     supported,
 )
@@ -39,6 +41,7 @@ _SETUP = (
     "write forward without ctx, add setup_context, and generate_vmap_rule = True or "
     "a vmap staticmethod"
 )
+_DERIVE = "jvp is J v: derive it from forward; a tangent may be None"
 _JVP = "add setup_context, with save_for_forward, and a jvp staticmethod"
 
 
@@ -70,6 +73,7 @@ def vmap(s: Subject) -> str:
 
 def vmap_of_grad(s: Subject) -> str:
     """Gradients of each example under vmap(grad) are those of a loop."""
+    needs_own_graph(s)
     f = s.closure(s.copies())
     own = s.copies()
     cotangents = s.cotangents(f(*[own[i] for i in s.floats]))
@@ -91,7 +95,7 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
         for i, parts in stacks.items():
             mapped[i] = torch.stack(parts, dim)
         dims = tuple(dim if i in which else None for i in range(len(mapped)))
-        with supported(_SETUP):
+        with supported(_SETUP), no_memory_of_batched_tensors():
             # A loop over torch.func.grad needs its support, too.
             ours = flatten(torch.func.vmap(f, in_dims=dims, randomness="same")(*mapped))
             for k in range(3):
@@ -100,7 +104,7 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
                     single[i] = parts[k].clone()
                 looped.append(flatten(f(*single)))
         for mine, theirs in zip(ours, zip(*looped, strict=True), strict=True):
-            if found := difference(mine, torch.stack(theirs), TOLERANCE[s.dtype]):
+            if found := difference(mine, torch.stack(theirs), s.tolerance()):
                 raise Fail(
                     f"mapped over {name}, a {what} is {found}",
                     "let the vmap rule keep the examples apart, whichever argument is "
@@ -111,14 +115,13 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
 
 def batched_gradients(s: Subject) -> str:
     """Several output gradients at once, as one by one."""
+    needs_own_graph(s)
     leaves, outputs = differentiated(s)
     sets = [s.cotangents(outputs, seed) for seed in range(3)]
     stacked = [torch.stack(gs) for gs in zip(*sets, strict=True)]
-    looped = []
-    for gs in sets:
-        own_leaves, own_outputs = differentiated(s)
-        looped.append(s.pull_back(own_outputs, own_leaves, gs))
-    with supported("work out of place in backward, by operations that vmap knows"):
+    looped = [s.gradients(s.copies(), cotangents=gs)[1] for gs in sets]
+    fix = "work out of place in backward, by operations that vmap knows"
+    with supported(fix), no_memory_of_batched_tensors():
         ours = torch.autograd.grad(
             outputs, leaves, stacked, allow_unused=True, is_grads_batched=True
         )
@@ -127,22 +130,38 @@ def batched_gradients(s: Subject) -> str:
     ):
         right = torch.stack(parts)
         o = torch.zeros_like(right) if o is None else o
-        if found := difference(o, right, TOLERANCE[s.dtype]):
-            raise Fail(f"the gradient of {label} is {found}", "work out of place")
+        if found := difference(o, right, s.tolerance()):
+            raise Fail(f"the gradient of {label} is {found}", fix)
     return "is_grads_batched, as one by one"
 
 
 def jacrev(s: Subject) -> str:
-    """Beside the rows of autograd.grad: what backward is wrong in is told elsewhere."""
-    return _jacobian(s, torch.func.jacrev, _by_rows(s), TOLERANCE[s.dtype], _SETUP)
-
-
-def jacfwd(s: Subject) -> str:
-    """Beside finite differences."""
-    needs_float64(s)
+    """Its rows, weighted, are what autograd.grad gives from these weights."""
+    needs_own_graph(s)
     small(s)
-    transform = functools.partial(torch.func.jacfwd, randomness="same")
-    return _jacobian(s, transform, s.jacobian, TIGHT["rtol"], _JVP)
+    arguments = s.copies()
+    f = s.closure(arguments)
+    at = [arguments[i].detach() for i in s.floats]
+    with supported(_SETUP), no_memory_of_batched_tensors():
+        rows = torch.func.jacrev(_end_to_end(f), argnums=tuple(range(len(at))))(*at)
+    _, outputs = differentiated(s)
+    gs = s.cotangents(outputs)
+    weights = torch.cat([g.reshape(-1) for g in gs])
+    _, right = s.gradients(s.copies(), cotangents=gs)
+    if not all(t.isfinite().all() for t in right):
+        raise NotApplicable("a gradient is infinite: move the input away from the pole")
+    ours = [(weights @ J.reshape(len(weights), -1)).reshape(r.shape)
+            for J, r in zip(rows, right, strict=True)]  # fmt: skip
+    if found := differences(ours, right, labels_of(s), s.tolerance()):
+        raise Fail(
+            f"by {found}",
+            "work out of place in backward, by operations that vmap knows",
+        )
+    return "as autograd.grad"
+
+
+def _end_to_end(f: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *tensors: torch.cat([y.reshape(-1) for y in f(*tensors)])
 
 
 def small(s: Subject) -> None:
@@ -150,45 +169,87 @@ def small(s: Subject) -> None:
         raise NotApplicable("the Jacobian is too large: give smaller inputs")
 
 
-def _by_rows(s: Subject) -> list[Tensor]:
-    small(s)
-    arguments = s.copies()
-    leaves = s.leaves(arguments)
-    flat = torch.cat([y.reshape(-1) for y in s.differentiable(arguments)])
-    rows = [
-        [g.reshape(-1) for g in s.pull_back([flat], leaves, [unit], retain_graph=True)]
-        for unit in torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    ]
-    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+# ---------------------------------------------------------------- forward mode
 
 
-def _jacobian(
-    s: Subject, transform: Any, right: list[Tensor], tolerance: float, mend: str
-) -> str:
-    arguments = s.copies()
-    f = s.closure(arguments)
+class _Forward:
+    """What the checks of forward mode share: a point, tangents, and the right result
+    of these, by finite differences or as the surrogate's."""
 
-    def flat(*tensors: Tensor) -> Tensor:
-        return torch.cat([y.reshape(-1) for y in f(*tensors)])
+    def __init__(self, s: Subject) -> None:
+        needs_float64(s)
+        small(s)
+        self.s, arguments = s, s.copies()
+        self.f = s.closure(arguments)
+        self.at = [arguments[i].detach() for i in s.floats]
+        generator = torch.Generator().manual_seed(s.seed)
+        self.tangents = [random_like(t, generator).to(t.device) for t in self.at]
+        self.choices = [[k] for k in range(len(self.at))]
+        if len(self.at) > 1:
+            self.choices.append(list(range(len(self.at))))
 
-    at = [arguments[i].detach() for i in s.floats]
-    with supported(mend):
-        ours = transform(flat, argnums=tuple(range(len(at))))(*at)
-    for o, r, label in zip(ours, right, labels_of(s), strict=True):
-        if found := difference(o.reshape(r.shape), r, tolerance, tolerance):
-            raise Fail(f"by {label}: {found}", "see the other findings")
-    return "the right Jacobian"
+    def off(self, ours: Tensor, tangents: list[Any]) -> str:
+        """How `ours` departs from J v, in words; "" if it does not."""
+        s = self.s
+        if s.surrogate is not None:
+            right = _flat(self._pushed_through_surrogate(tangents))
+            return difference(ours, right, CLOSE, 1e-9)
+        length = max(1.0, sum(v.norm().item() for v in tangents if v is not None) / 2)
+        direction = [None if v is None else v.cpu() / length for v in tangents]
+        with torch.no_grad():
+            slopes = Slopes(self.f, self.at, s.seed)
+            noise = slopes.noise.max().item() if slopes.noise.numel() else 0.0
+            found = []
+            for step in slopes.steps:
+                right = length * slopes.slope(direction, step)
+                close = max(CLOSE, s.given_tolerance or 0, slopes.curvature(step))
+                floor = ROUNDINGS * noise * length / step + 1e-9
+                found.append(difference(ours, right, close, floor))
+            if all(found) and slopes.is_kink(direction):
+                raise NotApplicable("a kink or a pole: move the input away from it")
+        return found[0] if all(found) else ""
+
+    def _pushed_through_surrogate(self, tangents: list[Any]) -> list[Tensor]:
+        s, full = self.s, self.s.copies()
+
+        def surrogate(*tensors: Tensor) -> Any:
+            for i, t in zip(s.floats, tensors, strict=True):
+                full[i] = t
+            return s.evaluate(full, s.surrogate)
+
+        return _pushed(surrogate, self.at, tangents)
+
+    def check(self, push: Callable[..., list[Tensor]], fix: str) -> str:
+        for chosen in self.choices:
+            given = [v if k in chosen else None for k, v in enumerate(self.tangents)]
+            with supported(_JVP), no_memory_of_batched_tensors():
+                ours = _flat(push(self.f, self.at, given))
+            if not (found := self.off(ours, given)):
+                continue
+            names = ", ".join(labels_of(self.s)[k] for k in chosen)
+            if not ours.any():
+                raise Warn(
+                    f"along {names} the tangent is dropped without an error",
+                    "do without forward mode: a custom operator has no jvp; torch's "
+                    "operations have, and an autograd.Function with a jvp",
+                )
+            raise Fail(f"along {names} it is {found}: not what the forward does", fix)
+        return "each argument, and all, as finite differences"
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).to("cpu", torch.float64) for t in tensors])
+
+
+def _pushed(f: Any, at: list[Tensor], tangents: list[Any]) -> list[Tensor]:
+    zeros = [torch.zeros_like(t) for t in at]
+    given = [z if v is None else v for v, z in zip(tangents, zeros, strict=True)]
+    return flatten(torch.func.jvp(f, tuple(at), tuple(given))[1])
 
 
 def jvp(s: Subject) -> str:
     """torch.func.jvp beside finite differences."""
-
-    def push(f: Any, at: list[Tensor], tangents: list[Any]) -> list[Tensor]:
-        zeros = [torch.zeros_like(t) for t in at]
-        given = [z if v is None else v for v, z in zip(tangents, zeros, strict=True)]
-        return flatten(torch.func.jvp(f, tuple(at), tuple(given))[1])
-
-    return _forward_mode(s, push)
+    return _Forward(s).check(_pushed, _DERIVE)
 
 
 def dual_numbers(s: Subject) -> str:
@@ -206,35 +267,23 @@ def dual_numbers(s: Subject) -> str:
             for p in parts
         ]
 
-    return _forward_mode(s, push)
+    return _Forward(s).check(push, _DERIVE)
 
 
-def _forward_mode(s: Subject, push: Callable[..., list[Tensor]]) -> str:
-    """J v beside finite differences, for a tangent of each argument and of all."""
-    needs_float64(s)
-    small(s)
-    arguments = s.copies()
-    f = s.closure(arguments)
-    at = [arguments[i].detach() for i in s.floats]
-    generator = torch.Generator("cpu").manual_seed(s.seed)
-    tangents = [random_like(t, generator).to(t.device) for t in at]
-    choices = [[k] for k in range(len(at))]
-    if len(at) > 1:
-        choices.append(list(range(len(at))))
-    for chosen in choices:
-        given = [v if k in chosen else None for k, v in enumerate(tangents)]
-        with supported(_JVP):
-            ours = torch.cat([v.reshape(-1) for v in push(f, at, given)])
-        right = torch.stack(
-            [s.jacobian[k] @ tangents[k].reshape(-1) for k in chosen if at[k].numel()]
-        ).sum(0)
-        if found := difference(ours, right, TIGHT["rtol"], 1e-6):
-            names = ", ".join(labels_of(s)[k] for k in chosen)
-            raise Fail(
-                f"along {names} it is {found}: not what the forward does",
-                "jvp is J v: derive it from forward; a tangent may be None",
-            )
-    return "each argument, and all, as finite differences"
+def jacfwd(s: Subject) -> str:
+    """Its columns, weighted by tangents, beside finite differences."""
+
+    def push(f: Any, at: list[Tensor], tangents: list[Any]) -> list[Tensor]:
+        transform = torch.func.jacfwd(
+            _end_to_end(f), argnums=tuple(range(len(at))), randomness="same"
+        )
+        pairs = zip(transform(*at), tangents, strict=True)
+        parts = [
+            J.reshape(len(J), -1) @ v.reshape(-1) for J, v in pairs if v is not None
+        ]
+        return [torch.stack(parts).sum(0)]
+
+    return _Forward(s).check(push, "let jvp take tangents that vmap has batched")
 
 
 # ---------------------------------------------------------------- compile, autocast
@@ -242,8 +291,10 @@ def _forward_mode(s: Subject, push: Callable[..., list[Tensor]]) -> str:
 
 def _compiled(s: Subject) -> Any:
     # New code for each call: Dynamo keeps what it compiled by the code object.
+    function = getattr(s.function, "functional", s.function)
+
     def run(*arguments: Any) -> Any:
-        return s.function(*arguments)
+        return function(*arguments)
 
     code = run.__code__.replace(co_name="examined")
     fresh = types.FunctionType(code, run.__globals__, "examined", None, run.__closure__)
@@ -257,7 +308,7 @@ def compile(s: Subject) -> str:
     right = s.gradients(s.copies())
     with supported("torch.compile takes no jvp, and operations that it can trace"):
         ours = s.gradients(s.copies(), function=_compiled(s))
-    must_equal(s, ours, right, TOLERANCE[s.dtype], "see what the compiler made of it")
+    must_equal(s, ours, right, s.tolerance(), "see what the compiler made of it")
     return f"as eager ({s.backend})"
 
 
@@ -286,12 +337,12 @@ def compiled_backward(s: Subject) -> str:
         _, wrong = s.gradients(s.copies())
         with supported("see the finding before this one"):
             _, ours = s.gradients(s.copies(), function=_compiled(s))
-    if not differences(ours, right, labels_of(s), TOLERANCE[s.dtype]):
+    if not differences(ours, right, labels_of(s), s.tolerance()):
         raise Fail(
             "a backward that is wrong on purpose makes no difference: not it ran",
             "avoid torch.func inside what is compiled; try another torch",
         )
-    if found := differences(ours, wrong, labels_of(s), TOLERANCE[s.dtype]):
+    if found := differences(ours, wrong, labels_of(s), s.tolerance()):
         raise Fail(f"made wrong on purpose, the gradient of {found}", "")
     return "the hand-written one is what runs"
 
@@ -307,24 +358,46 @@ def autocast(s: Subject) -> str:
         with torch.autocast(device, torch.bfloat16):
             outputs = s.evaluate(arguments)
         grads = s.pull_back(outputs, leaves)
-    right = s.gradients(s.copies(torch.float32))
-    tolerance = TOLERANCE[torch.bfloat16]
-    must_equal(s, (outputs, grads), right, tolerance, "settle the dtype before forward")
+    fix = "settle the dtype before forward: torch.amp.custom_fwd and custom_bwd"
+    exact = s.copies(torch.float32)
+    must_equal_rounded(s, (outputs, grads), exact, torch.bfloat16, s.function, fix)
     made = sorted({dtype_name(y.dtype) for y in outputs if y.is_floating_point()})
     return f"gives {', '.join(made)}"
 
 
 def determinism(s: Subject) -> str:
-    """Twice the same gives the same bits."""
+    """Twice the same, with the same seed, gives the same bits; and backward draws no
+    random numbers of its own."""
     first, second = (s.gradients(s.copies(s.own_dtype)) for _ in range(2))
     names = [*numbered(first[0]), *(f"gradient of {n}" for n in labels_of(s))]
+    tolerance = s.tolerance(s.own_dtype)
     for a, b, name in zip([*second[0], *second[1]], [*first[0], *first[1]], names,
                           strict=True):  # fmt: skip
         if found := difference(a, b, 0.0):
-            raise Fail(
-                f"the same again: the {name} is {found}", "leave no state behind"
+            rounding = not difference(a, b, tolerance)
+            raise (Warn if rounding else Fail)(
+                f"the same again: the {name} is {found}",
+                "sum in a fixed order" if rounding else "leave no state behind",
             )
+    _, grads = s.gradients(s.copies())
+    if found := differences(_reseeded(s), grads, labels_of(s), s.tolerance()):
+        raise Fail(
+            f"backward draws random numbers: with another seed the gradient of {found}",
+            "draw in forward and save what was drawn; noise that is meant belongs into "
+            "a hook, or skip this check",
+        )
     return "the same bits again"
+
+
+def _reseeded(s: Subject) -> list[Tensor]:
+    """The gradients with other random numbers in backward alone."""
+    leaves, outputs = differentiated(s)
+    gs = s.cotangents(outputs)
+    s.seed += 1
+    try:
+        return s.pull_back(outputs, leaves, gs)
+    finally:
+        s.seed -= 1
 
 
 def second_device(s: Subject) -> str:

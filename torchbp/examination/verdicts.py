@@ -1,8 +1,8 @@
-"""What a check can say, and what several checks ask."""
+"""Outcomes of a check, and assertions that several checks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,29 +10,35 @@ import torch
 from torch import Tensor
 
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import F64, differences, first_line, random_like
+from torchbp.examination.tools import (
+    F64,
+    differences,
+    first_line,
+    largest_of,
+    place_of,
+)
 
-# gradcheck's own defaults, 1e-3 and 1e-5, let a σ' that is 0.1 % off pass. Central
-# differences with its step of 1e-6 err by some 1e-10 in float64 at sizes of order 1.
-TIGHT = {"rtol": 1e-5, "atol": 1e-7}
-# In float32, for what does not take float64: gross mistakes only.
-COARSE = (1e-2, 1e-2, 1e-4)
-# Jacobians with more entries are compared along random directions only, or not at all.
+# Jacobians with more entries are not made.
 LARGE = 100_000
+CALCULUS = "derive it again, and set it beside finite differences"
 
 
 class Verdict(Exception):  # noqa: N818
-    """What a check has to say but "pass"."""
+    """Any outcome of a check but "pass"."""
 
     status = ""
 
-    def __init__(self, reason: str, mend: str = "") -> None:
+    def __init__(self, reason: str, fix: str = "") -> None:
         super().__init__(reason)
-        self.reason, self.mend = reason, mend
+        self.reason, self.fix = reason, fix
 
 
 class Fail(Verdict):
     status = "fail"
+
+
+class Warn(Verdict):
+    status = "warn"
 
 
 class NotSupported(Verdict):
@@ -43,9 +49,42 @@ class NotApplicable(Verdict):
     status = "not applicable"
 
 
+# What torch says at length.
+_KNOWN = {
+    "autograd.Function with functorch transforms": "it has no setup_context",
+    "does not have vmap support": "it has no vmap rule",
+    "must implement the jvp function": "it has no jvp",
+    "Unsupported custom jvp": "torch.compile takes no Function with a jvp",
+}
+# What to do about an error of a backward, by a part of its message.
+_FIXES = {
+    "incorrect number of gradients": "return one gradient, or None, for each argument "
+    "of forward, in their order",
+    "returned an invalid gradient": "give each gradient the shape of its argument",
+    "view size is not compatible": "use reshape in place of view: an output gradient "
+    "may have any strides",
+    "NoneType": "treat None: a gradient that is not there is zero",
+    "must have the same dtype": "cast to the argument's dtype before products",
+    "same dtype": "cast to the argument's dtype before products",
+    "cannot reshape tensor of 0": "spell sizes out: reshape(-1, n) is ambiguous for "
+    "empty tensors",
+    "modified by an inplace operation": "save a copy, or do not write to what is saved",
+    "second time": "leave what is saved as it is, and on ctx",
+    "AssertionError": "drop the assertion, or say in forward what is not supported",
+}
+
+
+def fix_for(error: BaseException, otherwise: str = "") -> str:
+    """What to do about an error: advice that fits its message, and where it arose."""
+    text = f"{type(error).__name__}: {error}"
+    known = next((fix for part, fix in _FIXES.items() if part in text), otherwise)
+    place = place_of(error)
+    return "; ".join(filter(None, (known, place and f"it arose in {place}")))
+
+
 @contextmanager
-def supported(mend: str = "") -> Iterator[None]:
-    """What raises in the block is not supported."""
+def supported(fix: str = "") -> Iterator[None]:
+    """Report an error in the block as not supported."""
     try:
         yield
     except Verdict:
@@ -54,34 +93,26 @@ def supported(mend: str = "") -> Iterator[None]:
         reason = first_line(error)
         for part, short in _KNOWN.items():
             reason = short if part in str(error) else reason
-        raise NotSupported(reason, mend) from None
-
-
-# What torch says at length.
-_KNOWN = {
-    "autograd.Function with functorch transforms": "it has no setup_context",
-    "does not have vmap support": "it has no vmap rule",
-    "must implement the jvp function": "it has no jvp",
-    "Unsupported custom jvp": "torch.compile takes no Function with a jvp",
-}
+        raise NotSupported(reason, fix) from None
 
 
 @contextmanager
-def must_run(what: str, mend: str = "") -> Iterator[None]:
-    """What raises in the block has failed."""
+def must_run(what: str, fix: str = "", verdict: type[Verdict] = Fail) -> Iterator[None]:
+    """Report an error in the block as failed, or as the verdict given."""
     try:
         yield
     except Verdict:
         raise
     except Exception as error:
-        raise Fail(f"{what} raised {first_line(error)}", mend) from None
+        reason = f"{what} raised {first_line(error)}"
+        raise verdict(reason, fix_for(error, fix)) from None
 
 
 def labels_of(s: Subject) -> list[str]:
     return [s.labels[i] for i in s.floats]
 
 
-def numbered(outputs: Sequence[Tensor]) -> list[str]:
+def numbered(outputs: Sequence[Any]) -> list[str]:
     if len(outputs) == 1:
         return ["output"]
     return [f"output {k}" for k in range(len(outputs))]
@@ -91,6 +122,15 @@ def needs_float64(s: Subject) -> None:
     if s.dtype != F64:
         raise NotSupported(
             f"float64: {s.refusal}", "accept float64, for checks as this"
+        )
+
+
+def needs_own_graph(s: Subject) -> None:
+    if s.accumulates:
+        raise NotSupported(
+            "its backward accumulates into .grad, for backward() alone",
+            "return gradients from backward; torch.utils.checkpoint: use_reentrant="
+            "False",
         )
 
 
@@ -105,61 +145,79 @@ def shape_of(t: Tensor) -> str:
     return str(tuple(t.shape)).replace(",)", ")")
 
 
-CALCULUS = "derive it again, and set it beside finite differences"
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def must_equal(
-    s: Subject, ours: Any, right: Any, tolerance: float, mend: str = ""
+    s: Subject,
+    ours: Any,
+    right: Any,
+    tolerance: float,
+    fix: str = "",
+    floor: float = 0.0,
 ) -> None:
     """Fail unless values and gradients are the same."""
     if len(ours[0]) != len(right[0]):
-        raise Fail(f"{len(ours[0])} outputs, expected {len(right[0])}", mend)
-    if found := differences(ours[0], right[0], numbered(right[0]), tolerance):
-        raise Fail(f"the value of the {found}", mend or "the forward is wrong")
-    if found := differences(ours[1], right[1], labels_of(s), tolerance):
-        raise Fail(f"the gradient of {found}", mend or CALCULUS)
+        raise Fail(f"{len(ours[0])} outputs, expected {len(right[0])}", fix or CALCULUS)
+    names = numbered(right[0])
+    if found := differences(ours[0], right[0], names, tolerance, floor):
+        raise Fail(f"the value of the {found}", fix or "see which of the two is wrong")
+    if found := differences(ours[1], right[1], labels_of(s), tolerance, floor):
+        raise Fail(f"the gradient of {found}", fix or CALCULUS)
 
 
-def differentiated(s: Subject) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def must_equal_rounded(
+    s: Subject, ours: Any, exact: list[Any], dtype: torch.dtype, truth: Any, fix: str
+) -> None:
+    """Fail unless what was computed in `dtype` is `truth` of the same arguments in the
+    working dtype, to its rounding.
+
+    The rounding is granted as it acts on the arguments: what moving each of them by
+    one unit in the last place does to the result, is what `dtype` cannot tell. Terms of
+    the arguments' size that cancel leave a few units of them.
+    """
+    eps = torch.finfo(dtype).eps
+    floats = [t for t in exact if isinstance(t, Tensor) and t.is_floating_point()]
+    size = max([1.0, *map(largest_of, floats)])
+    right = s.right_gradients(_cloned(exact), function=truth)
+    tolerance, floor = s.tolerance(dtype), 4 * eps * size
+    try:
+        return must_equal(s, ours, right, tolerance, fix, floor)
+    except Fail as fail:
+        spread = 0.0
+        for draw in range(3):
+            moved = _moved(s, exact, eps, draw)
+            other = s.right_gradients(moved, function=truth)
+            for a, b in zip(
+                [*other[0], *other[1]], [*right[0], *right[1]], strict=True
+            ):
+                if a.shape == b.shape and a.is_floating_point():
+                    spread = max(spread, largest_of(a - b))
+        if spread == 0:
+            raise fail from None
+        must_equal(s, ours, right, tolerance, fix, floor + 4 * spread)
+
+
+def _cloned(arguments: Sequence[Any]) -> list[Any]:
+    return [t.detach().clone() if isinstance(t, Tensor) else t for t in arguments]
+
+
+def _moved(s: Subject, arguments: Sequence[Any], eps: float, draw: int) -> list[Any]:
+    """The arguments, each floating one moved by up to `eps` of its largest entry."""
+    generator = torch.Generator().manual_seed(s.seed + draw)
+    result = _cloned(arguments)
+    for i, t in enumerate(result):
+        if isinstance(t, Tensor) and t.is_floating_point():
+            noise = 2 * torch.rand(t.shape, generator=generator, dtype=F64) - 1
+            result[i] = t + eps * largest_of(t) * noise.to(t.device, t.dtype)
+    return result
+
+
+def differentiated(
+    s: Subject, dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Leaves and outputs of a new graph: what a second pass through one does is the
     business of `retain_graph` alone."""
-    arguments = s.copies()
+    arguments = s.copies(dtype)
     return s.leaves(arguments), s.differentiable(arguments)
-
-
-def along_directions(
-    s: Subject,
-    f: Callable[..., Sequence[Tensor]],
-    leaves: Sequence[Tensor],
-    labels: Sequence[str],
-) -> str:
-    """The first gradient of f that is not what f does along three random directions of
-    each argument, in words. gradcheck's own way of doing so widens its tolerance with
-    the size: at 10 x 784 it let a missing second derivative pass."""
-    # What is small enough for the curvature and large enough for the rounding.
-    exact = s.dtype == F64
-    step, relative, rounding = (1e-6, TIGHT["rtol"], 1e-9) if exact else COARSE
-    generator = torch.Generator("cpu").manual_seed(s.seed)
-    for draw in range(3):
-        outputs = f(*leaves)
-        cotangents = s.cotangents(outputs, draw)
-        grads = s.pull_back(outputs, leaves, cotangents)
-        products = [(g * y).detach() for g, y in zip(cotangents, outputs, strict=True)]
-        noise = rounding * sum(p.abs().sum().item() for p in products)
-        for k, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
-            v = random_like(leaf, generator).to(leaf.device)
-            ends = []
-            for shift in (step, -step):
-                moved = [t.detach().clone() for t in leaves]
-                moved[k] += shift * v
-                pairs = zip(cotangents, f(*moved), strict=True)
-                ends.append(sum((g * y).sum().item() for g, y in pairs))
-            right, ours = (ends[0] - ends[1]) / (2 * step), (grad * v).sum().item()
-            size = torch.linalg.vector_norm(grad).item() + abs(right)
-            if not abs(ours - right) <= relative * size + noise:  # so for NaN
-                return f"{labels[k]} is {ours:.4g}, expected {right:.4g}"
-    return ""

@@ -1,5 +1,5 @@
-"""A zoo of wrong backwards: Functions with the classic mistakes, each with the checks
-of `torchbp.examine` that must catch it, what the reason must say, and a sibling without
+"""Wrong backwards: Functions with the classic mistakes, each with the one check of
+`torchbp.examine` that must find it, what the reason must say, and a Function without
 the mistake, which must pass. And Functions that are right, in other people's styles.
 
 They stand on torch alone.
@@ -37,8 +37,8 @@ BATCH = (X, torch.sigmoid(rand(3, 4, seed=6)))
 
 
 class Sigmoid(Function):
-    """a = σ(x Wᵀ + b), and everything that torch can ask of it. Most animals are this
-    one with a mistake."""
+    """a = σ(x Wᵀ + b), and everything that torch can ask of it. Most wrong ones are
+    this one with a mistake."""
 
     generate_vmap_rule = True
 
@@ -758,6 +758,290 @@ def native_when_compiled(x):
     return x * x if torch.compiler.is_compiling() else NativeWhenCompiled.apply(x)
 
 
+# ---------------------------------------------------------------- linear in g
+
+
+class ClipsGradient(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad.clamp(-1.5, 1.5)
+
+
+class SignOfGradient(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad.sign()
+
+
+class SumOfSquares(Function):
+    """A loss."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class IgnoresGradient(SumOfSquares):
+    """Right as long as the loss is neither scaled nor weighted."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x
+
+
+# ---------------------------------------------------------------- steps, tails, kinks
+
+
+class RoundsStraightThrough(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+class RoundsToZero(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros_like(grad)
+
+
+class WrongInTheTail(NamedVjp):
+    """Its derivative is cut off below -3."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.softplus(x)
+
+    @staticmethod
+    def vjp(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.where(x > -3, x.sigmoid(), x.new_zeros(()))
+
+
+def softplus(x: Tensor) -> Tensor:
+    return F.softplus(x)
+
+
+# ---------------------------------------------------------------- precision
+
+
+class SingleInside(Square):
+    """Computes in float32, whatever it is given."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.float().square().to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class SingleInsideAndTwice(SingleInside):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad * len(x)
+
+
+class VanishingClamp(Function):
+    """ln(1 - p), kept off 1 by less than float32 can tell."""
+
+    @staticmethod
+    def forward(ctx, p):
+        p = p.clamp(max=1 - 1e-15)
+        ctx.save_for_backward(p)
+        return (1 - p).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        return -grad / (1 - p) * (p < 1 - 1e-14)
+
+
+class Clamp(VanishingClamp):
+    @staticmethod
+    def forward(ctx, p):
+        p = p.clamp(max=1 - 2**-10)
+        ctx.save_for_backward(p)
+        return (1 - p).log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        return -grad / (1 - p) * (p < 1 - 2**-10)
+
+
+# ---------------------------------------------------------------- own dtype, errors
+
+
+class OverwritesSingle(Square):
+    """x.float() copies a tensor of float64 and is one of float32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.clone())
+        return x.float().mul_(x).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class OverwritesWithoutChange(RightReLU):
+    """In place on x without mark_dirty."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.relu_().clone()
+
+
+class WorksOnSaved(Function):
+    """Its backward works in place on a saved intermediate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(2 * x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return slope.mul_(grad)
+
+
+class OnceSquare(Square):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return Square.backward(ctx, grad)
+
+
+class TooManyGradients(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad, None, grad
+
+
+class Asserts(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        assert x.dim() == 7
+        return 2 * x * grad
+
+
+class RunsOnce(Square):
+    """Frees what it saved."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = [x.clone()]
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.kept.pop() * grad
+
+
+class Noise(Square):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad + torch.randn_like(x) / 10
+
+
+class DropoutDrawnTwice(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * torch.bernoulli(torch.full_like(x, 0.5))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.bernoulli(torch.full_like(grad, 0.5))
+
+
+class DropoutSaved(Function):
+    @staticmethod
+    def forward(ctx, x):
+        mask = torch.bernoulli(torch.full_like(x, 0.5))
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad * mask
+
+
+# ---------------------------------------------------------------- second derivatives
+
+
+class SavedSlope(Function):
+    """e^x whose derivative is a saved intermediate, constant to autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.exp())
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return grad * slope
+
+
+class NotANumberTwice(Function):
+    """√x above 0 and 0 below, by a mask after the root."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.where(x > 0, x, x.new_zeros(())).sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.where(x > 0, 0.5 / x.sqrt(), x.new_zeros(()))
+
+
+class NumberTwice(NotANumberTwice):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        root = torch.where(x > 0, x, x.new_ones(())).sqrt()
+        return grad * torch.where(x > 0, 0.5 / root, x.new_zeros(()))
+
+
 # ---------------------------------------------------------------- costs, references
 
 
@@ -831,14 +1115,14 @@ class OtherForward(Function):
 
 
 @dataclass(frozen=True)
-class Animal:
-    """A wrong one: the checks that fail, what the first one's reason says, and the one
-    beside it that is right."""
+class WrongFunction:
+    """A wrong Function: the one check that finds it, what its reason says, and the
+    Function beside it that is right."""
 
     wrong: Callable[..., Any]
     right: Callable[..., Any]
     inputs: tuple[Any, ...]
-    fails: tuple[str, ...]
+    check: str
     says: str
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -848,162 +1132,356 @@ class Animal:
         return str(owner.__name__)
 
 
-FIRST = ("first derivatives",)
-GATED = ("jvp", "dual numbers", "jacfwd")
+FIRST = "first-derivatives"
 
-ANIMALS = [
-    Animal(SlopeMissing.apply, Sigmoid.apply, LAYER, FIRST, "a(1 - a) of a sigmoid is"),
-    Animal(SlopeOfZ.apply, Sigmoid.apply, LAYER, FIRST, "taken of z in place of a"),
-    Animal(SlopeOfA.apply, Sigmoid.apply, LAYER, FIRST, "σ is applied twice"),
-    Animal(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is there twice"),
-    Animal(TenthOfAPercent.apply, Sigmoid.apply, LAYER, FIRST, "1.001 times"),
-    Animal(TanhSlopeMissing.apply, OtherForward.apply, (X,), FIRST, "1 - a² of a tanh"),
-    Animal(ReLUSlopeMissing.apply, RightReLU.apply, (X,), FIRST, "[a > 0] of a ReLU"),
-    Animal(
-        WeightGradientTransposed.apply, Sigmoid.apply, SQUARE, FIRST,
+WRONG_FUNCTIONS = [
+    WrongFunction(
+        SlopeMissing.apply, Sigmoid.apply, LAYER, FIRST, "a(1 - a) of a sigmoid is"
+    ),
+    WrongFunction(
+        SlopeOfZ.apply, Sigmoid.apply, LAYER, FIRST, "taken of z in place of a"
+    ),
+    WrongFunction(SlopeOfA.apply, Sigmoid.apply, LAYER, FIRST, "σ is applied twice"),
+    WrongFunction(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is there twice"),
+    WrongFunction(TenthOfAPercent.apply, Sigmoid.apply, LAYER, FIRST, "1.001 times"),
+    WrongFunction(
+        TanhSlopeMissing.apply, OtherForward.apply, (X,), FIRST, "1 - a² of a tanh"
+    ),
+    WrongFunction(
+        ReLUSlopeMissing.apply, RightReLU.apply, (X,), FIRST, "[a > 0] of a ReLU"
+    ),
+    WrongFunction(
+        WeightGradientTransposed.apply,
+        Sigmoid.apply,
+        SQUARE,
+        FIRST,
         "W: the gradient is the transpose",
     ),
-    Animal(
-        TransposeForgotten.apply, Sigmoid.apply, SQUARE, FIRST, "x: the gradient is off"
+    WrongFunction(
+        TransposeForgotten.apply,
+        Sigmoid.apply,
+        SQUARE,
+        FIRST,
+        "x: the gradient is off at",
     ),
-    Animal(
-        MeanForSum.apply, Sigmoid.apply, LAYER, (*FIRST, "empty inputs"),
+    WrongFunction(
+        MeanForSum.apply,
+        Sigmoid.apply,
+        LAYER,
+        FIRST,
         "b: the gradient is 0.3333",
     ),
-    Animal(
-        BiasUnsummed.apply, Sigmoid.apply, LAYER, ("raw gradients",),
+    WrongFunction(
+        BiasUnsummed.apply,
+        Sigmoid.apply,
+        LAYER,
+        "raw-gradients",
         "b: backward returns (3, 5) for (5)",
     ),
-    Animal(BiasForgotten.apply, Sigmoid.apply, LAYER, FIRST, "b: no gradient"),
-    Animal(WrongSign.apply, Sigmoid.apply, LAYER, FIRST, "b: the gradient has the wro"),
-    Animal(
+    WrongFunction(BiasForgotten.apply, Sigmoid.apply, LAYER, FIRST, "b: no gradient"),
+    WrongFunction(
+        WrongSign.apply, Sigmoid.apply, LAYER, FIRST, "b: the gradient has the wro"
+    ),
+    WrongFunction(
         WrongArgument.apply, Product.apply, BATCH, FIRST, "x: the gradient is that of y"
     ),
-    Animal(
-        NeedsIgnored.apply, Product.apply, BATCH, ("unneeded gradients",),
+    WrongFunction(
+        NeedsIgnored.apply,
+        Product.apply,
+        BATCH,
+        "unneeded-gradients",
         "for argument 1 of NeedsIgnored",
     ),
-    Animal(
-        NeedsConfused.apply, Product.apply, BATCH, ("requires_grad subsets",),
+    WrongFunction(
+        NeedsConfused.apply,
+        Product.apply,
+        BATCH,
+        "requires_grad-subsets",
         "with requires_grad for x only",
     ),
-    Animal(
-        OverwritesGradient.apply, Sigmoid.apply, LAYER,
-        ("gradients unchanged", "output gradients"),
+    WrongFunction(
+        OverwritesGradient.apply,
+        Sigmoid.apply,
+        LAYER,
+        "gradients-unchanged",
         "backward overwrites the gradient of the output",
     ),
-    Animal(
-        OverwritesNumbers.apply, Rows.apply, (X, torch.tensor([0, -1])),
-        ("inputs unchanged",), "forward overwrites numbers",
+    WrongFunction(
+        OverwritesNumbers.apply,
+        Rows.apply,
+        (X, torch.tensor([0, -1])),
+        "inputs-unchanged",
+        "forward overwrites numbers",
     ),
-    Animal(
-        OverwritesSaved.apply, Square.apply, (X,),
-        ("inputs unchanged", "first derivatives", "retain_graph"),
+    WrongFunction(
+        OverwritesSaved.apply,
+        Square.apply,
+        (X,),
+        "inputs-unchanged",
         "backward overwrites x",
     ),
-    Animal(
-        InputOnCtx.apply, Square.apply, (X,), ("saved on ctx", "changes in between"),
+    WrongFunction(
+        InputOnCtx.apply,
+        Square.apply,
+        (X,),
+        "saved-on-ctx",
         "the input x is kept on ctx.x",
     ),
-    Animal(
-        OutputOnCtx.apply, NamedVjp.apply, (X,),
-        ("saved on ctx", "changes in between", "outputs freed"),
+    WrongFunction(
+        OutputOnCtx.apply,
+        NamedVjp.apply,
+        (X,),
+        "saved-on-ctx",
         "the output is kept on ctx.y",
     ),
-    Animal(
-        OutputInAList.apply, NamedVjp.apply, (X,), ("outputs freed",), "lives on when"
+    WrongFunction(
+        OutputInAList.apply, NamedVjp.apply, (X,), "outputs-freed", "lives on when"
     ),
-    Animal(
-        UsedUp.apply, Square.apply, (X,), ("retain_graph", *FIRST), "the second time",
+    WrongFunction(
+        UsedUp.apply,
+        Square.apply,
+        (X,),
+        "retain_graph",
+        "the second time",
     ),
-    Animal(
-        Moody.apply, Square.apply, (X,), ("determinism",),
+    WrongFunction(
+        Moody.apply,
+        Square.apply,
+        (X,),
+        "determinism",
         "the same again: the gradient of x",
     ),
-    Animal(
-        ReadsMemory.apply, Square.apply, (X,), ("output gradients",),
+    WrongFunction(
+        ReadsMemory.apply,
+        Square.apply,
+        (X,),
+        "output-gradients",
         "transposed, the gradient of x",
     ),
-    Animal(
-        ViewsGradient.apply, Square.apply, (X,), ("output gradients",),
+    WrongFunction(
+        ViewsGradient.apply,
+        Square.apply,
+        (X,),
+        "output-gradients",
         "transposed, the backward raised",
     ),
-    Animal(
-        ReadsInputMemory.apply, Square.apply, (X,), ("input layouts",),
+    WrongFunction(
+        ReadsInputMemory.apply,
+        Square.apply,
+        (X,),
+        "input-layouts",
         "with x transposed, the value",
     ),
-    Animal(
-        WrongIn3D.apply, Sigmoid.apply, LAYER, ("N-d inputs",),
-        "3-D: along random directions, the gradient of W",
+    WrongFunction(
+        WrongIn3D.apply,
+        Sigmoid.apply,
+        LAYER,
+        "N-d-inputs",
+        "3-D: along a random direction, the gradient of W",
     ),
-    Animal(
-        WrongInHalf.apply, Square.apply, (X,), ("bfloat16", "float16"),
+    WrongFunction(
+        WrongInHalf.apply,
+        Square.apply,
+        (X,),
+        "bfloat16",
         "the gradient of x: off",
     ),
-    Animal(
-        SinglePrecision.apply, Square.apply, (X,),
-        ("raw gradients", "second derivatives"),
+    WrongFunction(
+        SinglePrecision.apply,
+        Square.apply,
+        (X,),
+        "raw-gradients",
         "returns torch.float32 for torch.float64",
     ),
-    Animal(
-        SingleOnlyAndWrong.apply, SingleOnly.apply, (X,), FIRST,
-        "along random directions, the gradient of x",
+    WrongFunction(
+        SingleOnlyAndWrong.apply,
+        SingleOnly.apply,
+        (X,),
+        FIRST,
+        "x: the gradient is 0.5 times",
     ),
-    Animal(
-        WrongForEmpty.apply, Sigmoid.apply, LAYER, ("empty inputs",),
+    WrongFunction(
+        WrongForEmpty.apply,
+        Sigmoid.apply,
+        LAYER,
+        "empty-inputs",
         "the gradient of b is not zero",
     ),
-    Animal(
-        AmbiguousShape.apply, Sigmoid.apply, LAYER, ("empty inputs",),
+    WrongFunction(
+        AmbiguousShape.apply,
+        Sigmoid.apply,
+        LAYER,
+        "empty-inputs",
         "the backward raised RuntimeError",
     ),
-    Animal(
-        NoneUnexpected.apply, Square.apply, (X,), ("undefined gradients",),
+    WrongFunction(
+        NoneUnexpected.apply,
+        Square.apply,
+        (X,),
+        "undefined-gradients",
         "raised TypeError",
     ),
-    Animal(
-        OneOutputAlone.apply, SinCos.apply, (X,), ("undefined gradients", *FIRST),
+    WrongFunction(
+        OneOutputAlone.apply,
+        SinCos.apply,
+        (X,),
+        "undefined-gradients",
         "from output 0 alone",
     ),
-    Animal(
-        DetachedTwice.apply, Square.apply, (X,), ("second derivatives",),
+    WrongFunction(
+        DetachedTwice.apply,
+        Square.apply,
+        (X,),
+        "second-derivatives",
         "the gradient of x is a constant to x",
     ),
-    Animal(
-        ThroughNumPy.apply, OnceNumPy.apply, (X,), ("second derivatives",),
+    WrongFunction(
+        ThroughNumPy.apply,
+        OnceNumPy.apply,
+        (X,),
+        "second-derivatives",
         "cut off from the graph",
     ),
-    Animal(JvpDisagrees.apply, Sigmoid.apply, LAYER, GATED, "along x it is off"),
-    Animal(
-        MixesExamples.apply, RightRule.apply, (X,), ("vmap",),
+    WrongFunction(JvpDisagrees.apply, Sigmoid.apply, LAYER, "jvp", "along x it is off"),
+    WrongFunction(
+        MixesExamples.apply,
+        RightRule.apply,
+        (X,),
+        "vmap",
         "mapped over x, a value",
     ),
-    Animal(
-        ForgetsDimension.apply, RightRule.apply, (X,), ("vmap",),
+    WrongFunction(
+        ForgetsDimension.apply,
+        RightRule.apply,
+        (X,),
+        "vmap",
         "mapped over x, a value",
     ),
-    Animal(
-        native_when_compiled, Square.apply, (X,), ("compiled backward",),
-        "wrong on purpose makes no difference", {"compile": True},
+    WrongFunction(
+        native_when_compiled,
+        Square.apply,
+        (X,),
+        "compiled-backward",
+        "wrong on purpose makes no difference",
+        {"compile": True},
     ),
-    Animal(
-        AveragedTwice.apply, Quadratic.apply, BATCH, ("A1",), "C of 3 rows is 0.3333"
+    WrongFunction(
+        AveragedTwice.apply, Quadratic.apply, BATCH, "A1", "C of 3 rows is 0.3333"
     ),
-    Animal(
-        GradientAveragedTwice.apply, Quadratic.apply, BATCH, (*FIRST, "A1"),
+    WrongFunction(
+        GradientAveragedTwice.apply,
+        Quadratic.apply,
+        BATCH,
+        FIRST,
         "0.3333 times the right one",
     ),
-    Animal(Summed.apply, Quadratic.apply, BATCH, ("A1",), "C of 3 rows is 3 times"),
-    Animal(regularised, Quadratic.apply, BATCH, ("A2",), "a tensor (2) besides"),
-    Animal(
-        TargetGradientWrong.apply, Quadratic.apply, BATCH, ("A2",), "the gradient of y",
+    WrongFunction(Summed.apply, Quadratic.apply, BATCH, "A1", "C of 3 rows is 3 times"),
+    WrongFunction(regularised, Quadratic.apply, BATCH, "A2", "a tensor (2) besides"),
+    WrongFunction(
+        TargetGradientWrong.apply,
+        Quadratic.apply,
+        BATCH,
+        "A2",
+        "the gradient of y",
         {"cost": True},
     ),
-    Animal(
-        OtherForward.apply, NamedVjp.apply, (X,), ("reference",), "the value of the",
+    WrongFunction(
+        OtherForward.apply,
+        NamedVjp.apply,
+        (X,),
+        "reference",
+        "the value of the",
         {"reference": torch.exp},
     ),
-]  # fmt: skip
+    WrongFunction(
+        ClipsGradient.apply, Square.apply, (X,), "linear-in-g", "it clips or rounds it"
+    ),
+    WrongFunction(
+        SignOfGradient.apply, Square.apply, (X,), "linear-in-g", "takes the sign of"
+    ),
+    WrongFunction(
+        IgnoresGradient.apply,
+        SumOfSquares.apply,
+        (X,),
+        "linear-in-g",
+        "ignores the output's gradient",
+    ),
+    WrongFunction(
+        RoundsStraightThrough.apply,
+        RoundsToZero.apply,
+        (X,),
+        FIRST,
+        "x: the forward is a step",
+    ),
+    WrongFunction(WrongInTheTail.apply, softplus, (X,), FIRST, "at inputs up to 8"),
+    WrongFunction(
+        SingleInsideAndTwice.apply,
+        SingleInside.apply,
+        (X,),
+        FIRST,
+        "x: the gradient is 3 times the right one",
+    ),
+    WrongFunction(
+        VanishingClamp.apply,
+        Clamp.apply,
+        (torch.tensor([0.25, 1.0, 0.5]),),
+        "float32",
+        "the value of the output",
+        {"only": ["first-derivatives", "float32"]},
+    ),
+    WrongFunction(
+        OverwritesSingle.apply,
+        SingleInside.apply,
+        (X,),
+        "inputs-unchanged",
+        "forward overwrites x",
+    ),
+    WrongFunction(
+        OverwritesWithoutChange.apply,
+        RightReLU.apply,
+        (X.abs(),),
+        "inputs-unchanged",
+        "forward overwrites x",
+    ),
+    WrongFunction(
+        WorksOnSaved.apply,
+        OnceSquare.apply,
+        (X,),
+        "retain_graph",
+        "with retain_graph, the second backward raised RuntimeError",
+    ),
+    WrongFunction(
+        TooManyGradients.apply, Square.apply, (X,), FIRST, "incorrect number of grad"
+    ),
+    WrongFunction(Asserts.apply, Square.apply, (X,), FIRST, "raised AssertionError"),
+    WrongFunction(
+        RunsOnce.apply, OnceSquare.apply, (X,), "retain_graph", "raised IndexError"
+    ),
+    WrongFunction(
+        Noise.apply, Square.apply, (X,), "determinism", "backward draws random numbers"
+    ),
+    WrongFunction(
+        DropoutDrawnTwice.apply,
+        DropoutSaved.apply,
+        (X,),
+        "determinism",
+        "backward draws random numbers",
+    ),
+    WrongFunction(
+        SavedSlope.apply,
+        NamedVjp.apply,
+        (X,),
+        "second-derivatives",
+        "the gradient of x is a constant to x",
+    ),
+    WrongFunction(
+        NotANumberTwice.apply,
+        NumberTwice.apply,
+        (X,),
+        "second-derivatives",
+        "is NaN or infinite at",
+    ),
+]
 
 
 # Right ones in other people's styles, with their inputs and options.
