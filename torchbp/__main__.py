@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +26,12 @@ An --input is
                   1), bool, or int<10 (0 to 9, for labels; quote it: "3:int<10")
   =LITERAL        what is no tensor: =0.5, =None, =True
 
-Exit status: 0 nothing failed, 1 something did, 2 it could not be asked.
+Exit status: 0 nothing failed, 1 something did, 2 a usage error.
 """
 
 
 def add_examine(commands: Any) -> None:
-    """The options of `examine`."""
+    """Declare the options of `examine`."""
     parser = commands.add_parser(
         "examine",
         help="examine an autograd.Function, a function or a module",
@@ -40,7 +41,15 @@ def add_examine(commands: Any) -> None:
     )
     parser.add_argument(
         "target",
+        nargs="?",
         help="package.module:Name; with literals, what it makes: ...:Name(4, 3)",
+    )
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="CHECK",
+        help="print what a check asks and why, or the list of checks, and stop",
     )
     parser.add_argument(
         "--input", action="append", default=[], metavar="SPEC", help="once for each"
@@ -48,6 +57,26 @@ def add_examine(commands: Any) -> None:
     parser.add_argument(
         "--reference", metavar="TARGET", help="what is right, of the same arguments"
     )
+    parser.add_argument(
+        "--surrogate",
+        metavar="TARGET",
+        help="the function whose derivatives are meant, if not the target's own",
+    )
+    for name, what in (("skip", "leave this check out"), ("only", "run this check")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="CHECK",
+            help=f"{what} (may be repeated)",
+        )
+    parser.add_argument(
+        "--strict", action="store_true", help="let warnings count as failures"
+    )
+    parser.add_argument(
+        "--isolate", action="store_true", help="examine in a process that may crash"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="(%(default)s)"
     )
@@ -72,11 +101,16 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def run_examine(arguments: argparse.Namespace) -> int:
-    """`examine`: the report on one function; 1 if it has failures."""
+    """Run `examine`: print the report on one function; return 1 if it has failures."""
     import torch
 
-    from torchbp.examination import draw, examine, find
+    from torchbp.examination import draw, examine, explain, find
 
+    if arguments.explain is not None:
+        print(explain(arguments.explain or None))
+        return 0
+    if arguments.target is None:
+        raise ValueError("the following arguments are required: target")
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
     if "" not in sys.path:
@@ -87,6 +121,7 @@ def run_examine(arguments: argparse.Namespace) -> int:
     inputs = [draw(text, dtype, generator) for text in arguments.input]
     fn = find(arguments.target)
     reference = find(arguments.reference) if arguments.reference else None
+    surrogate = find(arguments.surrogate) if arguments.surrogate else None
     if isinstance(fn, torch.nn.Module):
         fn = fn.to(dtype)
     try:
@@ -94,13 +129,18 @@ def run_examine(arguments: argparse.Namespace) -> int:
             fn,
             *inputs,
             reference=reference,
+            surrogate=surrogate,
             cost=arguments.cost,
             compile=arguments.compile,
+            skip=arguments.skip,
+            only=arguments.only,
+            strict=arguments.strict,
+            isolate=arguments.isolate,
             seed=arguments.seed,
         )
     except TypeError as error:
         raise ValueError(error) from error
-    print(report)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0 if report.ok else 1
 
 

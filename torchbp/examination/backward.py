@@ -339,7 +339,7 @@ def changes_in_between(s: Subject) -> str:
         call = list(arguments)
         for i in s.floats:
             call[i] = arguments[i] * 1  # not a leaf: that may not be overwritten
-        outputs = [y for y in s.call(call) if y.requires_grad]
+        outputs = tuple(y for y in s.call(call) if y.requires_grad)
         cotangents = s.cotangents(outputs)
         name = numbered(outputs)[-1 - target] if target < 0 else s.labels[target]
         try:

@@ -208,7 +208,6 @@ def must_be_right_at(s: Subject, arguments: list[Any], what: str, fix: str) -> N
 
 def _as_surrogate(s: Subject, arguments: list[Any], what: str = "") -> None:
     for draw in range(DRAWS):
-        _, outputs = differentiated(s)
         own = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
         with must_run("the backward"):
             outputs, _ = s.gradients(own)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,8 +230,10 @@ class Subject:
         if self.accumulates and not options.get("create_graph"):
             grads = self._accumulated(outputs, leaves, cotangents, options)
         else:
-            grads = torch.autograd.grad(
-                outputs, leaves, cotangents, allow_unused=True, **options
+            grads = list(
+                torch.autograd.grad(
+                    outputs, leaves, cotangents, allow_unused=True, **options
+                )
             )
         return [
             torch.zeros_like(t) if grad is None else grad
@@ -348,7 +350,7 @@ def make_subject(
 
 
 def _same_arguments(
-    f: Any, what: str, parameters: dict[str, Tensor], inputs: int
+    f: Any, what: str, parameters: Mapping[str, Tensor], inputs: int
 ) -> Callable[..., Any] | None:
     """`f` as a function of the subject's arguments, parameters included; a function
     that takes fewer gets the first ones."""

@@ -1,0 +1,56 @@
+"""The pages of `guide.md`, one for each check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torchbp.examination.examiner import CHECKS
+
+_TEXT = Path(__file__).with_name("guide.md")
+# What the examples stand on, by the name of the class.
+_BASES = re.compile(r"\b(Square|Product)\b")
+
+
+def explain(check: str | None = None) -> str:
+    """The page of one check, by identifier or title; the list of checks if None.
+
+    Raises:
+        ValueError: there is no such check.
+    """
+    pages = read_pages()
+    if check is None:
+        lines = [f"{name:<22} {page.split('. ')[0]}" for name, page in pages.items()]
+        listed = "\n".join(" ".join(line.split("\n"))[:88] for line in lines)
+        return f"{listed}\n\n--explain CHECK prints the page of one."
+    name = check.replace(" ", "-")
+    if name not in pages:
+        raise ValueError(
+            f"--explain: expected one of {', '.join(CHECKS)}, got {check!r}"
+        )
+    page = pages[name]
+    prelude = blocks(introduction())[0]
+    below = [
+        re.findall(
+            rf"^class {base}\(.*?(?=^class |\Z)", prelude, re.DOTALL | re.MULTILINE
+        )
+        for base in sorted(set(_BASES.findall(page)))
+    ]
+    code = [f"```python\n{text.strip()}\n```" for (text,) in below]
+    return "\n".join([f"{name}\n", page.strip(), *code])
+
+
+def introduction() -> str:
+    """What stands before the first page."""
+    return _TEXT.read_text(encoding="utf-8").split("\n## ")[0]
+
+
+def read_pages() -> dict[str, str]:
+    """The text of each check's page."""
+    pages = _TEXT.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {name: text for name, _, text in (page.partition("\n") for page in pages)}
+
+
+def blocks(page: str) -> list[str]:
+    """The code of a page: what is wrong and what is right."""
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
