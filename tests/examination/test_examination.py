@@ -32,7 +32,7 @@ from wrong_functions import LAYER, RIGHT, WRONG_FUNCTIONS, X
 import torchbp
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.examination import CHECKS
+from torchbp.examination import CHECKS, examiner
 from torchbp.examination import transforms as _exam_transforms
 from torchbp.examination.subject import make_subject
 from torchbp.examination.verdicts import Fail
@@ -702,6 +702,14 @@ def test_a_function_of_ten_thousand_inputs_is_sampled():
     assert f"({report.calls} calls)" in str(report)
 
 
+def test_a_slow_function_is_sampled_more_coarsely(monkeypatch):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(examiner.time, "perf_counter", lambda: next(seconds))
+    report = torchbp.examine(wrong_functions.Square, X)
+    assert report.ok and "at 8 of 12 entries" in report["first-derivatives"].reason
+    assert not torchbp.examine(wrong_functions.WrongInTheTail, X).ok
+
+
 # ---------------------------------------------------------------- opcheck
 
 
@@ -773,6 +781,22 @@ def test_the_command(capsys):
 )
 def test_lines_that_are_right(line, capsys):
     assert main(["examine", *line.split()]) == 0, capsys.readouterr().out
+
+
+def test_options_of_the_command(capsys):
+    layer = "--input 3,4 --input 5,4 --input 5".split()
+    line = ["examine", "wrong_functions:BiasUnsummed", *layer]
+    assert main(line) == 0
+    assert "warn: raw-gradients" in capsys.readouterr().out
+    assert main([*line, "--strict"]) == 1
+    assert main([*line, "--strict", "--skip", "raw-gradients"]) == 0
+    capsys.readouterr()
+    assert main([*line, "--json", "--only", "forward", "--only", "vmap"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [f["check"] for f in written["findings"]] == ["forward", "vmap"]
+    line = ["examine", "wrong_functions:RoundsStraightThrough", "--input", "3,4"]
+    assert main(line) == 1
+    assert main([*line, "--surrogate", "torch:clone", "--isolate"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Slopes:
     """Finite differences of `f` at a point.
 
     Its rounding is measured, since a function of float64 may compute in float32 inside:
-    along a line of seven points STEP apart the fourth differences of a smooth function
+    along a line of nine points STEP apart the fourth differences of a smooth function
     vanish, and what is left is rounding.
 
     Attributes:
@@ -48,15 +48,16 @@ class Slopes:
         self.values = self._outputs(self.at)
         generator = torch.Generator().manual_seed(seed)
         line = [random_like(t, generator) for t in self.at]
-        points = torch.stack([self._moved(line, k * STEP) for k in range(-3, 4)])
-        fourth = points.diff(n=4, dim=0).abs().amax(0) / 8
+        points = torch.stack([self._moved(line, k * STEP) for k in range(-4, 5)])
+        fourth = points.diff(n=4, dim=0).abs().amax(0) / 4
         eps = torch.finfo(F64 if exact else torch.float32).eps
         sizes = points.abs().amax(0)
         noise = torch.maximum(fourth, eps * sizes).nan_to_num(0, 0, 0)
-        ratios = (noise / sizes)[sizes > 0]
+        # Near 0, where terms of order 1 cancel, that is no share of the output.
+        ratios = (noise / sizes.clamp(min=1))[sizes > 0]
         ratio = ratios.median().item() if ratios.numel() else eps
         # What is far above the others' is a kink, not rounding.
-        most = 100 * ratio * largest_of(self.values)
+        most = 100 * ratio * max(1.0, largest_of(self.values))
         self.noise = noise.clamp(max=max(most, eps))
         self.is_coarse = not ratio < 1e-12
         # Of four points the error is step⁴ from curvature, and noise / step.

@@ -13,10 +13,20 @@ _BASES = re.compile(r"\b(Square|Product)\b")
 
 
 def explain(check: str | None = None) -> str:
-    """The page of one check, by identifier or title; the list of checks if None.
+    """Return the page of one check of the guide.
+
+    Args:
+        check: the check's identifier or title; None for the list of all checks.
+
+    Returns:
+        what the check asks, why, and a wrong and a right example.
 
     Raises:
         ValueError: there is no such check.
+
+    Examples:
+        >>> print(explain("linear-in-g").splitlines()[2][:44])
+        Backward multiplies the output's gradient by
     """
     pages = read_pages()
     if check is None:

@@ -150,7 +150,7 @@ def jacrev(s: Subject) -> str:
     _, right = s.gradients(s.copies(), cotangents=gs)
     if not all(t.isfinite().all() for t in right):
         raise NotApplicable("a gradient is infinite: move the input away from the pole")
-    ours = [(weights @ J.reshape(len(weights), -1)).reshape(r.shape)
+    ours = [(weights @ J.reshape(len(weights), r.numel())).reshape(r.shape)
             for J, r in zip(rows, right, strict=True)]  # fmt: skip
     if found := differences(ours, right, labels_of(s), s.tolerance()):
         raise Fail(
@@ -279,7 +279,9 @@ def jacfwd(s: Subject) -> str:
         )
         pairs = zip(transform(*at), tangents, strict=True)
         parts = [
-            J.reshape(len(J), -1) @ v.reshape(-1) for J, v in pairs if v is not None
+            J.reshape(len(J), v.numel()) @ v.reshape(-1)
+            for J, v in pairs
+            if v is not None
         ]
         return [torch.stack(parts).sum(0)]
 
