@@ -11,6 +11,7 @@ Exit status: 0.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -53,9 +54,8 @@ def main() -> list[Row]:
     """Try gradcheck and `torchbp.examine` on every wrong Function."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
-    from wrong_functions import WRONG_FUNCTIONS
-
-    return [_row(wrong) for wrong in WRONG_FUNCTIONS]
+    wrong_functions = importlib.import_module("wrong_functions")
+    return [_row(wrong) for wrong in wrong_functions.WRONG_FUNCTIONS]
 
 
 def _row(wrong: Any) -> Row:

@@ -3,12 +3,13 @@ shorter dtypes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchbp.examination.diagnosis import diagnosis, likeness, off
 from torchbp.examination.differences import (
     CLOSE,
     Seen,
@@ -23,32 +24,24 @@ from torchbp.examination.tools import (
     difference,
     differences,
     first_line,
-    variables_of,
 )
 from torchbp.examination.verdicts import (
     CALCULUS,
     Fail,
     NotApplicable,
     NotSupported,
-    Verdict,
     differentiated,
     dtype_name,
-    fix_for,
     labels_of,
     must_equal,
     must_equal_rounded,
     must_run,
     needs_float64,
-    needs_own_graph,
     shape_of,
     supported,
 )
 
 DRAWS = 3
-INTENDED = (
-    "if the derivatives are meant to be those of another function f (straight-through "
-    "estimators, surrogates), say which: surrogate=f"
-)
 
 
 def forward(s: Subject) -> str:
@@ -155,7 +148,7 @@ def first_derivatives(s: Subject) -> str:
     count, total = sum(len(one.entries) for one in seen), 0
     total = sum(t.numel() for t in slopes.at)
     if any(one.wrong or one.along for one in seen):
-        raise _diagnosis(s, arguments, slopes, seen)
+        raise diagnosis(s, arguments, slopes, seen)
     if kinks := ", ".join(where_kinks(seen, labels_of(s), slopes.at)):
         raise NotApplicable(
             f"a kink or a pole at {kinks}: nothing is held against it there",
@@ -219,8 +212,8 @@ def _as_surrogate(s: Subject, arguments: list[Any], what: str = "") -> None:
             close = s.tolerance() if s.dtype != F64 else CLOSE * 1e-3
             if not difference(mine, theirs, close, close):
                 continue
-            likeness = _likeness(mine, theirs, 10 * close)
-            reason, fix = likeness or (
+            like = likeness(mine, theirs, 10 * close)
+            reason, fix = like or (
                 f"the gradient is {difference(mine, theirs, close)}", CALCULUS
             )  # fmt: skip
             raise Fail(f"{what}{label}: beside the surrogate's, {reason}", fix)
@@ -234,13 +227,13 @@ def _wider(s: Subject) -> None:
     t = s.arguments[i]
     if i >= s.inputs or s.is_random or not t.numel() or _is_structured(t):
         return
-    generator = torch.Generator().manual_seed(s.seed + 2)
-    size = torch.rand(t.shape, generator=generator, dtype=F64) * 6 + 2
-    sign = 2.0 * torch.randint(0, 2, t.shape, generator=generator) - 1
+    generator = torch.Generator("cpu").manual_seed(s.seed + 2)
+    size = torch.rand(t.shape, generator=generator, dtype=F64, device="cpu")
+    sign = 2.0 * torch.randint(0, 2, t.shape, generator=generator, device="cpu") - 1
     if not (t < 0).any() or not (t > 0).any():
         sign = t.sign().to("cpu", F64)
     arguments = s.copies()
-    arguments[i] = (size * sign).to(t.device, s.dtype)
+    arguments[i] = ((6 * size + 2) * sign).to(t.device, s.dtype)
     try:
         with torch.no_grad():
             if not all(y.isfinite().all() for y in s.evaluate(arguments)):
@@ -273,336 +266,6 @@ def _is_structured(t: Tensor) -> bool:
     return bool(
         torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
         or torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
-    )
-
-
-# ---------------------------------------------------------------- what is wrong
-
-
-def _diagnosis(
-    s: Subject, arguments: list[Any], slopes: Slopes, seen: list[Seen]
-) -> Fail:
-    """Which gradient is wrong, and if it can be told, in what way."""
-    labels = labels_of(s)
-    wrong = [k for k, one in enumerate(seen) if one.wrong or one.along]
-    for k in wrong:
-        if seen[k].is_flat:
-            return _flat(s, arguments, k)
-    if fail := _slope(s, arguments, slopes, seen, wrong):
-        return fail
-    for k in wrong:
-        one = seen[k]
-        for j, other in enumerate(seen):
-            same = j != k and slopes.at[j].shape == slopes.at[k].shape
-            if same and _alike(one.ours, other.right, _tolerance(slopes)):
-                return Fail(
-                    f"{labels[k]}: the gradient is that of {labels[j]}",
-                    "return gradients in the order of forward's arguments",
-                )
-        shape = slopes.at[k].shape
-        whole = len(one.entries) == shape.numel()
-        mine, right = one.ours[:, 0], one.right[:, 0]
-        if whole:
-            mine, right = mine.reshape(shape), right.reshape(shape)
-        if likeness := _likeness(mine, right, _tolerance(slopes)):
-            return Fail(f"{labels[k]}: {likeness[0]}", likeness[1])
-    k = wrong[0]
-    return Fail(_off(labels[k], seen[k], slopes.at[k].shape), f"{CALCULUS}; {INTENDED}")
-
-
-def _tolerance(slopes: Slopes) -> float:
-    return 1e-3 if slopes.is_coarse else CLOSE
-
-
-def _alike(a: Tensor, b: Tensor, close: float) -> bool:
-    return a.shape == b.shape and not difference(a, b, close)
-
-
-def _off(label: str, one: Seen, shape: torch.Size) -> str:
-    """How the gradient of one argument is off, in words."""
-    if not one.wrong:
-        return f"along a random direction, the gradient of {label} is {one.along}"
-    gap = (one.ours - one.right)[one.wrong].abs().nan_to_num(float("inf")).amax(1)
-    worst = one.wrong[int(gap.argmax())]
-    draw = int((one.ours - one.right)[worst].abs().nan_to_num(float("inf")).argmax())
-    name = names_of(one, [worst], shape)
-    return (
-        f"{label}: the gradient is off at {len(one.wrong)} of {len(one.entries)} "
-        f"entries; at {label}{name} it is {one.ours[worst, draw]:.4g}, expected "
-        f"{one.right[worst, draw]:.4g}"
-    )
-
-
-def _flat(s: Subject, arguments: list[Any], k: int) -> Fail:
-    """The forward does not move with argument k: is it a step, or a constant?"""
-    label = labels_of(s)[k]
-    with torch.no_grad():
-        before = s.evaluate(arguments)
-        for length in (1.0, -8.0, 64.0):
-            moved = list(arguments)
-            moved[s.floats[k]] = arguments[s.floats[k]].detach() + length
-            after = s.evaluate(moved)
-            if any(difference(a, b, 0.0) for a, b in zip(after, before, strict=True)):
-                return Fail(
-                    f"{label}: the forward is a step, flat at every entry, and the "
-                    "backward is not",
-                    "if the backward is a surrogate, say which: surrogate=f, say "
-                    "lambda x: x for a straight-through estimator; else return zeros",
-                )
-    return Fail(
-        f"{label}: the forward does not depend on it, and gets a gradient",
-        f"return None for it, or use it in forward; {INTENDED}",
-    )
-
-
-def _slope(
-    s: Subject, arguments: list[Any], slopes: Slopes, seen: list[Seen], wrong: list[int]
-) -> Fail | None:
-    """A known mistake in σ', which a factor on the output's gradient corrects."""
-    outputs = s.closure(arguments)(*[arguments[i] for i in s.floats])
-    if len(outputs) != 1 or not all(seen[k].wrong for k in wrong):
-        return None
-    (g,) = s.cotangents(outputs)
-    for what, factor, fix in _slopes(outputs[0].detach()):
-        if not factor.isfinite().all():
-            continue
-        own = [t.detach().clone() if isinstance(t, Tensor) else t for t in arguments]
-        _, grads = s.gradients(own, cotangents=[g * factor])
-        if all(
-            _alike(
-                grads[k].reshape(-1).cpu().to(F64)[seen[k].entries],
-                seen[k].right[:, 0],
-                _tolerance(slopes),
-            )
-            for k in wrong
-        ):
-            return Fail(what, fix)
-    return None
-
-
-def _likeness(ours: Tensor, right: Tensor, close: float) -> tuple[str, str] | None:
-    """What a wrong gradient is like."""
-    ours, right = ours.to(F64), right.to(F64)
-    if not right.isfinite().all() or not right.any():
-        return None
-    if not ours.any():
-        largest = right.abs().max().item()
-        return (
-            f"no gradient, expected one up to {largest:.2g}",
-            "return it; if the argument is a constant, let the inputs that are not "
-            "require grad",
-        )
-    if ours.dim() == 2 and _alike(ours, right.t(), close):
-        return "the gradient is the transpose of the right one", "transpose it back"
-    factor = ((ours * right).sum() / right.square().sum()).item()
-    if not difference(ours, factor * right, close):
-        if abs(factor + 1) < close:
-            return (
-                "the gradient has the wrong sign",
-                "change its sign; if it is meant (gradient reversal), say so: "
-                "surrogate=lambda x: -x, of all arguments",
-            )
-        nearest = round(factor) or round(1 / factor)
-        exact = abs(factor - round(factor)) < close or (
-            factor and abs(1 / factor - round(1 / factor)) < close
-        )
-        name = f"{factor:.4g}"
-        if exact and abs(factor) >= 1:
-            name = str(nearest)
-        return (
-            f"the gradient is {name} times the right one",
-            "look for a missing, doubled or wrong factor (a mean for a sum)",
-        )
-    return None
-
-
-def _slopes(a: Tensor) -> Iterator[tuple[str, Tensor, str]]:
-    """Mistakes in σ': what they are, the factor on the output's gradient that corrects
-    them, and the fix. A backward is linear in that gradient, so if the factor corrects
-    every gradient, the mistake is known."""
-    z, t = torch.logit(a), torch.atanh(a)
-    s = torch.sigmoid(a)
-    multiply = "multiply the output's gradient by σ'(z) before all else"
-    yield "σ' = a(1 - a) of a sigmoid is missing", a * (1 - a), multiply
-    yield "σ' = 1 - a² of a tanh is missing", 1 - a * a, multiply
-    yield "σ' = [a > 0] of a ReLU is missing", (a > 0).to(a.dtype), multiply
-    of_a = "σ' = {} is in terms of a: save a, or compute it from z"
-    yield (
-        "σ' = a(1 - a) was taken of z in place of a",
-        a * (1 - a) / (z * (1 - z)),
-        of_a.format("a(1 - a)"),
-    )
-    yield (
-        "σ' = 1 - a² was taken of z in place of a",
-        (1 - a * a) / (1 - t * t),
-        of_a.format("1 - a²"),
-    )
-    yield (
-        "σ' was taken at a in place of z: σ is applied twice",
-        a * (1 - a) / (s * (1 - s)),
-        "σ'(z) = σ(z)(1 - σ(z)) = a(1 - a)",
-    )
-    yield (
-        "σ' = a(1 - a) of a sigmoid is there twice",
-        1 / (a * (1 - a)),
-        "multiply by σ'(z) once",
-    )
-
-
-# ---------------------------------------------------------------- second derivatives
-
-_TWICE = (
-    "compute it from ctx.saved_tensors by differentiable operations (no detach, .data, "
-    "no_grad or NumPy), or mark the backward with once_differentiable"
-)
-_NOT_TWICE = ("once_differentiable", "implemented", "does not require grad")
-
-
-def second_derivatives(s: Subject) -> str:
-    """The gradients have gradients, and those are right."""
-    needs_float64(s)
-    needs_own_graph(s)
-    arguments = s.copies()
-    f = s.closure(arguments)
-    at = [arguments[i].detach() for i in s.floats]
-    gs = s.cotangents(f(*at))
-    names = [*labels_of(s), *["the output's gradient"] * len(gs)]
-    weights, ours, cut = _seconds(s, f, at, gs)
-    if s.surrogate is not None:
-        return _seconds_as_surrogate(s, arguments, ours, names)
-
-    def firsts(*tensors: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            own = [t.detach().requires_grad_() for t in tensors[: len(at)]]
-            return s.pull_back(f(*own), own, tensors[len(at) :])
-
-    slopes = Slopes(firsts, [*at, *gs], s.seed)
-    if not slopes.values.isfinite().all():
-        raise NotApplicable("a gradient is infinite: move the input away from the pole")
-    seen = look(s, slopes, weights, ours, s.entries // 2)
-    kinks = ", ".join(where_kinks(seen, names, slopes.at))
-    for k, one in enumerate(seen):
-        if one.wrong or one.along:
-            raise _second_diagnosis(s, seen, k, names, slopes.at[k].shape, cut)
-    if kinks:
-        raise NotApplicable(
-            f"the first derivatives have a kink or a pole at {kinks}",
-            "move the input away from it",
-        )
-    return "as finite differences of the first"
-
-
-def _seconds(
-    s: Subject, f: Callable[..., Any], at: Sequence[Tensor], gs: Sequence[Tensor]
-) -> tuple[list[list[Tensor]], list[list[Tensor]], bool]:
-    """For each argument the gradients of its own gradient, weighted so that no sum
-    vanishes; whether all of them are cut off from the graph."""
-    weights, ours, cut = [], [], True
-    for chosen in range(len(at)):
-        own = [t.clone().requires_grad_() for t in (*at, *gs)]
-        with must_run("the backward, with create_graph,"):
-            outputs = f(*own[: len(at)])
-            grads = s.pull_back(
-                outputs, own[: len(at)], own[len(at) :], create_graph=True
-            )
-        draw = s.cotangents(grads, 3 + chosen)
-        draw = [w if k == chosen else 0 * w for k, w in enumerate(draw)]
-        weights.append(draw)
-        total = (grads[chosen] * draw[chosen]).sum()
-        cut = cut and not any(g.requires_grad for g in grads)
-        seconds: Sequence[Tensor | None] = [None] * len(own)
-        if total.requires_grad:
-            seconds = _second_pass(total, own)
-        ours.append(
-            [
-                torch.zeros_like(t) if d is None else d
-                for d, t in zip(seconds, own, strict=True)
-            ]
-        )
-    return weights, ours, cut
-
-
-def _second_pass(total: Tensor, own: list[Tensor]) -> Sequence[Tensor | None]:
-    try:
-        # once_differentiable cuts the graph off, and leaves an error at its end.
-        ends = variables_of([total])
-        torch.autograd.grad(total, ends, allow_unused=True, retain_graph=True) if (
-            ends
-        ) else None
-        return torch.autograd.grad(total, own, allow_unused=True)
-    except Verdict:
-        raise
-    except Exception as error:
-        if any(word in str(error) for word in _NOT_TWICE):
-            raise NotSupported(first_line(error), _TWICE) from None
-        reason = f"the second backward raised {first_line(error)}"
-        raise Fail(reason, fix_for(error, _TWICE)) from None
-
-
-def _seconds_as_surrogate(
-    s: Subject, arguments: list[Any], ours: list[list[Tensor]], names: list[str]
-) -> str:
-    surrogate = s.surrogate
-    assert surrogate is not None
-
-    def f(*tensors: Tensor) -> list[Tensor]:
-        full = list(arguments)
-        for i, t in zip(s.floats, tensors, strict=True):
-            full[i] = t
-        return [y for y in s.evaluate(full, surrogate) if y.requires_grad]
-
-    at = [arguments[i].detach() for i in s.floats]
-    gs = s.cotangents(s.closure(arguments)(*at))
-    _, right, _ = _seconds(s, f, at, gs)
-    for mine, theirs in zip(ours, right, strict=True):
-        if found := differences(mine, theirs, names, CLOSE, 1e-9):
-            raise Fail(
-                f"the gradient, derived by {found}, beside the surrogate", _TWICE
-            )
-    return "as the surrogate's"
-
-
-def _second_diagnosis(
-    s: Subject,
-    seen: list[Seen],
-    by: int,
-    names: list[str],
-    shape: torch.Size,
-    cut: bool,
-) -> Fail:
-    """Which gradient does not know that it depends on what."""
-    one, labels = seen[by], labels_of(s)
-    if cut:
-        return Fail(
-            f"the gradients are cut off from the graph: derived by {names[by]} they "
-            "are not 0",
-            _TWICE,
-        )
-    places = one.wrong or list(range(len(one.entries)))
-    gaps = (one.ours - one.right)[places].abs().nan_to_num(float("inf")).amax(0)
-    which = int(gaps.argmax())
-    what = f"the gradient of {labels[which]}"
-    if not one.ours[:, which].any():
-        return Fail(
-            f"{what} is a constant to {names[by]}, on which it depends: what forward "
-            "computed and saved, and what is detached, is constant to autograd",
-            _TWICE,
-        )
-    if not one.wrong:
-        return Fail(f"{what}, derived by {names[by]}, is {one.along}", _TWICE)
-    nan = [p for p in one.wrong if not one.ours[p].isfinite().all()]
-    if nan:
-        return Fail(
-            f"{what}, derived by {names[by]}, is NaN or infinite at {len(nan)} entries "
-            f"{names_of(one, nan, shape)}, where differences are finite",
-            "mask before the operation, not after it: 0 times infinity is NaN",
-        )
-    worst = one.wrong[0]
-    return Fail(
-        f"{what}, derived by {names[by]}, is off at {len(one.wrong)} of "
-        f"{len(one.entries)} entries; at {names_of(one, [worst], shape)} it is "
-        f"{one.ours[worst, which]:.4g}, expected {one.right[worst, which]:.4g}",
-        _TWICE,
     )
 
 
@@ -649,7 +312,7 @@ def _wrong_reference(s: Subject) -> str:
         s.function, s.surrogate = function, surrogate
     for one, label, t in zip(seen, labels_of(s), slopes.at, strict=True):
         if one.wrong or one.along:
-            return _off(label, one, t.shape)
+            return off(label, one, t.shape)
     return ""
 
 

@@ -46,7 +46,7 @@ class Slopes:
         self.f = f
         self.at = [t.detach().clone(memory_format=torch.contiguous_format) for t in at]
         self.values = self._outputs(self.at)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         line = [random_like(t, generator) for t in self.at]
         points = torch.stack([self._moved(line, k * STEP) for k in range(-4, 5)])
         fourth = points.diff(n=4, dim=0).abs().amax(0) / 4
@@ -70,7 +70,7 @@ class Slopes:
     def _outputs(self, tensors: Sequence[Tensor]) -> Tensor:
         outputs = self.f(*[t.clone() for t in tensors])
         flat = [y.detach().reshape(-1).to("cpu", F64) for y in outputs]
-        return torch.cat(flat) if flat else torch.empty(0, dtype=F64)
+        return torch.cat(flat) if flat else torch.empty(0, dtype=F64, device="cpu")
 
     def _moved(self, direction: Sequence[Tensor | None], length: float) -> Tensor:
         return self._outputs(
@@ -110,7 +110,7 @@ class Slopes:
 
     def entry(self, k: int, j: int) -> list[Tensor | None]:
         """The direction of entry j of argument k."""
-        unit = torch.zeros(self.at[k].numel(), dtype=F64)
+        unit = torch.zeros(self.at[k].numel(), dtype=F64, device="cpu")
         unit[j] = 1
         return self.only(k, unit.reshape(self.at[k].shape))
 
@@ -170,8 +170,9 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _sample(count: int, most: int, seed: int) -> list[int]:
     if count <= most:
         return list(range(count))
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(count, generator=generator)[:most].tolist())
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    return sorted(order[:most].tolist())
 
 
 def _close(s: Subject, slopes: Slopes, step: float) -> float:
@@ -218,7 +219,7 @@ def _entries(
 def _size(ours: Tensor, right: Tensor) -> Tensor:
     """The largest entry of each draw."""
     both = torch.cat([ours, right]).nan_to_num(0, 0, 0).abs()
-    return both.amax(0) if both.numel() else torch.zeros(ours.shape[1], dtype=F64)
+    return both.amax(0) if both.numel() else ours.new_zeros(ours.shape[1])
 
 
 def _fits_elsewhere(
@@ -237,7 +238,7 @@ def _directions(
     s: Subject, slopes: Slopes, k: int, seen: Seen, ours: Tensor, ends: Tensor
 ) -> None:
     """Compare along three random directions of argument k."""
-    generator = torch.Generator().manual_seed(s.seed + 1)
+    generator = torch.Generator("cpu").manual_seed(s.seed + 1)
     for _ in range(3):
         v = random_like(slopes.at[k], generator)
         v = v / max(1.0, v.norm().item() / 2)
@@ -264,7 +265,11 @@ def names_of(seen: Seen, places: Sequence[int], shape: torch.Size) -> str:
 def _index(j: int, shape: torch.Size) -> str:
     if not shape:
         return "[]"
-    return str([int(i) for i in torch.unravel_index(torch.tensor(j), shape)])
+    place: list[int] = []
+    for size in reversed(shape):
+        j, i = divmod(j, size)
+        place.insert(0, i)
+    return str(place)
 
 
 def where_kinks(

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.examination import backward, costs, derivatives, layouts, transforms
+from torchbp.examination import (
+    backward,
+    costs,
+    derivatives,
+    layouts,
+    seconds,
+    transforms,
+)
 from torchbp.examination.isolation import in_a_child
 from torchbp.examination.report import Finding, Report
 from torchbp.examination.subject import Subject, make_subject
@@ -31,7 +38,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "linear-in-g": derivatives.linear_in_g,
     "first-derivatives": derivatives.first_derivatives,
     "raw-gradients": backward.raw_gradients,
-    "second-derivatives": derivatives.second_derivatives,
+    "second-derivatives": seconds.second_derivatives,
     "reference": derivatives.reference,
     "float32": functools.partial(derivatives.in_dtype, torch.float32),
     "bfloat16": functools.partial(derivatives.in_dtype, torch.bfloat16),

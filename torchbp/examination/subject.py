@@ -178,7 +178,7 @@ class Subject:
 
     def cotangents(self, outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
         """Output gradients: random, never 0, of few bits, so exact in every dtype."""
-        generator = torch.Generator().manual_seed(self.seed + seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed + seed)
         return [
             random_like(y, generator).to(dtype=y.dtype, device=y.device)
             for y in outputs

@@ -182,7 +182,7 @@ class _Forward:
         self.s, arguments = s, s.copies()
         self.f = s.closure(arguments)
         self.at = [arguments[i].detach() for i in s.floats]
-        generator = torch.Generator().manual_seed(s.seed)
+        generator = torch.Generator("cpu").manual_seed(s.seed)
         self.tangents = [random_like(t, generator).to(t.device) for t in self.at]
         self.choices = [[k] for k in range(len(self.at))]
         if len(self.at) > 1:

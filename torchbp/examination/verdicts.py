@@ -205,11 +205,14 @@ def _cloned(arguments: Sequence[Any]) -> list[Any]:
 
 def _moved(s: Subject, arguments: Sequence[Any], eps: float, draw: int) -> list[Any]:
     """The arguments, each floating one moved by up to `eps` of its largest entry."""
-    generator = torch.Generator().manual_seed(s.seed + draw)
+    generator = torch.Generator("cpu").manual_seed(s.seed + draw)
     result = _cloned(arguments)
     for i, t in enumerate(result):
         if isinstance(t, Tensor) and t.is_floating_point():
-            noise = 2 * torch.rand(t.shape, generator=generator, dtype=F64) - 1
+            noise = (
+                2 * torch.rand(t.shape, generator=generator, dtype=F64, device="cpu")
+                - 1
+            )
             result[i] = t + eps * largest_of(t) * noise.to(t.device, t.dtype)
     return result
 
