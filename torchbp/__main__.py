@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchbp._terminal import Parser, reader_left
+from torchbp.costs import COSTS
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -151,7 +152,6 @@ BP1-BP4 beside native autograd and finite differences.
 
 Exit status: 0 all equations agree, 1 one does not, 2 it could not be asked.
 """
-COSTS = ("quadratic", "cross-entropy", "log-likelihood")
 MOST_WEIGHTS = 10**7  # each layer is compared in float64, several times over
 
 
@@ -171,7 +171,12 @@ def add_observe(commands: Any) -> None:
         metavar="N",
         help="of the small network's layers, inputs first (2 3 1)",
     )
-    parser.add_argument("--cost", choices=COSTS, default="quadratic")
+    parser.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="quadratic",
+        help=", ".join(f"{name}: {c.native} in torch" for name, c in COSTS.items()),
+    )
     parser.add_argument("--lr", type=float, default=3.0, help="η (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument(
@@ -271,11 +276,7 @@ def _look_at(
     """Print the trace and the comparison of one batch; whether all agree."""
     import torchbp
 
-    cost: Any = {
-        "quadratic": torchbp.QuadraticCost,
-        "cross-entropy": torchbp.CrossEntropyCost,
-        "log-likelihood": torchbp.LogLikelihoodCost,
-    }[arguments.cost]()
+    cost = COSTS[arguments.cost]()
     output = "identity" if cost.takes == "z" else "sigmoid"
     model = torchbp.MLP(sizes, output=output, device=input.device, dtype=input.dtype)
     with torchbp.observe(model) as trace:

@@ -7,7 +7,15 @@ argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity 
 layer.
 
 n is the number of rows, all leading dimensions together, not the number of numbers:
-``F.mse_loss(reduction="mean")`` also divides by the number of outputs.
+torch's means also divide by the number of outputs K.
+
+========================== ======================== ==================================
+here                       in torch                 C is
+========================== ======================== ==================================
+:class:`QuadraticCost`     ``nn.MSELoss``           K/2 times as large
+:class:`CrossEntropyCost`  ``nn.BCEWithLogitsLoss`` K times as large; K sigmoids
+:class:`LogLikelihoodCost` ``nn.CrossEntropyLoss``  the same; one softmax
+========================== ======================== ==================================
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from torchbp._checks import check_reads_no_parameter, explain_storage
 from torchbp._define import check_name, make_class, place
 
 __all__ = [
+    "COSTS",
     "CostFunction",
     "CrossEntropyCost",
     "CrossEntropyFunction",
@@ -361,6 +370,8 @@ def check_labels(labels: Tensor, K: int, cause: BaseException | None = None) -> 
 def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
     """1/(2n) Σ_x ‖y - a‖², ∇_a = (a - y)/n.
 
+    It is K/2 times ``F.mse_loss``, which also divides by the number of outputs K.
+
     Args:
         input: a, (*, K).
         target: numbers (*, K), or labels (*).
@@ -379,7 +390,9 @@ def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
 def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
     """-1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1 - σ(z))], ∇_z = (σ(z) - y)/n.
 
-    The last layer is the identity, and the cost applies the sigmoid.
+    The last layer is the identity, and the cost applies the sigmoid. It is K times
+    ``F.binary_cross_entropy_with_logits``, which also divides by the number of outputs
+    K; ``F.cross_entropy`` is :func:`log_likelihood_cost`.
 
     Args:
         input: z, (*, K).
@@ -402,7 +415,8 @@ def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
     """-1/n Σ_x ln softmax(z)_y, ∇_z = (softmax(z) - y)/n.
 
     The last layer is the identity, and the cost applies the softmax, which is not
-    entrywise and so has no place in a layer.
+    entrywise and so has no place in a layer. It is ``F.cross_entropy``;
+    ``F.binary_cross_entropy_with_logits`` is 1/K of :func:`cross_entropy_cost`.
 
     Args:
         input: z, (*, K).
@@ -430,20 +444,36 @@ for _f, _function, _takes in (
 
 
 class _Cost(nn.Module):
-    """A cost as a module: ``forward(input, target)`` as in :func:`cost`."""
+    """A cost as a module."""
 
     function: ClassVar[type[CostFunction]]
     takes: ClassVar[str]
+    native: ClassVar[str | None] = None
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """C of the network's outputs `input` and the targets `target`, 0-d."""
         return cost(self.function, input, target)
 
 
 class QuadraticCost(_Cost):
-    """:func:`quadratic_cost` as a module.
+    """C = 1/(2n) Σ_x ‖y - a‖², half the squared distance; ∇_a C = (a - y)/n.
+
+    ``nn.MSELoss`` is its native counterpart. That one is the mean over all n K numbers,
+    so C and its gradient are K/2 times as large for K outputs, and want 2/K of its
+    learning rate: C = ``F.mse_loss(a, y, reduction="sum") / (2 * n)``.
+
+    Shape:
+        input a (*, K), rows are examples; target (*, K), numbers of the input's dtype,
+        or (*), integer labels, which stand for their one-hot rows. C is 0-d.
 
     Attributes:
-        takes: what `forward` takes for its input, "a" or "z".
+        takes: "a", what the last layer returns, whatever its σ.
+        native: the name of its counterpart in torch.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
+            of such shapes and dtypes on one device, labels outside 0..K-1, or a target
+            that requires grad.
 
     Examples:
         >>> a = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
@@ -455,13 +485,33 @@ class QuadraticCost(_Cost):
 
     function = QuadraticFunction
     takes = "a"
+    native = "nn.MSELoss"
 
 
 class CrossEntropyCost(_Cost):
-    """:func:`cross_entropy_cost` as a module.
+    """C = -1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1 - σ(z))]; ∇_z C = (σ(z) - y)/n.
+
+    ``nn.BCEWithLogitsLoss`` is its native counterpart: the K outputs are K sigmoids, K
+    questions of yes or no. Its neighbour :class:`LogLikelihoodCost` is the counterpart
+    of ``nn.CrossEntropyLoss``: a softmax, one question with K answers. (The names are
+    the book's.) BCEWithLogitsLoss is the mean over all n K numbers, so C and its
+    gradient are K times as large for K outputs, and want 1/K of its learning rate:
+    C = ``F.binary_cross_entropy_with_logits(z, y, reduction="sum") / n``.
+
+    The last layer is the identity; the cost applies the sigmoid.
+
+    Shape:
+        input z (*, K), rows are examples; target (*, K), numbers of the input's dtype,
+        or (*), integer labels, which stand for their one-hot rows. C is 0-d.
 
     Attributes:
-        takes: what `forward` takes for its input, "a" or "z".
+        takes: "z", what an identity layer returns.
+        native: the name of its counterpart in torch.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
+            of such shapes and dtypes on one device, labels outside 0..K-1, or a target
+            that requires grad.
 
     Examples:
         >>> CrossEntropyCost()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
@@ -472,13 +522,32 @@ class CrossEntropyCost(_Cost):
 
     function = CrossEntropyFunction
     takes = "z"
+    native = "nn.BCEWithLogitsLoss"
 
 
 class LogLikelihoodCost(_Cost):
-    """:func:`log_likelihood_cost` as a module.
+    """C = -1/n Σ_x ln softmax(z)_y, for one-hot y; ∇_z C = (softmax(z) - y)/n.
+
+    ``nn.CrossEntropyLoss`` is its native counterpart, with the same C and gradients (of
+    inputs (n, K); of more dimensions its K is the second, and here the last). Its
+    neighbour :class:`CrossEntropyCost` is the counterpart of ``nn.BCEWithLogitsLoss``:
+    K sigmoids, each a question of its own.
+
+    The last layer is the identity; the cost applies the softmax. Targets of numbers are
+    distributions over the classes; the cost is -1/n Σ_x Σ_j y ln softmax(z).
+
+    Shape:
+        input z (*, K), rows are examples; target (*, K), numbers of the input's dtype,
+        or (*), integer labels, which stand for their one-hot rows. C is 0-d.
 
     Attributes:
-        takes: what `forward` takes for its input, "a" or "z".
+        takes: "z", what an identity layer returns.
+        native: the name of its counterpart in torch.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
+            of such shapes and dtypes on one device, labels outside 0..K-1, or a target
+            that requires grad.
 
     Examples:
         >>> LogLikelihoodCost()(torch.zeros(1, 4), torch.tensor([2]))
@@ -489,6 +558,28 @@ class LogLikelihoodCost(_Cost):
 
     function = LogLikelihoodFunction
     takes = "z"
+    native = "nn.CrossEntropyLoss"
+
+
+COSTS: dict[str, type[_Cost]] = {
+    "quadratic": QuadraticCost,
+    "cross-entropy": CrossEntropyCost,
+    "log-likelihood": LogLikelihoodCost,
+}
+
+
+_COST_DOC = """The cost {name}, C = 1/n Σ_x C_x, by its own C_x and ∇C_x.
+
+    Shape:
+        input {takes} (*, K), rows are examples; target (*, K), numbers of the input's
+        dtype, or (*), integer labels, which stand for their one-hot rows. C is 0-d.
+
+    Attributes:
+        takes: "{takes}".
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for arguments that do not fit.
+    """
 
 
 def define_cost(
@@ -536,7 +627,8 @@ def define_cost(
         parts |= {"is_checked": False}
         parts |= {"check_parts": classmethod(_check_parts)}
     function = make_class(f"{name}Function", CostFunction, parts)
-    members = {"__doc__": f"The cost {name}.", "function": function, "takes": takes}
+    doc = _COST_DOC.format(name=name, takes=takes)
+    members = {"__doc__": doc, "function": function, "takes": takes}
     return place(make_class(name, _Cost, members))
 
 

@@ -43,7 +43,8 @@ class BPLinear(nn.Linear):
         bias: b, (n_out), or None.
 
     Raises:
-        TypeError, ValueError: in ``forward``, as :func:`torchbp.functional.layer`.
+        TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
+            (*, n_in) with the parameters' dtype and on their device.
 
     The subclasses apply an activation too and replace ``Sequential(nn.Linear,
     nn.<σ>)``; a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with
@@ -61,13 +62,29 @@ class BPLinear(nn.Linear):
     function: ClassVar[type[functional.LinearFunction]] = functional.LinearFunction
 
     def forward(self, input: Tensor) -> Tensor:
+        """σ(x Wᵀ + b) of `input` x, (*, n_in) -> (*, n_out)."""
         return functional.layer(self.function, input, self.weight, self.bias)
 
 
 class BPLinearSigmoid(BPLinear):
     """a = σ(x Wᵀ + b), σ' = a(1 - a); for ``Sequential(nn.Linear, nn.Sigmoid)``.
 
-    Arguments and shapes as :class:`BPLinear`.
+    Args:
+        in_features: n_in.
+        out_features: n_out.
+        bias: whether there is a b.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, n_in) -> (*, n_out), where * is any number of dimensions.
+
+    Attributes:
+        weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
+        bias: b, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
+            (*, n_in) with the parameters' dtype and on their device.
 
     Examples:
         >>> layer = BPLinearSigmoid(784, 30)
@@ -83,7 +100,22 @@ class BPLinearSigmoid(BPLinear):
 class BPLinearTanh(BPLinear):
     """a = tanh(x Wᵀ + b), σ' = 1 - a²; for ``Sequential(nn.Linear, nn.Tanh)``.
 
-    Arguments and shapes as :class:`BPLinear`.
+    Args:
+        in_features: n_in.
+        out_features: n_out.
+        bias: whether there is a b.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, n_in) -> (*, n_out), where * is any number of dimensions.
+
+    Attributes:
+        weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
+        bias: b, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
+            (*, n_in) with the parameters' dtype and on their device.
 
     Examples:
         >>> layer = BPLinearTanh(784, 30)
@@ -97,7 +129,22 @@ class BPLinearTanh(BPLinear):
 class BPLinearReLU(BPLinear):
     """a = max(0, x Wᵀ + b), σ' = [a > 0]; for ``Sequential(nn.Linear, nn.ReLU)``.
 
-    Arguments and shapes as :class:`BPLinear`.
+    Args:
+        in_features: n_in.
+        out_features: n_out.
+        bias: whether there is a b.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, n_in) -> (*, n_out), where * is any number of dimensions.
+
+    Attributes:
+        weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
+        bias: b, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
+            (*, n_in) with the parameters' dtype and on their device.
 
     Examples:
         >>> layer = BPLinearReLU(784, 30)
@@ -135,7 +182,9 @@ def define_layer(
     """
     check_name(name)
     function = functional.define_function(f"{name}Function", sigma, sigma_prime, saves)
-    doc = f"{function.__doc__} Arguments and shapes as :class:`torchbp.BPLinear`."
+    # What stands between a layer's first line and its examples is the same for all.
+    details = (BPLinearSigmoid.__doc__ or "").split("\n", 1)[-1].partition("Examples:")
+    doc = f"{function.__doc__}\n{details[0].rstrip()}\n"
     return place(make_class(name, BPLinear, {"__doc__": doc, "function": function}))
 
 
@@ -236,6 +285,7 @@ class MLP(nn.Module):
             INITIALISATIONS[init](layer)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
+        """The last layer's a of `input`, (*, sizes[0]) -> (*, sizes[-1])."""
         for layer in self.layers:
             input = layer(input)
         return input

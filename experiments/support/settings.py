@@ -21,10 +21,12 @@ from torchbp.training import LEVELS, SCHEDULES
 # The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
 # wants a sigmoid there, whatever the hidden layers are.
 COSTS = {
-    "quadratic": (torchbp.QuadraticCost, "sigmoid"),
-    "cross-entropy": (torchbp.CrossEntropyCost, "identity"),
-    "log-likelihood": (torchbp.LogLikelihoodCost, "identity"),
+    name: (cost, "identity" if cost.takes == "z" else "sigmoid")
+    for name, cost in torchbp.costs.COSTS.items()
 }
+COUNTERPARTS = ", ".join(
+    f"{name}: {cost.native} in torch" for name, (cost, _) in COSTS.items()
+)
 # How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
 # whole algorithm at once.
 ENGINES = ("autograd", "explicit")
@@ -82,7 +84,9 @@ class Settings:
     sizes: tuple[int, ...] = option((784, 30, 10), "neurons per layer")
     activation: str = option("sigmoid", "of the hidden layers", tuple(ACTIVATIONS))
     cost: str = option(
-        "quadratic", "sets the output layer that fits it, too", tuple(COSTS)
+        "quadratic",
+        f"sets the output layer that fits it, too; {COUNTERPARTS}",
+        tuple(COSTS),
     )
     init: str = option("scaled", "initial weights", tuple(INITIALISATIONS))
     epochs: int = option(30, "passes over the training set, in all")

@@ -342,8 +342,10 @@ class ExplicitSGD:
     """Mini-batch SGD by explicit backpropagation: W ← W - η ∂C/∂W, fast.
 
     Args:
-        model: as in :func:`backprop`, on its device; every parameter in one place only.
-        cost: one of ours, or from ``define_cost``.
+        model: an MLP, one layer of ours, or an ``nn.Sequential`` of them, on its
+            device; every parameter in one place only.
+        cost: a QuadraticCost, CrossEntropyCost or LogLikelihoodCost, or one from
+            ``define_cost``.
         lr: η. May be changed between calls.
         weight_decay: λ/n of the book: on weights, not on biases.
 

@@ -79,12 +79,17 @@ def join(device: str) -> Iterator[World]:
 
 
 class ParallelSGD(AutogradSGD):
-    """:class:`torchbp.training.AutogradSGD` on this process's part of each mini-batch.
+    """W ← W - η ∂C/∂W by ``torch.optim.SGD``, each process on its part of the batch.
+
+    The processes' gradients are averaged: a step is the one that a single process would
+    take.
 
     Args:
-        model, cost, lr, weight_decay: as there; the processes start from rank 0's
-            parameters.
-        world: of :func:`join`.
+        model: the network; the processes start from rank 0's parameters.
+        cost: one of ours, e.g. ``torchbp.QuadraticCost()``.
+        lr: η.
+        weight_decay: λ/n of the book: on weights (2-D parameters), not on biases.
+        world: the processes, from :func:`join`.
 
     Examples:
         >>> import torchbp

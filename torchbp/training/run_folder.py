@@ -166,7 +166,8 @@ class RunFolder:
         """Write `state` as the newest checkpoint, and keep the one before it.
 
         Raises:
-            OSError, TypeError: as :func:`torchbp.training.checkpoint.save`.
+            OSError: the checkpoint cannot be written.
+            TypeError: `state` has something that a checkpoint cannot hold.
         """
         if self._is_damaged:  # not to take the place of the good one before it
             self._set_aside()

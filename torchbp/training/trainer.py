@@ -105,7 +105,7 @@ class Engine(Protocol):
 
         Args:
             images: uint8 (n, n_in).
-            labels: int64 (n).
+            labels: integers (n), of any dtype but bool.
             order: indices of examples.
             batch_size: m; the last mini-batch has what is left.
 
@@ -196,7 +196,17 @@ class AutogradSGD:
     def steps(
         self, images: Tensor, labels: Tensor, order: Tensor, batch_size: int
     ) -> Generator[Tensor, None, None]:
-        """As :meth:`Engine.steps`, of `images`, `labels`, `order` and `batch_size`."""
+        """One update for each mini-batch of the examples `order`.
+
+        Args:
+            images: uint8 (n, n_in).
+            labels: integers (n), or numbers (n, K).
+            order: indices of examples.
+            batch_size: m; the last mini-batch has what is left.
+
+        Yields:
+            the mini-batches' costs before their updates, a few at a time, 1-d.
+        """
         dtype = next(self.model.parameters()).dtype
         classes = count_outputs(self.model, images)
         split = Split(images, labels)
