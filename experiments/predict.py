@@ -245,7 +245,7 @@ def _centred(box: Tensor) -> Tensor:
         places = torch.arange(n, device="cpu").to(box.dtype)
         centre = (box.sum(1 - d) @ places / box.sum()).item()
         corner.append(min(max(round(SIDE / 2 - centre), 0), SIDE - n))
-    canvas = torch.zeros(SIDE, SIDE, dtype=torch.float32)
+    canvas = torch.zeros(SIDE, SIDE, dtype=torch.float32, device="cpu")
     top, left = corner
     canvas[top : top + box.shape[0], left : left + box.shape[1]] = box
     return (255 * canvas).round().byte().flatten()

@@ -74,10 +74,10 @@ def measure(
     """One row of the table."""
     n, n_in, n_out = size
     torch.manual_seed(0)
-    kind: dict[str, Any] = {"device": device, "dtype": torch.float32}
-    ours: nn.Module = LAYERS[name](n_in, n_out, **kind)
+    ours: nn.Module = LAYERS[name](n_in, n_out, device=device, dtype=torch.float32)
     native = torchbp.to_native(ours)
-    x, g = torch.rand(n, n_in, **kind), torch.rand(n, n_out, **kind)
+    x = torch.rand(n, n_in, device=device, dtype=torch.float32)
+    g = torch.rand(n, n_out, device=device, dtype=torch.float32)
     check_agreement(ours, native, x, g)
     parameters = list(ours.parameters())
     variants = {"native": native, "ours": ours}

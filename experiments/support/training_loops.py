@@ -247,7 +247,7 @@ class JAX:
         import numpy as np
 
         return [
-            torch.tensor(np.asarray(t), device="cpu")
+            torch.tensor(np.asarray(t), dtype=torch.float32, device="cpu")
             for pair in self.values
             for t in pair
         ]

@@ -22,8 +22,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import torchbp
+from torchbp.nn import ACTIVATIONS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "torchbp"
@@ -134,6 +136,33 @@ def test_no_native_backward_stands_behind_a_hand_written_one():
                 assert called not in ("grad", "vjp", "jacrev"), called
 
 
+# What makes a tensor without another tensor to take the device and the dtype from; a
+# torch.Generator() is on the CPU wherever torch's default device is.
+FACTORIES = {function.__name__ for function in _device_constructors()}
+MAKE_INTEGERS = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+MODULES_WITH_PARAMETERS = {"MLP", *(layer.__name__ for layer in ACTIVATIONS.values())}
+
+
+@pytest.mark.parametrize("folder", ["torchbp", "experiments"])
+def test_what_makes_tensors_names_device_and_dtype(folder):
+    """So torch's default device and dtype, which are the user's, have no say."""
+    found = 0
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            name = called.split(".")[-1]
+            is_factory = called == f"torch.{name}" and name in FACTORIES
+            if not is_factory and name not in MODULES_WITH_PARAMETERS:
+                continue
+            wanted = {"device"} if name in MAKE_INTEGERS else {"device", "dtype"}
+            missing = wanted - {keyword.arg for keyword in node.keywords}
+            assert not missing, f"{path}:{node.lineno}: {called} without {missing}"
+            found += 1
+    assert found > 10
+
+
 def test_public_names_are_there_once():
     assert len(set(torchbp.__all__)) == len(torchbp.__all__)
     assert torchbp.__version__ == importlib.metadata.version("torchbp")
@@ -238,6 +267,33 @@ def test_each_public_name_says_what_it_does_and_takes(name):
     if dataclasses.is_dataclass(thing):
         fields = {field.name for field in dataclasses.fields(thing)}
         assert all(re.search(rf"\b{field}\b", text) for field in fields), name
+
+
+# "Arguments as X", "see X", ":func:`X` as a module": another page is needed.
+POINTERS = re.compile(r"\b[Aa]s (in |for )?:\w+:|\bas there\b|\b[Ss]ee :|` as a module")
+
+
+@pytest.mark.parametrize("name", [n for n, c in PUBLIC.items() if isinstance(c, type)])
+def test_the_help_of_a_class_needs_no_other_page(name):
+    """A method may point to another method of its class: it is on the same page."""
+    cls = PUBLIC[name]
+    members = {m for m in dir(cls) if not m.startswith("_")}
+    texts = [cls.__doc__, *(member.__doc__ for _, member in _members(name, cls))]
+    for text in filter(None, texts):
+        for match in POINTERS.finditer(text):
+            rest = text[match.start() :].splitlines()[0]
+            own = re.search(r":meth:`(\w+)`", rest)
+            assert own and own[1] in members, f"{name}: {rest}"
+
+
+@pytest.mark.parametrize("layer", ["BPLinear", "BPLinearTanh", "Squared"])
+def test_the_help_of_a_layer_says_what_it_takes(layer):
+    Squared = torchbp.define_layer(
+        "Squared", lambda z: z**2, lambda z: 2 * z, saves="z"
+    )
+    text = {**vars(torchbp), "Squared": Squared}[layer].__doc__
+    for word in ("in_features:", "dtype:", "Shape:", "weight:", "Raises:"):
+        assert word in text, f"{layer} does not say {word}"
 
 
 @pytest.mark.parametrize("name", CALLABLES)

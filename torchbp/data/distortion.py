@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +74,8 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 1) -> 
 def _places(n: int, side: int, generator: torch.Generator, strength: float) -> Tensor:
     """Where each pixel of n images comes from, (n, side, side, 2), in grid_sample's
     coordinates, in which the image reaches from -1 to 1."""
-    kind: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    uniform = 2 * torch.rand(6, n, **kind) - 1
+    uniform = torch.rand(6, n, generator=generator, dtype=torch.float32, device="cpu")
+    uniform = 2 * uniform - 1
     angle, wide, high, slant, right, down = strength * uniform
     cos, sin = (ROTATION * angle).cos(), (ROTATION * angle).sin()
     wide, high = 1 + STRETCH * wide, 1 + STRETCH * high
@@ -87,6 +86,7 @@ def _places(n: int, side: int, generator: torch.Generator, strength: float) -> T
     straight = F.affine_grid(
         torch.stack(rows, 1), [n, 1, side, side], align_corners=False
     )
-    bent = torch.randn(n, 2, POINTS, POINTS, **kind)
+    shape = (n, 2, POINTS, POINTS)
+    bent = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     bent = F.interpolate(bent, (side, side), mode="bicubic", align_corners=True)
     return straight + 2 * BEND * strength * bent.permute(0, 2, 3, 1)
