@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbp._checks import explain_memory
-from torchbp.costs import target_rows
+from torchbp.costs import check, target_rows
 from torchbp.data import Split, Splits, scale
 from torchbp.explicit import check_rates, summing_dtype
 from torchbp.inspection import evaluating
@@ -359,12 +359,13 @@ def batches(
         [(10, 784), (10, 784), (5, 784)] [(10, 10), (10, 10), (5, 10)]
     """
     targets = split.labels
+    outputs = torch.empty((), dtype=dtype, device=targets.device)
+    check(outputs.expand(len(split.images), classes), targets)
     if not targets.is_floating_point():
         targets = targets.long()
     for rows in order.split(BATCHES_AT_ONCE * batch_size):
         x = scale(split.images.index_select(0, rows), dtype)
-        outputs = x.new_empty(()).expand(len(x), classes)
-        y = target_rows(outputs, targets.index_select(0, rows))
+        y = target_rows(outputs.expand(len(x), classes), targets.index_select(0, rows))
         yield list(x.split(batch_size)), list(y.split(batch_size))
 
 
