@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchbp
 from torchbp import ExplicitSGD, backprop
@@ -201,6 +202,53 @@ def test_models_of_another_kind_are_refused(model, kind, message):
     with pytest.raises(kind, match=message):
         backprop(model, torchbp.QuadraticCost(), x, y)
     with pytest.raises(kind, match=message):
+        ExplicitSGD(model, torchbp.QuadraticCost(), 1.0)
+
+
+CNN = nn.Sequential(
+    nn.Unflatten(1, (1, 2, 2)),
+    nn.Conv2d(1, 2, 1),
+    nn.Flatten(),
+    torchbp.BPLinear(8, 2),
+)
+CONVERTS = "from_native(model) converts it"
+
+
+@pytest.mark.parametrize(
+    ("model", "helps"),
+    [
+        (nn.Linear(4, 2), True),
+        (nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)), True),
+        (nn.Sequential(torchbp.BPLinear(4, 3), nn.Sequential(nn.Linear(3, 2))), True),
+        (torchbp.to_native(torchbp.MLP([4, 3, 2])), True),
+        (CNN, False),
+        (torchbp.to_native(CNN), False),
+        (nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2)), False),
+        (nn.Sequential(nn.Sigmoid(), nn.Linear(4, 2)), False),
+        (nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 2)), False),
+        (Own(), False),
+        (nn.Sequential(torchbp.BPLinear(4, 2), Own()), False),
+    ],
+    ids=lambda value: getattr(type(value), "__name__", value),
+)
+def test_converting_is_recommended_where_it_helps(model, helps):
+    """Else autograd is, which trains whatever there is."""
+    x, y, cost = torch.rand(5, 4), torch.rand(5, 2), torchbp.QuadraticCost()
+    for refuse in (
+        lambda: backprop(model, cost, x, y),
+        lambda: ExplicitSGD(model, cost, 1.0),
+    ):
+        with pytest.raises(TypeError) as error:
+            refuse()
+        assert (CONVERTS in str(error.value)) == helps
+        assert ("autograd: cost(model(x), y).backward()" in str(error.value)) != helps
+    if helps:
+        ExplicitSGD(torchbp.from_native(model), cost, 1.0).step(x, y)
+
+
+@pytest.mark.parametrize("model", [None, [torchbp.BPLinear(4, 2)], torchbp.MLP])
+def test_what_is_no_model_gets_no_advice(model):
+    with pytest.raises(TypeError, match=r"got \w+$"):
         ExplicitSGD(model, torchbp.QuadraticCost(), 1.0)
 
 
@@ -784,6 +832,41 @@ def test_a_layer_that_is_pruned_later_is_refused():
     for call in (lambda: engine.step(x, y), lambda: engine.epoch(x, y, 2)):
         with pytest.raises(TypeError, match="whose parameters are computed"):
             call()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that is returned by an operation."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() // t.itemsize for t in tensors(result)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return result
+
+
+def tensors(result):
+    parts = result if isinstance(result, (list, tuple)) else [result]
+    return [t for t in parts if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("integers", [True, False])
+def test_no_buffer_has_outputs_times_outputs(name, integers):
+    """250 rows of K at the most, whatever K, for labels as for numbers."""
+    K, cost = 700, COSTS[name]
+    output = "identity" if cost.module.takes == "z" else None
+    (model,) = twins([5, 3, K], output=output, n=1)
+    x, y = torch.rand(12, 5), target_for(cost, 12, K, dtype=torch.float32)
+    y = y.argmax(-1) if integers else y
+    with Largest() as largest:
+        engine = ExplicitSGD(model, cost.module(), 0.1)
+        engine.step(x, y)
+        engine.epoch(x, y, 5)
+        for _ in engine.steps(x, y, torch.randperm(12), 2):
+            pass
+    assert K < largest.numbers <= 250 * K < K * K
 
 
 def test_buffers_of_few_batch_sizes_are_kept():

@@ -130,11 +130,11 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
         [3, 2, 1]
     """
     modules = list(_chain(model))
-    other = next((m for m in modules if not _is_ours(m)), None)
-    if other is not None:
+    others = [type(m).__name__ for m in modules if not _is_ours(m)]
+    if others:
         raise TypeError(
             "model: expected an MLP, a hand-written layer or an nn.Sequential of them, "
-            f"got {type(other).__name__}{_advice(model)}"
+            f"got {others[0]}{_advice(model)}"
         )
     if not modules:
         raise TypeError("model: expected at least one hand-written layer, got none")
