@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from torch import nn
 
 import torchbp
 from experiments import mnist
-from torchbp.data.sets import Split, scale
+from torchbp import data
+from torchbp.data.sets import Split, Splits, scale
 from torchbp.inspection import probe
 from torchbp.training import checkpoint
 from torchbp.training.dashboard import captions as _captions
@@ -25,7 +27,7 @@ from torchbp.training.dashboard import dashboard
 from torchbp.training.dashboard import graph as _graph
 from torchbp.training.dashboard import pictures as _pictures
 from torchbp.training.dashboard.dashboard import Dashboard, is_pictured
-from torchbp.training.trainer import EpochResult, Score
+from torchbp.training.trainer import AutogradSGD, EpochResult, Score, Trainer
 
 SPLITS = ("train", "validation", "test")
 LAYERS = ("layer_1", "layer_2")
@@ -605,3 +607,173 @@ def test_letters_without_freetype(monkeypatch):
 
     monkeypatch.setattr(ImageFont, "load_default", load_default)
     assert _pictures._font.__wrapped__(13) == "the only one"
+
+
+# ------------------------------------------------- networks of other modules
+
+
+class Calls(nn.Module):
+    """A network whose forward is a function of its parts."""
+
+    def __init__(self, forward, *parts):
+        super().__init__()
+        self.parts, self.calls = nn.ModuleList(parts), forward
+
+    def forward(self, x):
+        return self.calls(x, *self.parts)
+
+
+def without_grad(x, features, layer):
+    with torch.no_grad():
+        x = features(x)
+    return layer(x)
+
+
+def convolution(channels, size, layer=torchbp.BPLinear):
+    n = channels * (7 - size) ** 2
+    conv = nn.Conv2d(1, channels, size)
+    return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), conv, nn.Flatten(), layer(n, 3))
+
+
+ANY = {"confusion", "misclassified"}
+ALL = ANY | {"weights", "journey"}
+NETWORKS = {
+    "features": (lambda: convolution(2, 3), ANY),
+    "native": (lambda: convolution(2, 3, nn.Linear), ANY),
+    "as many features as a smaller image has pixels": (lambda: convolution(1, 2), ANY),
+    "as many features as pixels": (lambda: convolution(1, 1), ALL),
+    "a layer for each row of the image": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (6, 6)),
+            torchbp.BPLinearTanh(6, 4),
+            nn.Flatten(),
+            torchbp.BPLinear(24, 3),
+        ),
+        ANY,
+    ),
+    "a layer that is called twice": (
+        lambda: Calls(
+            lambda x, a, b: b(a(a(x))),
+            torchbp.BPLinearSigmoid(36, 36),
+            torchbp.BPLinear(36, 3),
+        ),
+        ALL,
+    ),
+    "something else gives the answer": (
+        lambda: nn.Sequential(
+            torchbp.BPLinearSigmoid(36, 4),
+            nn.Unflatten(1, (1, 4)),
+            nn.Conv1d(1, 3, 4),
+            nn.Flatten(),
+        ),
+        ANY | {"weights"},
+    ),
+    "features that no_grad hides": (
+        lambda: Calls(without_grad, nn.Linear(36, 8), torchbp.BPLinear(8, 3)),
+        ANY | {"weights"},
+    ),
+    "an unused layer": (
+        lambda: Calls(
+            lambda x, used, unused: used(x[:, None]).flatten(1),
+            nn.Conv1d(1, 3, 36),
+            torchbp.BPLinear(2, 2),
+        ),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pictures_that_cannot_be_drawn_are_left_out(tmp_path, split, name):
+    make, expected = NETWORKS[name]
+    torch.manual_seed(0)
+    write(tmp_path, split, [0, 1], model=make())
+    assert pictures_in(tmp_path) == expected
+
+
+def pictures_in(folder):
+    return {tag.split("/")[1] for tag in read(folder).Tags()["images"]}
+
+
+def test_a_convolution_is_trained_and_pictured(tmp_path):
+    """At level full, to the end, by the issue's network."""
+    splits = data.load("digits")
+    splits = Splits(*(Split(s.images[:40], s.labels[:40]) for s in splits))
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 2, 7, 7),
+        nn.Flatten(),
+        torchbp.BPLinear(32, 10),
+    )
+    cost = torchbp.QuadraticCost()
+    trainer = Trainer(model, AutogradSGD(model, cost, 0.1), cost, splits, 10)
+    board = Dashboard(tmp_path, {}, {}, {})
+    board.watch(model, cost, splits.train, splits.test)
+    trainer.fit(2, lambda result: board.log(result, 0.1))
+    board.close()
+    assert pictures_in(tmp_path) == ANY
+    assert [e.step for e in read(tmp_path).Scalars("saturated/layer_1")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "expected"),
+    [
+        ((35,), 3, {"confusion"}),
+        ((1, 6, 6), 3, {"confusion"}),
+        ((36,), 1, ALL),
+        ((36,), 31, ALL),
+        ((36,), 120, ALL - {"confusion"}),
+        ((400 * 400,), 3, ALL),
+    ],
+)
+def test_pictures_of_other_images_and_classes(tmp_path, shape, classes, expected):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
+    last = torchbp.BPLinear(4, classes)
+    first = torchbp.BPLinearTanh(images[0].numel(), 4)
+    model = nn.Sequential(nn.Flatten(), first, last)
+    write(tmp_path, Split(images, torch.arange(5) % classes), [0], model=model)
+    assert pictures_in(tmp_path) == expected
+
+
+def test_names_of_another_number_of_classes_are_not_used(tmp_path, split):
+    board = Dashboard(tmp_path, {}, {}, {})
+    board.watch(seen(), torchbp.QuadraticCost(), split, split, "fashion")
+    board.log(result(0), 3.0)
+    board.close()
+    assert pictures_in(tmp_path) == ALL
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Conv2d(1, 3, 6), nn.Sequential(nn.Flatten(), nn.Sigmoid())],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_network_without_linear_layers_is_refused_at_once(tmp_path, split, model):
+    """With what helps; that from_native converts it is not among it."""
+    board = Dashboard(tmp_path, {}, {}, {})
+    with pytest.raises(ValueError, match=r"expected an nn\.Linear.*without watch") as e:
+        board.watch(model, torchbp.QuadraticCost(), split, split)
+    assert "from_native" not in str(e.value)
+    board.log(result(0), 3.0)  # as it says
+    board.close()
+    assert read(tmp_path).Tags()["scalars"]
+
+
+def test_observing_recommends_to_convert_what_can_be_converted():
+    model = nn.Sequential(nn.Flatten(), nn.Sigmoid())
+    with pytest.raises(ValueError, match=r"without any$"), torchbp.observe(model):
+        pass
+    model.append(nn.Linear(3, 2))
+    refused = pytest.raises(ValueError, match=r"from_native converts its nn\.Linear$")
+    with refused, torchbp.observe(model):
+        pass
+    with torchbp.observe(torchbp.from_native(model)):
+        pass
+
+
+def test_any_number_of_weights_can_be_drawn():
+    """torch's own quantile takes 16 million."""
+    sheet = _pictures.weights(torch.linspace(-1, 1, 100 * 410**2).view(100, -1))
+    assert sheet.width > 10 * 410
+    assert sheet.getpixel((4, 22)) == tuple(map(int, _pictures._BLUE))

@@ -142,8 +142,8 @@ class Dashboard:
 
         Of the pictures those are drawn that can be: images and weights only where the
         images are flat, (n, s²), and the first linear layer reads them; an example's
-        way only where layers alone lead from the image to the answer; the confusion of
-        at most 100 classes.
+        way only where each layer has one row for it and the last one gives the answer;
+        the confusion of at most 100 classes.
         """
         if self.level == "off":
             return
