@@ -115,6 +115,11 @@ def padded(n: int, dtype: torch.dtype) -> int:
     return -(-n // step) * step
 
 
+def _first(n: int, buffer: Tensor) -> Tensor:
+    """The first n rows; a slice takes a microsecond, so there is none of all rows."""
+    return buffer if n == len(buffer) else buffer[:n]
+
+
 class Layer:
     """The buffers of one layer at batches of m rows, and the calls on them.
 
@@ -247,7 +252,7 @@ class Steps:
         self.costs = first.new_zeros(count)
         self.factors: Tensor | None = None
         if labels and cost in _FACTOR:
-            self.factors = torch.ones_like(self.y)
+            self.factors, self.one = torch.ones_like(self.y), first.new_ones(())
         self.layers = [Layer(u, m, i == len(units) - 1) for i, u in enumerate(units)]
         self.keeps_z = self.layers[-1].is_identity
         self.slopes = self._place()
@@ -349,24 +354,26 @@ class Steps:
     def gather(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
         """Put the examples `rows` of a whole set where the steps read them."""
         n = len(rows)
-        x = self.x[:n].copy_(self._selected(images, rows))
+        x, y = _first(n, self.x), _first(n, self.y)
+        x.copy_(self._selected(images, rows))
         if not images.is_floating_point():
             x.mul_(1 / 255)
         if targets.is_floating_point():
-            torch.index_select(targets, 0, rows, out=self.y[:n])
+            torch.index_select(targets, 0, rows, out=y)
             return
         # Not selected from an identity matrix: it would have K x K numbers.
         labels = self._selected(targets, rows).unsqueeze(1)
-        self.y[:n].zero_().scatter_(1, labels, 1)
+        y.zero_().scatter_(1, labels, 1)
         if self.factors is not None:
-            self.factors[:n].fill_(1).scatter_(1, labels, 1 - _FACTOR[self.cost])
+            factors = _first(n, self.factors)
+            torch.sub(self.one, y, alpha=_FACTOR[self.cost], out=factors)
 
     def _selected(self, source: Tensor, rows: Tensor) -> Tensor:
         """source[rows], in memory that the next call overwrites."""
         if source.dtype not in self.selected:
             shape = (len(self.x), *source.shape[1:])
             self.selected[source.dtype] = source.new_empty(shape)
-        buffer = self.selected[source.dtype][: len(rows)]
+        buffer = _first(len(rows), self.selected[source.dtype])
         return torch.index_select(source, 0, rows, out=buffer)
 
     def run(self, count: int) -> Tensor:
