@@ -98,6 +98,7 @@ x, y = torch.rand(4, 6), torch.arange(4) % 3
 
 
 def watch(model, cost, folder):
+    pytest.importorskip("tensorboard")
     board = Dashboard(Path(tempfile.mkdtemp(dir=folder)), {}, {}, {})
     try:
         board.watch(model, cost, SPLIT, SPLIT)

@@ -104,7 +104,9 @@ def outcome(f, *tensors):
 @all_layers
 def test_layers_do_what_native_ones_do_or_say_why_not(layer, kind):
     """A sparse input is as good as a dense one where torch has the products."""
-    W, b, input = rand(3, 4).float(), rand(3).float(), made(kind, x(4, 4))
+    dtype = torch.float32 if kind == "quantized" else torch.float64
+    input = made(kind, x(4, 4).to(dtype))
+    W, b = rand(3, 4, dtype=dtype), rand(3, dtype=dtype)
     native, _ = outcome(lambda W, b: layer.native(input, W, b), W, b)
     ours, error = outcome(lambda W, b: layer(input, W, b), W, b)
     if native is not None and kind in SPARSE:

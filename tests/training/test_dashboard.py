@@ -738,10 +738,13 @@ def test_pictures_of_other_images_and_classes(tmp_path, shape, classes, expected
 
 def test_names_of_another_number_of_classes_are_not_used(tmp_path, split):
     board = Dashboard(tmp_path, {}, {}, {})
-    board.watch(seen(), torchbp.QuadraticCost(), split, split, "fashion")
-    board.log(result(0), 3.0)
+    names = []
+    for classes in (3, 10):
+        model = seen((36, 5, classes))
+        board.watch(model, torchbp.QuadraticCost(), split, split, "fashion")
+        names.append(list(board.watched.names))
     board.close()
-    assert pictures_in(tmp_path) == ALL
+    assert names == [["0", "1", "2"], _pictures.CLASS_NAMES["fashion"]]
 
 
 @pytest.mark.parametrize(

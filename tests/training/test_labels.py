@@ -59,6 +59,7 @@ def pictures(folder: Path):
 @any_dtype
 @pytest.mark.parametrize("engine", ENGINES)
 def test_training(engine, dtype, tmp_path):
+    pytest.importorskip("tensorboard")
     expected = trained(engine, torch.int64, tmp_path / "64")
     assert trained(engine, dtype, tmp_path / "other") == expected
     assert {"pictures/confusion", "pictures/misclassified"} < set(expected[2])
