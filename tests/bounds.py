@@ -1,0 +1,218 @@
+"""Every tolerance of the suite, each with the formula that it follows from.
+
+The model is the standard one of rounding (Higham, Accuracy and Stability of Numerical
+Algorithms, chapters 2-4). One operation in a dtype rounds by at most u = eps / 2 of its
+result. Where a number is computed in two ways, with k roundings each, the two differ by
+at most 2 k u = k eps times the sum of the sizes of the terms: not times the result,
+which may be small because the terms cancel. Processors and versions of torch differ in
+the order of sums and in how often they round, both of which k counts; so these bounds
+hold on all of them. A wrong formula is off by far more.
+
+`tests/test_bounds.py` fails on a tolerance that stands anywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+F32, F64 = torch.float32, torch.float64
+Tolerance = dict[str, float]  # keyword arguments of assert_close or pytest.approx
+
+# The same operations on the same numbers give the same bits.
+EXACT: Tolerance = {"rtol": 0.0, "atol": 0.0}
+
+
+# ---------------------------------------------------------------- roundings
+
+
+def eps(dtype: torch.dtype) -> float:
+    """The distance from 1 to the next number of `dtype`."""
+    return torch.finfo(dtype).eps
+
+
+def tiny(dtype: torch.dtype) -> float:
+    """The smallest normal number: below it there are no relative digits."""
+    return torch.finfo(dtype).tiny
+
+
+def roundings(length: int, dtype: torch.dtype = F64) -> float:
+    """The roundings k of a sum of `length` products, in any order.
+
+    At most `length` of them matter to one term. They are of random sign, so that of a
+    long sum 6 √length is exceeded with a probability of 2 exp(-6²/2) = 3e-8 (Higham and
+    Mary, 2019). torch's kernels accumulate half precision in float32 (at::opmath_type)
+    and round once at the end.
+    """
+    k = min(float(length), 6 * math.sqrt(length))
+    return k if eps(dtype) <= eps(F32) else 1 + k * eps(F32) / eps(dtype)
+
+
+def units(k: float, dtype: torch.dtype = F64, size: Any = 1.0) -> Any:
+    """What `k` roundings of terms of `size`, a number or a tensor, come to."""
+    return k * eps(dtype) * size + tiny(dtype)
+
+
+def close(k: float, dtype: torch.dtype = F64, size: float = 1.0) -> Tolerance:
+    """For `assert_close`: k roundings of the result, or of terms of `size`."""
+    return {"rtol": k * eps(dtype), "atol": float(units(k, dtype, size))}
+
+
+def approx(k: float, dtype: torch.dtype = F64, size: float = 0.0) -> Tolerance:
+    """For `pytest.approx`: k roundings of the result, or of terms of `size`."""
+    return {"rel": k * eps(dtype), "abs": float(units(k, dtype, size))}
+
+
+def printed(places: int) -> Tolerance:
+    """For `pytest.approx`: a number that was printed with `places` decimals is rounded
+    by half a unit of the last; the rest is for the binary form of that half."""
+    return {"rel": 0.0, "abs": 0.5 * 10.0**-places * (1 + 1e-6)}
+
+
+# Whole networks: a few layers and steps of some hundred roundings each, whose terms are
+# at most some hundred times the result: 2^16 eps, 1.5e-11 in float64. Any fault that is
+# not a matter of rounding is larger than 1e-6.
+NETWORK = 2**16
+
+
+def network() -> Tolerance:
+    """For `assert_close`: small networks, their derivatives and steps, in float64."""
+    return close(NETWORK, F64)
+
+
+# ---------------------------------------------------------------- one layer
+
+
+# Of δ = grad_a ⊙ σ'(z): σ is within an ulp, two roundings; σ' has up to four operations
+# on it, of which 1 - a² doubles σ's; the product rounds once more.
+OPERATIONS = 8
+
+
+def _curvature(layer: Any, z: Tensor, radius: Tensor) -> Tensor:
+    """The largest |σ''| between z - radius and z + radius, taken at three points."""
+    found = torch.zeros_like(z)
+    for at in (z - radius, z, z + radius):
+        at = at.detach().requires_grad_()
+        with torch.enable_grad():
+            (first,) = torch.autograd.grad(layer.sigma(at).sum(), at, create_graph=True)
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(
+                    first.sum(), at, allow_unused=True, materialize_grads=True
+                )
+                found = torch.maximum(found, second.abs())
+    return found
+
+
+def layer(
+    layer: Any,
+    g: Tensor,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    error_of_g: Tensor | float = 0.0,
+) -> list[Tensor]:
+    """By how much y, grad_x, grad_W and, with b, grad_b of a layer may differ, entry by
+    entry, between two ways of computing them in `dtype`, x's if it is None.
+
+    Running errors, with sizes in float64 (Higham, 3.3):
+
+        e_z = k(n_in + 1) eps (|x| |W|ᵀ + |b|)
+        e_y = |σ'| e_z + 4 eps |y|
+        e_δ = |g| (8 eps T + |σ''| e_z) + |σ'| e_g
+        e_x = e_δ |W| + k(n_out) eps |δ| |W|, likewise e_W and e_b over the rows
+
+    where k is :func:`roundings` and T the size of the terms that σ' is made of,
+    `layer.slope_terms`: 1 - a loses relative digits where a is next to 1. At a kink of
+    σ nearer than e_z, both slopes are right.
+
+    Args:
+        layer: a `cases.Layer`.
+        g: grad_y, (*, n_out).
+        error_of_g: by how much g itself may differ.
+    """
+    dtype = dtype or x.dtype
+    g, x, W = (t.detach().double() for t in (g, x, W))
+    rows, (n_out, n_in) = x.shape[:-1].numel(), W.shape
+    b = torch.zeros(n_out, dtype=F64) if b is None else b.detach().double()
+    z = F.linear(x, W, b)
+    e_z = units(roundings(n_in + 1, dtype), dtype, F.linear(x.abs(), W.abs(), b.abs()))
+    e_z = torch.where(z.isinf(), 0.0, e_z)  # infinite either way
+    slope = layer.slope(z).abs()
+    e_y = slope * e_z + units(4, dtype, layer.sigma(z).abs())
+    e_slope = units(OPERATIONS, dtype, layer.slope_terms(z))
+    e_slope = e_slope + _curvature(layer, z, e_z) * e_z
+    if layer.has_kink:
+        e_slope = e_slope + (z.abs() <= e_z)
+    e_delta = (g.abs() * e_slope + slope * error_of_g).reshape(rows, n_out)
+    delta = (g * slope).abs().reshape(rows, n_out)
+    over_rows = e_delta + units(roundings(rows, dtype), dtype, delta)
+    over_outputs = e_delta + units(roundings(n_out, dtype), dtype, delta)
+    e_x = (over_outputs @ W.abs()).reshape(x.shape)
+    e_W = over_rows.t() @ x.abs().reshape(rows, n_in)
+    least = tiny(dtype)
+    return [e_y, e_x + least, e_W + least, over_rows.sum(0) + least]
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """Each entry is within its bound, or the same infinity or NaN on both sides."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    right = (actual - expected).abs() <= bound
+    right |= (actual == expected) | (actual.isnan() & expected.isnan())
+    assert right.all(), f"off by {(actual - expected).abs()}, bound {bound}"
+
+
+# ---------------------------------------------------------------- as exact as another
+
+
+def assert_as_exact(
+    ours: Iterable[float], native: Iterable[float], floor: float
+) -> None:
+    """The median of our errors, over several seeds, is at most twice native's.
+
+    Two orders of a sum have errors of the same distribution, of which one case says
+    nothing: native is right by chance now and then, hence medians and a floor, a few
+    units in the last place of what is compared.
+    """
+    mine, theirs = statistics.median(ours), statistics.median(native)
+    assert mine <= 2 * theirs + floor, (mine, theirs, floor)
+
+
+# ---------------------------------------------------------------- finite differences
+
+
+def difference(step: float, dtype: torch.dtype = F64, k: float = 2**9) -> float:
+    """The error of (f(x + h) - f(x - h)) / 2h for f and f''' of order 1: h²/6 by
+    Taylor's formula, and k roundings of f over h."""
+    return step**2 / 6 + k * eps(dtype) / step
+
+
+def gradcheck(step: float = 1e-6) -> Tolerance:
+    """For `gradcheck` and its `eps`, in float64. Its own defaults, 1e-3 and 1e-5, let a
+    σ' that is 0.1 % off pass."""
+    return {"rtol": difference(step), "atol": difference(step)}
+
+
+# ---------------------------------------------------------------- samples
+
+
+def mean(std: float, count: int) -> float:
+    """The mean of `count` draws is off by more with a probability of 6e-7."""
+    return 5 * std / math.sqrt(count)
+
+
+def deviation(std: float, count: int) -> float:
+    """Their standard deviation likewise, for a normal distribution."""
+    return 5 * std / math.sqrt(2 * count)
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """The norm of all tensors together, in float64."""
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
