@@ -64,9 +64,9 @@ def close(k: float, dtype: torch.dtype = F64, size: float = 1.0) -> Tolerance:
     return {"rtol": k * eps(dtype), "atol": float(units(k, dtype, size))}
 
 
-def approx(k: float, dtype: torch.dtype = F64, size: float = 0.0) -> Tolerance:
-    """For `pytest.approx`: k roundings of the result, or of terms of `size`."""
-    return {"rel": k * eps(dtype), "abs": float(units(k, dtype, size))}
+def approx(tolerance: Tolerance) -> Tolerance:
+    """The same for `pytest.approx`, which has other names for it."""
+    return {"rel": tolerance["rtol"], "abs": tolerance["atol"]}
 
 
 def printed(places: int) -> Tolerance:
@@ -75,15 +75,28 @@ def printed(places: int) -> Tolerance:
     return {"rel": 0.0, "abs": 0.5 * 10.0**-places * (1 + 1e-6)}
 
 
-# Whole networks: a few layers and steps of some hundred roundings each, whose terms are
-# at most some hundred times the result: 2^16 eps, 1.5e-11 in float64. Any fault that is
-# not a matter of rounding is larger than 1e-6.
-NETWORK = 2**16
+# ---------------------------------------------------------------- whole networks
 
 
-def network() -> Tolerance:
-    """For `assert_close`: small networks, their derivatives and steps, in float64."""
-    return close(NETWORK, F64)
+def network(
+    dtype: torch.dtype = F64, longest: int = 64, layers: int = 4, steps: int = 1
+) -> float:
+    """By how much results of a whole network may differ, relative to their size.
+
+    Each of `layers` layers has sums of at most `longest` terms and the operations of
+    its σ, in each of `steps` steps. Terms that cancel are at most G times their sum:
+    G = 2 in half precision and 2^4 in float32, whose tests have networks of few layers
+    with numbers of order 1; in float64 there is room for 2^10.
+    """
+    growth = 2**10 if dtype == F64 else 2**4 if dtype == F32 else 2
+    k = steps * layers * (roundings(longest, dtype) + OPERATIONS)
+    return growth * k * eps(dtype)
+
+
+def near(dtype: torch.dtype = F64, size: float = 1.0, **network_: int) -> Tolerance:
+    """For `assert_close`: :func:`network`, of the result and of terms of `size`."""
+    relative = network(dtype, **network_)
+    return {"rtol": relative, "atol": relative * size}
 
 
 # ---------------------------------------------------------------- one layer
@@ -140,12 +153,14 @@ def layer(
     dtype = dtype or x.dtype
     g, x, W = (t.detach().double() for t in (g, x, W))
     rows, (n_out, n_in) = x.shape[:-1].numel(), W.shape
-    b = torch.zeros(n_out, dtype=F64) if b is None else b.detach().double()
+    has_bias = b is not None
+    b = b.detach().double() if has_bias else x.new_zeros(n_out)
     z = F.linear(x, W, b)
     e_z = units(roundings(n_in + 1, dtype), dtype, F.linear(x.abs(), W.abs(), b.abs()))
     e_z = torch.where(z.isinf(), 0.0, e_z)  # infinite either way
     slope = layer.slope(z).abs()
-    e_y = slope * e_z + units(4, dtype, layer.sigma(z).abs())
+    y = layer.sigma(z).abs()
+    e_y = slope * e_z + units(4, dtype, torch.where(y.isinf(), 0.0, y))
     e_slope = units(OPERATIONS, dtype, layer.slope_terms(z))
     e_slope = e_slope + _curvature(layer, z, e_z) * e_z
     if layer.has_kink:
@@ -157,7 +172,8 @@ def layer(
     e_x = (over_outputs @ W.abs()).reshape(x.shape)
     e_W = over_rows.t() @ x.abs().reshape(rows, n_in)
     least = tiny(dtype)
-    return [e_y, e_x + least, e_W + least, over_rows.sum(0) + least]
+    errors = [e_y, e_x + least, e_W + least, over_rows.sum(0) + least]
+    return errors if has_bias else errors[:3]
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
@@ -167,6 +183,33 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> No
     right = (actual - expected).abs() <= bound
     right |= (actual == expected) | (actual.isnan() & expected.isnan())
     assert right.all(), f"off by {(actual - expected).abs()}, bound {bound}"
+
+
+# ---------------------------------------------------------------- one cost
+
+
+def cost(
+    v: Tensor, y: Tensor, error_of_v: Tensor | float = 0.0
+) -> tuple[float, Tensor]:
+    """By how much a cost of v and its gradient by v may differ, in v's dtype.
+
+    C_x is a sum of K terms of at most s = (|v| + |y| + 1)² / 2 for the quadratic one,
+    of |v| |y| and a logarithm for the others, each of at most 8 roundings; C is the
+    mean of n of them. ∇C_x is a - y, σ(z) - y, softmax(z) - y, or tanh(a - y): at most
+    |v| + |y| + 1, of 8 roundings and those of the softmax's sum, with a slope in v of
+    at most 1.
+
+    Args:
+        error_of_v: by how much v itself may differ.
+    """
+    dtype, (v, y) = v.dtype, (v.detach().double(), y.detach().double())
+    n, K = v.shape[:-1].numel(), v.shape[-1]
+    terms = v.abs() + y.abs() + 1
+    k = OPERATIONS + roundings(K, dtype)
+    of_grad = (units(k, dtype, terms) + error_of_v) / n + tiny(dtype)
+    k += roundings(n, dtype)
+    of_value = units(k, dtype, (terms.square().sum(-1) / 2).mean())
+    return float(of_value), of_grad
 
 
 # ---------------------------------------------------------------- as exact as another
@@ -188,28 +231,25 @@ def assert_as_exact(
 # ---------------------------------------------------------------- finite differences
 
 
-def difference(step: float, dtype: torch.dtype = F64, k: float = 2**9) -> float:
-    """The error of (f(x + h) - f(x - h)) / 2h for f and f''' of order 1: h²/6 by
-    Taylor's formula, and k roundings of f over h."""
-    return step**2 / 6 + k * eps(dtype) / step
-
-
-def gradcheck(step: float = 1e-6) -> Tolerance:
-    """For `gradcheck` and its `eps`, in float64. Its own defaults, 1e-3 and 1e-5, let a
-    σ' that is 0.1 % off pass."""
-    return {"rtol": difference(step), "atol": difference(step)}
+def difference(step: float = 1e-6, k: float = 2**9) -> Tolerance:
+    """For `assert_close` and `gradcheck`, in float64: the error of the central
+    difference (f(x + h) - f(x - h)) / 2h for f and f''' of order 1 is h²/6, by Taylor's
+    formula, and k roundings of f over h. (gradcheck's own defaults, 1e-3 and 1e-5, let
+    a σ' that is 0.1 % off pass.)"""
+    error = step**2 / 6 + k * eps(F64) / step
+    return {"rtol": error, "atol": error}
 
 
 # ---------------------------------------------------------------- samples
 
 
 def mean(std: float, count: int) -> float:
-    """The mean of `count` draws is off by more with a probability of 6e-7."""
+    """The mean of N draws strays by s/√N; by five times that once in 1.7 million."""
     return 5 * std / math.sqrt(count)
 
 
 def deviation(std: float, count: int) -> float:
-    """Their standard deviation likewise, for a normal distribution."""
+    """The standard deviation of N normal draws strays by s/√2N; five of these."""
     return 5 * std / math.sqrt(2 * count)
 
 

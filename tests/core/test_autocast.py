@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import torchbp
+from tests import bounds
 
 # torch warns of its own use of torch.jit.script when forward AD starts.
 pytestmark = pytest.mark.filterwarnings(
@@ -45,15 +46,13 @@ def arguments(layer, mode=CPU, rows=(4, 3), dtype=torch.float32):
             for t in operands(layer, rows, 5, 2, dtype=dtype)]  # fmt: skip
 
 
-def assert_near(ours, native, dtype):
+def assert_near(ours, native, dtype, steps=1):
     """Equal to some roundings of `dtype`, relative to the largest number: what is
     small here is a sum of large terms, each of them rounded."""
-    ours, native = ours.detach().double(), native.detach().double()
-    assert ours.shape == native.shape
     assert native.isfinite().all()
-    error = (ours - native).abs()
-    size = native.abs().max() if native.numel() else 0
-    assert (error <= 16 * torch.finfo(dtype).eps * (1 + size)).all()
+    size = 1 + (float(native.detach().abs().max()) if native.numel() else 0)
+    off = bounds.network(dtype, longest=6, layers=1, steps=steps) * size
+    bounds.assert_within(ours, native, off)
 
 
 def gradients(y, args, g):
@@ -71,13 +70,14 @@ def test_layer_agrees_with_native(layer, mode, rows):
     with torch.autocast(*mode):
         y, expected = layer(*args), layer.native(*args)
     assert y.dtype == mode[1]
-    assert_near(y, expected, mode[1])
     g = rand(*y.shape, seed=9, dtype=mode[1]).to(mode[0])
-    for ours, native, t in zip(
-        gradients(y, args, g), gradients(expected, args, g), args, strict=True
+    of_y, *off = bounds.layer(layer, *(t.cpu() for t in (g, *args)), dtype=mode[1])
+    bounds.assert_within(y.cpu(), expected.cpu(), of_y)
+    for ours, native, t, bound in zip(
+        gradients(y, args, g), gradients(expected, args, g), args, off, strict=True
     ):
         assert ours.dtype == native.dtype == t.dtype == torch.float32
-        assert_near(ours, native, mode[1])
+        bounds.assert_within(ours.cpu(), native.cpu(), bound)
 
 
 @all_layers
@@ -89,7 +89,7 @@ def test_inside_and_outside_backward_agree(layer, mode):
         y = layer(*args)
         g = rand(*y.shape, seed=9).to(y)
         inside = gradients(y, args, g)
-    assert_close(gradients(y, args, g), inside, rtol=0, atol=0)
+    assert_close(gradients(y, args, g), inside, **bounds.EXACT)
 
 
 @all_layers
@@ -154,7 +154,7 @@ def test_float64_is_left_alone(layer):
         y = layer(*args)
         assert layer.native(*args).dtype == F64
     g = rand(*y.shape, seed=9)
-    assert_close(y, layer(*args), rtol=0, atol=0)
+    assert_close(y, layer(*args), **bounds.EXACT)
     assert_close(gradients(y, args, g), gradients(layer.native(*args), args, g))
 
 
@@ -190,7 +190,7 @@ def test_nested_on_and_off(layer, mode):
     wide, half = torch.float32, mode[1]
     assert [y.dtype for y in seen] == [wide, half, wide, half, other, half, wide]
     for i, j in ((0, 2), (0, 6), (1, 3), (1, 5)):
-        assert_close(seen[i], seen[j], rtol=0, atol=0)
+        assert_close(seen[i], seen[j], **bounds.EXACT)
 
 
 @all_layers
@@ -237,7 +237,7 @@ def test_forward_without_grad_and_then_with(layer, first):
             before = module(x)
         after = module(x)
     assert not before.requires_grad and before.dtype == torch.bfloat16
-    assert_close(before.clone(), after.detach(), rtol=0, atol=0)
+    assert_close(before.clone(), after.detach(), **bounds.EXACT)
     after.float().square().sum().backward()
     for p in module.parameters():
         assert p.grad.dtype == torch.float32 and p.grad.any()
@@ -274,7 +274,7 @@ def test_checkpoint(layer, mode, use_reentrant):
     for t in args:
         t.grad = None
     again.backward(g)  # not autograd.grad, which the reentrant form refuses
-    assert_close([t.grad for t in args], expected, rtol=0, atol=0)
+    assert_close([t.grad for t in args], expected, **bounds.EXACT)
 
 
 # ---------------------------------------------------------------- transforms
@@ -337,12 +337,12 @@ def test_cost_computes_in_float32(cost, mode, dtype, labels):
     wide = v.detach().float().requires_grad_()
     expected = cost(wide, y)
     assert value.dtype == torch.float32
-    assert_close(value, expected, rtol=0, atol=0)
+    assert_close(value, expected, **bounds.EXACT)
     (ours,), (reference,) = (
         torch.autograd.grad(value, v), torch.autograd.grad(expected, wide)
     )  # fmt: skip
     assert ours.dtype == dtype
-    assert_close(ours, reference.to(dtype), rtol=0, atol=0)
+    assert_close(ours, reference.to(dtype), **bounds.EXACT)
 
 
 @all_costs
@@ -350,7 +350,7 @@ def test_cost_leaves_float64_alone(cost):
     v, y = rand(4, 3).requires_grad_(), target_for(cost, 4, 3)
     with torch.autocast(*CPU):
         value = cost(v, y)
-    assert_close(value, cost(v, y), rtol=0, atol=0)
+    assert_close(value, cost(v, y), **bounds.EXACT)
     assert torch.autograd.grad(value, v)[0].dtype == F64
 
 
@@ -431,7 +431,7 @@ def test_grad_scaler_finds_infinities(layer, device):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**39
-    assert_close(list(model.parameters()), before, rtol=0, atol=0)
+    assert_close(list(model.parameters()), before, **bounds.EXACT)
 
 
 def test_functional_call_under_autocast():

@@ -31,6 +31,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.testing import assert_close
 
 import torchbp
+from tests import bounds
 from torchbp import functional
 
 # rows (the dimensions before the last), n_in, n_out, bias
@@ -160,7 +161,7 @@ def test_retain_graph(layer):
     g = rand(*y.shape, seed=9)
     first = torch.autograd.grad(y, args, g, retain_graph=True)
     assert_close(
-        torch.autograd.grad(y, args, g, retain_graph=True), first, rtol=0, atol=0
+        torch.autograd.grad(y, args, g, retain_graph=True), first, **bounds.EXACT
     )
     torch.autograd.grad(y, args, g)
     with pytest.raises(RuntimeError, match="second time"):
@@ -270,32 +271,6 @@ def test_other_ways_of_saving(layer, mode):
 # ---------------------------------------------------------------- against native
 
 
-# Both sides evaluate z and σ with the same kernels; they part in the order of two or
-# three products in σ', each rounded once, and in the order of a sum. A half precision
-# kernel rounds sums once (it accumulates in float32), a float32 sum of k terms errs by
-# at most k·ε of the sum of their sizes. 8 ε of that sum covers both at these sizes.
-ROUNDINGS = 8
-
-
-def bounds(layer, g, x, W, b):
-    """ε-free sizes of the terms behind y, grad_x, grad_W and grad_b, in float64."""
-    g, x, W = (t.detach().double() for t in (g, x, W))
-    z = F.linear(x, W, None if b is None else b.detach().double())
-    delta = (g * layer.slope(z).abs().clamp(min=1)).abs()
-    delta_rows = delta.reshape(delta.shape[:-1].numel(), delta.shape[-1])
-    x_rows = x.abs().reshape(len(delta_rows), x.shape[-1])
-    sizes = [delta @ W.abs(), delta_rows.t() @ x_rows]
-    return sizes if b is None else [*sizes, delta_rows.sum(0)]
-
-
-def assert_within(actual, expected, size, dtype):
-    assert actual.dtype == expected.dtype == dtype
-    assert actual.shape == expected.shape
-    eps = torch.finfo(dtype).eps
-    error = (actual.double() - expected.double()).abs()
-    assert (error <= ROUNDINGS * eps * size + torch.finfo(dtype).tiny).all()
-
-
 @settings(deadline=None, max_examples=120, derandomize=True)
 @given(
     name=st.sampled_from(list(LAYERS)),
@@ -307,24 +282,21 @@ def assert_within(actual, expected, size, dtype):
     seed=st.integers(0, 2**20),
 )
 def test_equals_native_autograd(name, dtype, rows, n_in, n_out, bias, seed):
-    """Values to two roundings, gradients to the bounds above, and so the weights after
-    a step of SGD."""
+    """Values, gradients, and the weights after a step of SGD."""
     layer, lr = LAYERS[name], 0.5
     args = operands(layer, tuple(rows), n_in, n_out, bias, dtype, seed)
     y, expected = layer(*args), layer.native(*args)
-    eps = torch.finfo(dtype).eps
-    assert_close(y, expected, rtol=2 * eps, atol=2 * eps, equal_nan=True)
     g = rand(*y.shape, seed=seed + 9, dtype=dtype)
     ours, native = (torch.autograd.grad(v, args, g) for v in (y, expected))
-    x, W, b = (*args, None)[:3]
-    sizes = bounds(layer, g, x, W, b)
-    for grad, reference, size in zip(ours, native, sizes, strict=True):
-        assert_within(grad, reference, size, dtype)
-    every = zip(args, ours, native, sizes, strict=True)
-    for t, grad, reference, size in list(every)[1:]:
+    assert {t.dtype for t in (y, *ours)} == {dtype}
+    of_y, *of_grads = bounds.layer(layer, g, *args)
+    bounds.assert_within(y, expected, of_y)
+    for t, grad, reference, off in zip(args, ours, native, of_grads, strict=True):
+        bounds.assert_within(grad, reference, off)
         t = t.detach()
-        stepped, size = t - lr * grad, t.double().abs() + lr * size
-        assert_within(stepped, t - lr * reference, size, dtype)
+        # Two more roundings: of lr times the gradient, and of the difference.
+        off = lr * off + bounds.units(2, dtype, t.double().abs() + grad.double().abs())
+        bounds.assert_within(t - lr * grad, t - lr * reference, off)
 
 
 @all_layers
@@ -337,9 +309,10 @@ def test_devices_and_dtypes(layer, device, dtype):
     assert y.device.type == device
     g = rand(*y.shape, seed=9, dtype=dtype).to(device)
     ours, native = (torch.autograd.grad(v, args, g) for v in (y, expected))
-    sizes = bounds(layer, *(t.cpu() for t in (g, *args)))
-    for grad, reference, size in zip(ours, native, sizes, strict=True):
-        assert_within(grad.cpu(), reference.cpu(), size, dtype)
+    off = bounds.layer(layer, *(t.cpu() for t in (g, *args)))
+    for t, reference, bound in zip((y, *ours), (expected, *native), off, strict=True):
+        assert t.dtype == dtype
+        bounds.assert_within(t.cpu(), reference.cpu(), bound)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu"])
@@ -363,13 +336,14 @@ def test_slope_at_saturation():
     """σ' goes to 0 with the accuracy that a leaves it: half an ulp of a next to 1."""
     z = torch.linspace(-90, 90, 1801).reshape(-1, 1).requires_grad_()
     one = torch.ones(1, 1)
-    eps = torch.finfo(torch.float32).eps
     for f, sigma in ((functional.linear_sigmoid, torch.sigmoid),
                      (functional.linear_tanh, torch.tanh)):  # fmt: skip
         (slope,) = torch.autograd.grad(f(z, one).sum(), z)
         wide = z.detach().double().requires_grad_()
         (truth,) = torch.autograd.grad(sigma(wide).sum(), wide)
-        assert ((slope - truth).abs() <= 2 * eps + 4 * eps * truth).all()
+        terms = 1 + truth  # 1 - a is as exact as a is, next to 1
+        off = bounds.units(bounds.OPERATIONS, torch.float32, terms)
+        bounds.assert_within(slope, truth, off)
         assert (slope >= 0).all() and slope.isfinite().all()
 
 
@@ -578,9 +552,9 @@ def test_autocast(layer):
     grads = torch.autograd.grad(y, args, g)
     assert all(grad.dtype == torch.float32 for grad in grads)
     native = torch.autograd.grad(expected, args, g.to(expected.dtype))
-    eps, sizes = torch.finfo(torch.bfloat16).eps, bounds(layer, g, *args)
-    for grad, reference, size in zip(grads, native, sizes, strict=True):
-        assert ((grad - reference).abs() <= ROUNDINGS * eps * size).all()
+    off = bounds.layer(layer, g, *args, dtype=torch.bfloat16)[1:]
+    for grad, reference, bound in zip(grads, native, off, strict=True):
+        bounds.assert_within(grad, reference, bound)
 
 
 @all_layers
@@ -788,9 +762,8 @@ def test_slopes_are_right_where_neurons_saturate(layer, slope, dtype):
     for g in (1.0, 0.3):
         (grad,) = torch.autograd.grad(a, x, torch.full_like(a, g), retain_graph=True)
         expected = torch.tensor(g, dtype=dtype).double() * slope(a.detach().double())
-        error = (grad.double() - expected).abs()
-        # Below the smallest normal number there are no relative digits.
-        assert (error <= 4 * torch.finfo(dtype).eps * expected + 1e-7).all()
+        # Of the a that was saved, so with σ' in full: g, up to three products, sums.
+        bounds.assert_within(grad, expected, bounds.units(4, dtype, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -806,4 +779,4 @@ def test_relu_passes_a_gradient_just_where_native_does(rows, dtype):
         x = z.clone().requires_grad_()
         x.relu().backward(layout)
         delta = functional.LinearReLUFunction.gate(layout, a)
-        torch.testing.assert_close(delta, x.grad, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(delta, x.grad, **bounds.EXACT, equal_nan=True)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import torchbp
+from tests import bounds
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 
 NATIVE = {
@@ -185,7 +186,7 @@ def test_mlp_equals_native_after_training_steps(activation):
             loss.backward()
             optimiser.step()
     for p, q in zip(ours.parameters(), native.parameters(), strict=True):
-        assert_close(p, q, rtol=1e-10, atol=1e-10)
+        assert_close(p, q, **bounds.near(steps=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -222,7 +223,7 @@ def test_mlp_against_the_four_equations(sizes, activation, cost, kind):
     truth = reference.run(reference.layers_of(model), cost, x.tolist(), rows.tolist())
     value = COSTS[cost]()(model(x), y)
     value.backward()
-    assert value.item() == pytest.approx(truth.cost, rel=1e-12)
+    assert value.item() == pytest.approx(truth.cost, **bounds.approx(bounds.near()))
     for ell, layer in enumerate(model.layers):
         near(layer.weight.grad, truth.grad_W[ell])
         near(layer.bias.grad, truth.grad_b[ell])
@@ -239,7 +240,7 @@ def test_mlp_against_the_four_equations(sizes, activation, cost, kind):
 
 def near(actual, expected):
     expected = torch.tensor(expected, dtype=F64)
-    assert_close(actual.detach(), expected, rtol=1e-10, atol=1e-13)
+    assert_close(actual.detach(), expected, **bounds.near())
 
 
 def test_the_oracle_against_finite_differences():
@@ -260,19 +261,18 @@ def test_the_oracle_against_finite_differences():
     for ell in range(2):
         for part, grad in (("W", truth.grad_W[ell][1][0]), ("b", truth.grad_b[ell][1])):
             slope = (nudged(ell, part, step) - nudged(ell, part, -step)) / (2 * step)
-            assert slope == pytest.approx(grad, rel=1e-6, abs=1e-9)
+            assert slope == pytest.approx(
+                grad, **bounds.approx(bounds.difference(step))
+            )
 
 
 # ---------------------------------------------------------------- initialisation
 
-# Of N numbers from N(0, s²) the mean strays from 0 by s/√N, and the standard deviation
-# from s by s/√2N; five of these are allowed.
-
 
 def assert_normal(values, std):
     count = values.numel()
-    assert abs(values.mean().item()) <= 5 * std / count**0.5
-    assert abs(values.std().item() - std) <= 5 * std / (2 * count) ** 0.5
+    assert abs(values.mean().item()) <= bounds.mean(std, count)
+    assert abs(values.std().item() - std) <= bounds.deviation(std, count)
 
 
 @pytest.mark.parametrize(

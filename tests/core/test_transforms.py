@@ -41,6 +41,7 @@ from torch.func import (
 from torch.testing import assert_close
 
 import torchbp
+from tests import bounds
 
 # torch warns of what it does itself when forward AD starts, and in linearize.
 pytestmark = [
@@ -53,7 +54,7 @@ ALL = (0, 1, 2)
 
 
 def assert_equal(ours, native):
-    assert_close(ours, native, rtol=1e-11, atol=1e-11)
+    assert_close(ours, native, **bounds.near())
 
 
 def energy(f):
