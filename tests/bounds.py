@@ -93,6 +93,13 @@ def network(
     return growth * k * eps(dtype)
 
 
+def trained(steps: int, dtype: torch.dtype = F32) -> float:
+    """By how much the parameters after `steps` steps may differ, relative to their
+    norm, at a rate at which differences do not grow: they round once a step in each of
+    the two ways, at random, and what their changes round comes to no more."""
+    return 4 * min(steps, 6 * math.sqrt(steps)) * eps(dtype)
+
+
 def near(dtype: torch.dtype = F64, size: float = 1.0, **network_: int) -> Tolerance:
     """For `assert_close`: :func:`network`, of the result and of terms of `size`."""
     relative = network(dtype, **network_)
@@ -189,9 +196,13 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> No
 
 
 def cost(
-    v: Tensor, y: Tensor, error_of_v: Tensor | float = 0.0
+    v: Tensor,
+    y: Tensor,
+    error_of_v: Tensor | float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[float, Tensor]:
-    """By how much a cost of v and its gradient by v may differ, in v's dtype.
+    """By how much a cost of v and its gradient by v may differ in `dtype`, v's if it is
+    None.
 
     C_x is a sum of K terms of at most s = (|v| + |y| + 1)² / 2 for the quadratic one,
     of |v| |y| and a logarithm for the others, each of at most 8 roundings; C is the
@@ -202,7 +213,8 @@ def cost(
     Args:
         error_of_v: by how much v itself may differ.
     """
-    dtype, (v, y) = v.dtype, (v.detach().double(), y.detach().double())
+    dtype = dtype or v.dtype
+    v, y = v.detach().double(), y.detach().double()
     n, K = v.shape[:-1].numel(), v.shape[-1]
     terms = v.abs() + y.abs() + 1
     k = OPERATIONS + roundings(K, dtype)
@@ -216,13 +228,13 @@ def cost(
 
 
 def assert_as_exact(
-    ours: Iterable[float], native: Iterable[float], floor: float
+    ours: Iterable[float], native: Iterable[float], floor: float = eps(F32)
 ) -> None:
-    """The median of our errors, over several seeds, is at most twice native's.
+    """The median of our relative errors, over several seeds, is at most twice native's.
 
     Two orders of a sum have errors of the same distribution, of which one case says
-    nothing: native is right by chance now and then, hence medians and a floor, a few
-    units in the last place of what is compared.
+    nothing: native is right by chance now and then, hence medians, and a floor of a
+    unit in the last place of what is compared.
     """
     mine, theirs = statistics.median(ours), statistics.median(native)
     assert mine <= 2 * theirs + floor, (mine, theirs, floor)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import torchbp
-from tests import bounds
 from torchbp import functional
 
 F64 = torch.float64

@@ -3,6 +3,7 @@ the parameters' own dtype, as with native layers under the same autocast."""
 
 import itertools
 
+import bounds
 import pytest
 import torch
 from cases import (
@@ -21,7 +22,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import torchbp
-from tests import bounds
 
 # torch warns of its own use of torch.jit.script when forward AD starts.
 pytestmark = pytest.mark.filterwarnings(

@@ -81,4 +81,4 @@ def test_lightning_fits_as_it_fits_native_layers():
     fitted(ours)
     fitted(native)
     for p, q in zip(ours.parameters(), native.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, q, **XX)

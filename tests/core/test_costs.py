@@ -2,6 +2,7 @@
 
 import math
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import torchbp
-from tests import bounds
 from torchbp import costs
 from torchbp.nn import check_takes
 

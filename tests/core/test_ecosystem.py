@@ -10,6 +10,7 @@ import pickle
 from functools import partial
 from itertools import pairwise
 
+import bounds
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import torchbp
-from tests import bounds
 
 SIZES = [6, 5, 4, 3, 2]
 NAMES = ["sigmoid", "tanh", "relu", "linear"]  # one layer each, in this order

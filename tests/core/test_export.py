@@ -8,6 +8,7 @@ jit.save) gets ``torchbp.to_native(model)``, the same network of native layers.
 
 import io
 
+import bounds
 import pytest
 import torch
 from cases import LAYERS, all_layers, rand
@@ -15,7 +16,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import torchbp
-from tests import bounds
 from torchbp._autograd import HAS_BOXED_GRADS
 
 # Newer versions of torch.jit say that torch.export replaces it.

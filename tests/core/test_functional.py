@@ -4,6 +4,7 @@ import itertools
 import shutil
 import weakref
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,6 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.testing import assert_close
 
 import torchbp
-from tests import bounds
 from torchbp import functional
 
 # rows (the dimensions before the last), n_in, n_out, bias

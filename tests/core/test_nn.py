@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 
+import bounds
 import pytest
 import reference
 import torch
@@ -23,7 +24,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import torchbp
-from tests import bounds
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 
 NATIVE = {

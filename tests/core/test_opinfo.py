@@ -5,12 +5,12 @@ cover, but for what is refused on purpose. Those stand in REFUSED_DTYPES and
 REFUSED_SAMPLES, and nothing else is refused.
 """
 
+import bounds
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYERS, all_layers, rand
 
-from tests import bounds
 from torchbp import BPLinear
 
 # What torch.testing._internal needs of its own.

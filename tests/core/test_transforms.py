@@ -7,13 +7,13 @@ change, that the derivatives are the right ones, is in test_functional and test_
 
 import itertools
 
+import bounds
 import pytest
 import torch
 from cases import (
     COSTS,
     F64,
     LAYERS,
-    TIGHT,
     all_costs,
     all_layers,
     check_first,
@@ -41,7 +41,6 @@ from torch.func import (
 from torch.testing import assert_close
 
 import torchbp
-from tests import bounds
 
 # torch warns of what it does itself when forward AD starts, and in linearize.
 pytestmark = [
@@ -485,7 +484,7 @@ def test_derivatives_with_output_gradients_of_any_layout(layer, after, rows):
     check_first(f, *args)
     modes = {"check_batched_grad": True, "check_fwd_over_rev": True}
     modes["check_rev_over_rev"] = modes["gen_non_contig_grad_outputs"] = True
-    without_warnings(gradgradcheck, f, args, **modes, **TIGHT)
+    without_warnings(gradgradcheck, f, args, **modes, **bounds.difference())
     assert False in seen, "the gradients were to be non-contiguous"
 
 
@@ -496,7 +495,7 @@ def test_second_derivatives_along_one_output_gradient(layer):
     g = rand(3, 4, seed=9)[:, ::2].requires_grad_()
     assert not g.is_contiguous()
     modes = {"check_batched_grad": True, "check_fwd_over_rev": True}
-    without_warnings(gradgradcheck, layer, args, (g,), **modes, **TIGHT)
+    without_warnings(gradgradcheck, layer, args, (g,), **modes, **bounds.difference())
 
 
 def test_every_public_layer_and_cost_is_in_the_tables():

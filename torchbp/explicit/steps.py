@@ -8,8 +8,8 @@ op()``, on CUDA one replay of the graph captured from the same calls.
 What the calls do, and why:
 
 - BP4 and the update are one operation, ``W.addmm_(delta.T, x, alpha=-lr/m)``: there is
-  no gradient, neither as a tensor nor as memory traffic. (Not at large batches, see
-  :data:`ADDED_AT_ONCE`.)
+  no gradient, neither as a tensor nor as memory traffic. (Where that would be less
+  exact, it is two: see :func:`adds_once`.)
 - A packed matrix holds b as its last column, and x has a column of ones for it: BP3 is
   a column of BP4, and z = x Wᵀ + b one product. (``b.addmv_(delta.T, ones)`` would be
   wrong by 2e-3 at 1,024 rows: it adds tiny terms one by one.)
@@ -39,10 +39,6 @@ from torchbp.functional import LinearFunction
 Op = Callable[[], Any]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-# Rows that a product adds to W in one go. Of more, BLAS adds block after block, and
-# each addition rounds at the size of W: at 10,000 rows the error of b's change was 15
-# times that of native's. So there the sum is made first; it costs 1 % of the step.
-ADDED_AT_ONCE = 384
 
 
 class Unit(NamedTuple):
@@ -109,6 +105,31 @@ _FACTOR: dict[type[CostFunction], int] = {
 }
 
 
+def _alike(t: Tensor, value: float) -> Tensor:
+    """A tensor of t's shape and strides in memory of its own."""
+    return torch.empty_strided(
+        t.shape, t.stride(), dtype=t.dtype, device=t.device
+    ).fill_(value)
+
+
+def adds_once(W: Tensor, delta_T: Tensor, x: Tensor) -> bool:
+    """Whether ``W.addmm_(delta_T, x)`` adds the whole sum over the rows to W at once.
+
+    BLAS adds a sum over many rows block after block, and each addition rounds at the
+    size of W, so that the change of W has an error that grows with their number. How
+    long a block is depends on the processor (in MKL 384 rows with AVX-512, 96 with
+    AVX2, and 1 for small matrices on older ones) and on the shapes, so that the product
+    itself is asked, on tensors of the same shapes and strides: to numbers of 1 the
+    first row adds ε/2 and the last one ε/4, of which each alone is rounded away.
+    """
+    if len(x) == 1:
+        return True
+    eps = torch.finfo(W.dtype).eps
+    ones, left, right = _alike(W, 1), _alike(delta_T, 1), _alike(x, 0)
+    right[0], right[-1] = 2 * eps, eps
+    return bool((ones.addmm_(left, right, alpha=0.25) > 1).all())  # alpha: as in steps
+
+
 def padded(n: int, dtype: torch.dtype) -> int:
     """n, up to a multiple of :data:`ALIGNMENT` bytes."""
     step = ALIGNMENT // dtype.itemsize
@@ -137,6 +158,8 @@ class Layer:
         self.width = n if is_last else padded(n + 1, unit.W.dtype)
         self.wide_z, self.wide_delta = self._wide(), self._wide()
         self.z, self.delta = self.wide_z[:, :n], self.wide_delta[:, :n]
+        self.adds_once: bool | None = None  # not asked yet
+        self.sum: Tensor | None = None  # of δᵀ x, where it cannot be added as it grows
 
     def _wide(self) -> Tensor:
         return self.unit.W.new_zeros(self.m, self.width)
@@ -192,26 +215,29 @@ class Layer:
             # would be 3 % of the decay, the same way at every step.
             ops.append(partial(unit.W.add_, unit.W, alpha=-lr * decay))
         whole = unit.folded is not None and unit.updates_weight and unit.updates_bias
-        if whole and self.m <= ADDED_AT_ONCE:
+        if whole:
             assert unit.folded is not None
-            product = partial(unit.folded.addmm_, delta, x, alpha=rate)  # BP3, BP4
-            return [*ops, product]
+            return [*ops, *self._add_product(unit.folded, delta, x, rate)]  # BP3, BP4
         if unit.updates_weight:
-            ops += self._update_weight(delta, x[:, : unit.W.shape[1]], rate)
+            x = x[:, : unit.W.shape[1]]
+            ops += self._add_product(unit.W, delta, x, rate)  # BP4
         if unit.updates_bias and unit.b is not None:
             total = torch.zeros_like(unit.b, memory_format=torch.contiguous_format)
             ops.append(partial(torch.sum, self.delta, 0, out=total))  # BP3
             ops.append(partial(unit.b.add_, total, alpha=rate))
         return ops
 
-    def _update_weight(self, delta: Tensor, x: Tensor, rate: float) -> list[Op]:
-        """W ← W + rate δᵀ x."""
-        W = self.unit.W
-        if self.m <= ADDED_AT_ONCE:
-            return [partial(W.addmm_, delta, x, alpha=rate)]  # BP4
-        grad_W = torch.zeros_like(W, memory_format=torch.contiguous_format)
-        product = partial(torch.mm, delta, x, out=grad_W)  # BP4
-        return [product, partial(W.add_, grad_W, alpha=rate)]
+    def _add_product(
+        self, W: Tensor, delta: Tensor, x: Tensor, rate: float
+    ) -> list[Op]:
+        """W ← W + rate δᵀ x, rounded once at the size of W."""
+        if self.adds_once is None:
+            self.adds_once = adds_once(W, delta, x)
+            self.sum = None if self.adds_once else _alike(W, 0)
+        if self.sum is None:
+            return [partial(W.addmm_, delta, x, alpha=rate)]
+        product = partial(torch.mm, delta, x, out=self.sum)
+        return [product, partial(W.add_, self.sum, alpha=rate)]
 
 
 class Steps:
