@@ -8,7 +8,8 @@ which may be small because the terms cancel. Processors and versions of torch di
 the order of sums and in how often they round, both of which k counts; so these bounds
 hold on all of them. A wrong formula is off by far more.
 
-`tests/test_bounds.py` fails on a tolerance that stands anywhere else.
+Plain `assert_close(a, b)` and `approx(b)` have torch's and pytest's own.
+`tests/package/test_bounds.py` fails on a number that is a tolerance anywhere else.
 """
 
 from __future__ import annotations
@@ -69,10 +70,21 @@ def approx(tolerance: Tolerance) -> Tolerance:
     return {"rel": tolerance["rtol"], "abs": tolerance["atol"]}
 
 
-def printed(places: int) -> Tolerance:
+def relative(off: float) -> Tolerance:
+    """For `pytest.approx`: off by at most `off` of the expected number."""
+    return {"rel": off, "abs": 0.0}
+
+
+def printed(places: int, numbers: int = 1) -> Tolerance:
     """For `pytest.approx`: a number that was printed with `places` decimals is rounded
-    by half a unit of the last; the rest is for the binary form of that half."""
-    return {"rel": 0.0, "abs": 0.5 * 10.0**-places * (1 + 1e-6)}
+    by half a unit of the last one, and so is each of the `numbers` that a result is
+    worked out from, on which it depends with slopes up to 1. A thousandth more is for
+    the errors of what it is compared with."""
+    return {"rel": 0.0, "abs": 1.001 * numbers * 0.5 * 10.0**-places}
+
+
+# For `pytest.approx`: numbers next to one another, rounded to integers.
+INTEGERS: Tolerance = {"rel": 0.0, "abs": 1.0}
 
 
 # ---------------------------------------------------------------- whole networks
@@ -243,13 +255,20 @@ def assert_as_exact(
 # ---------------------------------------------------------------- finite differences
 
 
-def difference(step: float = 1e-6, k: float = 2**9) -> Tolerance:
+def difference(step: float = 1e-6, order: int = 2, k: float = 2**9) -> Tolerance:
     """For `assert_close` and `gradcheck`, in float64: the error of the central
     difference (f(x + h) - f(x - h)) / 2h for f and f''' of order 1 is h²/6, by Taylor's
-    formula, and k roundings of f over h. (gradcheck's own defaults, 1e-3 and 1e-5, let
-    a σ' that is 0.1 % off pass.)"""
-    error = step**2 / 6 + k * eps(F64) / step
+    formula, and k roundings of f over h; that of the forward difference, of order 1, is
+    h/2 instead. (gradcheck's own defaults, 1e-3 and 1e-5, let a σ' that is 0.1 % off
+    pass.)"""
+    error = step**order / math.factorial(order + 1) + k * eps(F64) / step
     return {"rtol": error, "atol": error}
+
+
+def power(apart: float, decades: float) -> Tolerance:
+    """For `pytest.approx`: a power p that is read off x^p + x^q, |p - q| = `apart`, as
+    many `decades` from where both are equal: the slope of log(1 + x^-apart)."""
+    return {"rel": 0.0, "abs": apart * 10 ** (-apart * decades)}
 
 
 # ---------------------------------------------------------------- samples

@@ -130,7 +130,6 @@ def check_networks(cases: int) -> None:
         y = torch.rand(13, sizes[-1], generator=g)
         if cost.is_distribution:
             y /= y.sum(-1, keepdim=True)
-        names = [n for n, _ in model.named_parameters()]
         native = torchbp.to_native(model)
         ways = [
             list(torchbp.backprop(model, cost.module(), x, y)[1].values()),
@@ -141,9 +140,9 @@ def check_networks(cases: int) -> None:
         exact = torch.autograd.grad(
             cost.native(native(x.double()), y.double()), list(native.parameters())
         )
-        for i, name in enumerate(names):
-            scale = exact[i].norm()
-            off = [float((way[i] - exact[i]).norm() / scale) for way in ways]
+        for *gradients, right in zip(*ways, exact, strict=True):
+            scale = right.norm()
+            off = [float((gradient - right).norm() / scale) for gradient in gradients]
             if scale > bounds.tiny(torch.float32):  # else its neurons are off
                 errors.append(off)
     assert len(errors) > cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import bounds
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,7 +87,7 @@ def test_every_loop_trains_the_same_network(name):
     assert benchmark.distance(start, native.weights()) > 1e-2
     off = benchmark.distance(loop.weights(), native.weights())
     assert (off is None) == (name == "scikit-learn")
-    assert off is None or off < 1e-5
+    assert off is None or off < bounds.trained(len(order))
 
 
 def test_a_loop_that_computes_something_else_is_wrong_not_fast(
@@ -192,7 +193,7 @@ def test_peak_bytes_count_what_is_held():
 
     x = torch.ones(1024, 256, requires_grad=True)
     peak = layer_benchmark.peak_bytes(Held(), x, torch.ones_like(x))
-    assert 2 * x.nbytes <= peak <= 4 * x.nbytes
+    assert 2 <= peak / x.nbytes <= 4
 
 
 @pytest.mark.parametrize(

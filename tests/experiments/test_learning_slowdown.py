@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import bounds
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -78,7 +79,7 @@ def test_neuron_against_its_formulas():
             assert curve.sigma_prime[epoch] == pytest.approx(a * (1 - a))
             assert curve.delta[epoch] == pytest.approx(delta)
             w, b = w - 0.15 * delta, b - 0.15 * delta
-        assert curve.off < 1e-12
+        assert curve.off < bounds.network()
 
 
 def test_networks_start_where_they_should(tmp_path):
@@ -108,7 +109,8 @@ def test_rank_correlation():
 def test_the_half_is_a_matter_of_the_rate(monkeypatch):
     monkeypatch.setattr(experiment, "HALF_STEPS", 40)
     half = experiment.look_at_half(DATA.train)
-    assert half.half_rate < 1e-12 < 1e-2 < half.same_rate
+    assert half.half_rate < bounds.network(steps=40)
+    assert half.same_rate > 1e-2
     # A cost without ½ and with a wrong gradient is another matter.
     wrong = torchbp.define_cost(
         "wrong", lambda a, y: (a - y).square().sum(-1), lambda a, y: 3 * (a - y)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -676,6 +677,7 @@ def test_bp_and_native_gradients_agree_on_real_batches(mnist_root):
     cost = torchbp.QuadraticCost()
     optimizer = torch.optim.SGD(ours.parameters(), lr=3.0)
     native = torchbp.to_native(ours)
+    off = bounds.network(torch.float32, longest=784, layers=2)
     for i in range(100):
         x = data.scale(train.images[10 * i : 10 * i + 10])
         y = train.labels[10 * i : 10 * i + 10]
@@ -686,7 +688,7 @@ def test_bp_and_native_gradients_agree_on_real_batches(mnist_root):
         ]
         for name, a, b in zip(names, *grads, strict=True):
             error = (a - b).norm() / b.norm()
-            assert error < 1e-6, f"batch {i}, {name}: relative error {error:.1e}"
+            assert error < off, f"batch {i}, {name}: relative error {error:.1e}"
         for p, g in zip(ours.parameters(), grads[0], strict=True):
             p.grad = g
         optimizer.step()
