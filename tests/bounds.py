@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -126,13 +126,13 @@ def near(dtype: torch.dtype = F64, size: float = 1.0, **network_: int) -> Tolera
 OPERATIONS = 8
 
 
-def _curvature(layer: Any, z: Tensor, radius: Tensor) -> Tensor:
+def _curvature(case: Any, z: Tensor, radius: Tensor) -> Tensor:
     """The largest |σ''| between z - radius and z + radius, taken at three points."""
     found = torch.zeros_like(z)
     for at in (z - radius, z, z + radius):
         at = at.detach().requires_grad_()
         with torch.enable_grad():
-            (first,) = torch.autograd.grad(layer.sigma(at).sum(), at, create_graph=True)
+            (first,) = torch.autograd.grad(case.sigma(at).sum(), at, create_graph=True)
             if first.requires_grad:
                 (second,) = torch.autograd.grad(
                     first.sum(), at, allow_unused=True, materialize_grads=True
@@ -142,7 +142,7 @@ def _curvature(layer: Any, z: Tensor, radius: Tensor) -> Tensor:
 
 
 def layer(
-    layer: Any,
+    case: Any,
     g: Tensor,
     x: Tensor,
     W: Tensor,
@@ -161,11 +161,11 @@ def layer(
         e_x = e_δ |W| + k(n_out) eps |δ| |W|, likewise e_W and e_b over the rows
 
     where k is :func:`roundings` and T the size of the terms that σ' is made of,
-    `layer.slope_terms`: 1 - a loses relative digits where a is next to 1. At a kink of
+    `case.slope_terms`: 1 - a loses relative digits where a is next to 1. At a kink of
     σ nearer than e_z, both slopes are right.
 
     Args:
-        layer: a `cases.Layer`.
+        case: a `cases.Layer`.
         g: grad_y, (*, n_out).
         error_of_g: by how much g itself may differ.
     """
@@ -177,12 +177,12 @@ def layer(
     z = F.linear(x, W, b)
     e_z = units(roundings(n_in + 1, dtype), dtype, F.linear(x.abs(), W.abs(), b.abs()))
     e_z = torch.where(z.isinf(), 0.0, e_z)  # infinite either way
-    slope = layer.slope(z).abs()
-    y = layer.sigma(z).abs()
+    slope = case.slope(z).abs()
+    y = case.sigma(z).abs()
     e_y = slope * e_z + units(4, dtype, torch.where(y.isinf(), 0.0, y))
-    e_slope = units(OPERATIONS, dtype, layer.slope_terms(z))
-    e_slope = e_slope + _curvature(layer, z, e_z) * e_z
-    if layer.has_kink:
+    e_slope = units(OPERATIONS, dtype, case.slope_terms(z))
+    e_slope = e_slope + _curvature(case, z, e_z) * e_z
+    if case.has_kink:
         e_slope = e_slope + (z.abs() <= e_z)
     e_delta = (g.abs() * e_slope + slope * error_of_g).reshape(rows, n_out)
     delta = (g * slope).abs().reshape(rows, n_out)
@@ -282,8 +282,3 @@ def mean(std: float, count: int) -> float:
 def deviation(std: float, count: int) -> float:
     """The standard deviation of N normal draws strays by s/√2N; five of these."""
     return 5 * std / math.sqrt(2 * count)
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """The norm of all tensors together, in float64."""
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -118,9 +118,7 @@ def test_every_number_is_right(capsys, seed):
         if not match:
             continue
         name = match[1].strip() + (" ←" if match[2] == "←" else "")
-        assert float(match[3]) == pytest.approx(expected[name], **bounds.printed(4)), (
-            line
-        )
+        assert float(match[3]) == pytest.approx(expected[name], **off), line
         seen.add(name)
     assert seen == set(expected)
 
