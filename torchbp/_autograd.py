@@ -25,8 +25,12 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 # Backward receives a list that it may empty, so a gradient can be freed before the
-# backward ends; torch has this from 2.15 on.
+# backward ends; torch has this from 2.13 on.
 HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
+# Whether torch.compile runs a Function's backward inside torch.func. Before 2.15 it drops
+# the backward of a first Function in silence; of a second one it refuses the transform
+# (2.8), or returns zeros as the gradients of the parameters (2.14).
+COMPILES_IN_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
 class TwoFormFunction(Function):
@@ -113,14 +117,18 @@ class _Transformable:
 def call(cls: Any, *inputs: Any) -> Any:
     """Apply `cls`, in its transformable form where a torch.func transform or a forward-
     mode level is active outside torch.compile."""
-    if transforming() and not torch.compiler.is_compiling():
-        # Forward mode within forward mode: torch drops the derivatives of a jvp, in
-        # silence (zeros from jacfwd(jacfwd(f)), 2.8 to 2.15). So there, and only there,
-        # torch differentiates the forward operations themselves.
-        if _forward_levels() > 1:
+    if not transforming():
+        return cls.apply(*inputs)
+    if torch.compiler.is_compiling():
+        if not COMPILES_IN_TRANSFORMS:  # torch differentiates the forward operations
             return cls.evaluate(*inputs)
-        return cls.transformable.apply(*inputs)
-    return cls.apply(*inputs)
+        return cls.apply(*inputs)
+    # Forward mode within forward mode: torch drops the derivatives of a jvp, in silence
+    # (zeros from jacfwd(jacfwd(f)), 2.8 to 2.15). So there, and only there, torch
+    # differentiates the forward operations themselves.
+    if _forward_levels() > 1:
+        return cls.evaluate(*inputs)
+    return cls.transformable.apply(*inputs)
 
 
 def _forward_levels() -> int:

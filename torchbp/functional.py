@@ -399,9 +399,9 @@ def _layer_autocast(
 
 def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether these pass wherever torch's own linear would be too generous: it takes
-    1-D weights, integers, biases that broadcast or are promoted, and, before torch
-    2.15, a weight on "meta". The rest it finds itself, and at 10 x 30 each test counts:
-    all of them took 1.2 µs of 25."""
+    1-D weights, integers, biases that broadcast or are promoted, and a weight on "meta".
+    The rest it finds itself, and at 10 x 30 each test counts: all of them took 1.2 µs of
+    25."""
     return (
         W.dim() == 2
         and W.is_floating_point()
@@ -556,7 +556,7 @@ def define_function(
 
 def boxed_gradients(enabled: bool) -> None:
     """Whether a backward frees its incoming gradient as soon as δ is made (default on
-    torch ≥ 2.15, the first that can; peak memory of a layer falls by about a fifth).
+    torch ≥ 2.13, the first that can; peak memory of a layer falls by about a fifth).
 
     Compiled autograd refuses Functions that do so when the forward ran in eager mode:
     switch it off there, before the forward pass.
@@ -576,6 +576,6 @@ def boxed_gradients(enabled: bool) -> None:
     """
     if enabled and not HAS_BOXED_GRADS:
         raise RuntimeError(
-            f"boxed gradients: expected torch >= 2.15, got {torch.__version__}"
+            f"boxed gradients: expected torch >= 2.13, got {torch.__version__}"
         )
     LinearFunction.boxed_grads_call = bool(enabled)

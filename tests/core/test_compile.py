@@ -5,9 +5,8 @@ forward itself. So each way of compiling is also run with layers and costs whose
 backward is wrong on purpose, by a factor of 2: where ours runs, the result doubles.
 test_functional and test_costs compile every layer and every cost alone.
 
-What torch does with our Functions, as measured with 2.8 and 2.15:
+What torch does with our Functions, as measured with 2.8, 2.14 and 2.15:
 
-===============================  ==================  ==============================
 inside torch.compile             torch 2.8           torch 2.15
 ===============================  ==================  ==============================
 forward, then backward           ours                ours
@@ -22,6 +21,25 @@ vmap of a module                 refused             refused
 torch.func.jvp, jacfwd           torch's own         torch's own
 torch.func.grad(compiled)        refused             refused
 ===============================  ==================  ==============================
+=======
+==============================  ===========  ==================  ==================
+inside torch.compile            torch 2.8    torch 2.14          torch 2.15
+==============================  ===========  ==================  ==================
+forward, then backward          ours         ours                ours
+compiled autograd, boxed off    ours         ours                ours
+compiled autograd, boxed on     (no boxed    ours after a compiled forward,
+                                gradients)   else refused
+autograd.grad inside the graph  refused      ours, with trace_autograd_ops
+torch.func.grad, vjp, jacrev    torch's own  torch's own         ours
+grad of functional_call         torch's own  torch's own         ours
+vmap(grad), hessian, jvp(grad)  torch's own  torch's own         refused: Internal-
+                                                                 TorchDynamoError
+torch.func.jvp, jacfwd          torch's own  torch's own         torch's own
+torch.func.grad(compiled)       refused      refused             refused
+==============================  ===========  ==================  ==================
+
+"Torch's own" is our choice before 2.15 (torchbp._autograd.call): left alone, 2.14 gives
+zeros for the parameters of every layer after the first.
 """
 
 import contextlib
@@ -48,6 +66,7 @@ from torch.testing import assert_close
 
 import torchbp
 from torchbp import costs, functional
+from torchbp._autograd import COMPILES_IN_TRANSFORMS
 
 pytestmark = [
     # torch warns of its own use of torch.jit.script when it first traces.
@@ -58,14 +77,9 @@ pytestmark = [
     ),
 ]
 SOME_LAYERS = ["sigmoid", "relu", "silu (z)"]
-VERSION = tuple(int(n) for n in torch.__version__.split(".")[:2])
-measured = pytest.mark.skipif(
-    (2, 8) < VERSION < (2, 15),
-    reason="what torch does here was measured with 2.8 and 2.15 only",
-)
 needs_boxed = pytest.mark.skipif(
     not hasattr(torch.autograd.Function, "boxed_grads_call"),
-    reason="needs torch >= 2.15, the first with boxed gradients",
+    reason="needs torch >= 2.13, the first with boxed gradients",
 )
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
@@ -360,13 +374,30 @@ def test_around_forward_mode(layer, name):
     assert_close(compiled_transform(name, layer), TRANSFORMS[name](energy, W))
 
 
-@measured
+@some_layers
+@pytest.mark.parametrize("name", REVERSE)
+def test_around_reverse_mode_over_two_layers(layer, name):
+    """Where torch 2.14 takes our Functions, it loses the second one's parameters."""
+    x, p = rand(4, 5, seed=30), rand(20 + 4 + 12 + 3)
+
+    def energy(layer, p):
+        W1, b1, W2, b2 = p.split([20, 4, 12, 3])
+        a = layer(x, W1.view(4, 5), b1)
+        return layer(a, W2.view(3, 4), b2).square().sum()
+
+    def transformed(layer, p):
+        return TRANSFORMS[name](lambda p: energy(layer, p), p)
+
+    ours = compiled(lambda p: transformed(layer, p))(p)
+    assert_close(ours, transformed(layer.native, p))
+
+
 @pytest.mark.parametrize("name", REVERSE)
 def test_whose_backward_runs_around_reverse_mode(name):
-    """torch 2.8 inlines the forward and differentiates that: our backward is dropped
-    in silence, and a wrong one gives right numbers. torch 2.15 runs ours."""
+    """Ours on torch 2.15; before, torch differentiates the forward operations, and a
+    backward that is wrong gives right numbers."""
     W, energy = of_weight(LAYERS["sigmoid"].native)
-    factor = 1 if VERSION == (2, 8) else 2
+    factor = 2 if COMPILES_IN_TRANSFORMS else 1
     got = compiled_transform(name, wrong_layer)
     assert_close(got, factor * TRANSFORMS[name](energy, W))
 
@@ -381,13 +412,12 @@ def test_whose_jvp_runs_around_forward_mode(name):
     assert_close(TRANSFORMS[name](of_weight(wrong_layer)[1], W), 2 * right)
 
 
-@measured
 @some_layers
 @pytest.mark.parametrize("name", NESTED)
 def test_around_nested_transforms(layer, name):
-    """torch 2.8 drops our backward here too. torch 2.15 refuses: what Dynamo makes of a
+    """Torch's own derivative before 2.15. torch 2.15 refuses: what Dynamo makes of a
     Function can neither be mapped nor pushed forward."""
-    if VERSION == (2, 8):
+    if not COMPILES_IN_TRANSFORMS:
         W, energy = of_weight(layer.native)
         assert_close(compiled_transform(name, layer), TRANSFORMS[name](energy, W))
     else:
@@ -438,9 +468,7 @@ def test_transform_of_a_compiled_function_is_refused():
         grad(compiled(energy))(W)
 
 
-@measured
 def test_around_functional_call():
-    """torch 2.8 refuses here, where it takes the layer's function alone."""
     model, x = mlp(), rand(4, 5, seed=30)
     params = {k: p.detach() for k, p in model.named_parameters()}
 
@@ -448,10 +476,6 @@ def test_around_functional_call():
         y = functional_call(model, params, (x,))
         return costs.log_likelihood_cost(y, LABELS)
 
-    if VERSION == (2, 8):
-        with pytest.raises(InternalTorchDynamoError, match="setup_context"):
-            compiled(grad(f))(params)
-        return
     ours = compiled(grad(f))(params)
     value = costs.log_likelihood_cost(model(x), LABELS)
     assert_close(list(ours.values()), list(gradients(model, value)))

@@ -614,7 +614,7 @@ def test_compiled_backward_is_ours(backend):
 def test_boxed_gradients_switch(layer, enabled):
     boxed = functional.LinearFunction.boxed_grads_call
     if enabled and not boxed:
-        pytest.skip("needs torch >= 2.15, the first with boxed gradients")
+        pytest.skip("needs torch >= 2.13, the first with boxed gradients")
     args = operands(layer)
     g = rand(3, 2, seed=9)
     expected = torch.autograd.grad(layer.native(*args), args, g)

@@ -205,7 +205,7 @@ def test_without_grad_only_the_output_stays(layer, mode):
 
 # ---------------------------------------------------------------- the peak
 
-# Before torch 2.15 the engine holds the gradient that a backward received until the
+# Before torch 2.13 the engine holds the gradient that a backward received until the
 # backward ends: one tensor more than native's two nodes need.
 LIMIT = 1.0 if HAS_BOXED_GRADS else 1.4
 
