@@ -28,8 +28,8 @@ from torch.autograd import Function, forward_ad
 # backward ends; torch has this from 2.13 on.
 HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
 # Whether torch.compile runs a Function's backward inside torch.func. Before 2.15 it drops
-# the backward of a first Function in silence; of a second one it refuses the transform
-# (2.8), or returns zeros as the gradients of the parameters (2.14).
+# the first Function's in silence; it refuses a second Function (2.8), or returns zeros as
+# the gradients of the second one's parameters (2.14).
 COMPILES_IN_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 

@@ -399,9 +399,9 @@ def _layer_autocast(
 
 def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether these pass wherever torch's own linear would be too generous: it takes
-    1-D weights, integers, biases that broadcast or are promoted, and a weight on "meta".
-    The rest it finds itself, and at 10 x 30 each test counts: all of them took 1.2 µs of
-    25."""
+    1-D weights, integers, biases that broadcast or are promoted, and a weight on
+    "meta". The rest it finds itself, and at 10 x 30 each test counts: all of them took
+    1.2 µs of 25."""
     return (
         W.dim() == 2
         and W.is_floating_point()
