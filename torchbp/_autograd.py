@@ -27,9 +27,9 @@ from torch.autograd import Function, forward_ad
 # Backward receives a list that it may empty, so a gradient can be freed before the
 # backward ends; torch has this from 2.13 on.
 HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
-# Whether torch.compile runs a Function's backward inside torch.func. Before 2.15 it drops
-# the first Function's in silence; it refuses a second Function (2.8), or returns zeros as
-# the gradients of the second one's parameters (2.14).
+# Whether torch.compile runs a Function's backward inside torch.func. Before 2.15 it
+# drops the first Function's in silence; it refuses a second Function (2.8), or returns
+# zeros as the gradients of the second one's parameters (2.14).
 COMPILES_IN_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
