@@ -59,7 +59,7 @@ def test_there_are_two_commands():
     ]
     assert len(commands) == 2
     assert commands[0].endswith("python experiments/mnist.py")
-    assert commands[1].endswith("-m pytest")
+    assert commands[1].endswith("-m pytest -n 2")
 
 
 def test_files_that_are_named_exist():
