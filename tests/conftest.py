@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Driver
 
 from torchbp import data
 
@@ -19,6 +21,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[Driver]:
+    """A process that forks programs; one for the whole session."""
+    driver = Driver()
+    yield driver
+    driver.close()
 
 
 @pytest.fixture(scope="session")

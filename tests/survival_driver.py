@@ -1,9 +1,13 @@
-"""Runs the main job again and again, each in a child that is forked after the imports,
-and lets something happen to it at a chosen moment.
+"""Runs programs, the main job above all, each in a child that is forked after the
+imports, and lets something happen to it at a chosen moment.
 
 Reads an order a line from standard input, as JSON, and answers each with a line:
 
-    argv: of experiments/mnist.py
+    argv: of the program
+    program: a path from the repository's root, experiments/mnist.py if absent
+    processes: how many children run it together, as torchrun would start them; without
+        it there is one, by itself
+    ignores ctrl-c: whether SIGINT is ignored
     happening: what is to happen, a key of HAPPENINGS; None for nothing
     at: the number of the call before which it happens; or, as {"seconds": s}, the time
         after which the parent sends "signal" (SIGKILL if absent), counted from the
@@ -14,8 +18,8 @@ Reads an order a line from standard input, as JSON, and answers each with a line
     user: to become, where permissions are to bind
     largest: bytes that a file may have
 
-The answer has the exit status (negative for a signal), the output, the errors, and the
-number of calls that were counted.
+The answer has the exit status (negative for a signal; of several children the first
+that is not 0), the output, the errors, and the number of calls that were counted.
 """
 
 from __future__ import annotations
@@ -30,13 +34,14 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "mnist.py"
+ROOT = Path(__file__).parents[1]
 # What a save consists of; and the records of the event file.
 MOMENTS = ("open", "fsync", "link", "replace", "unlink", "append")
 COUNTER = mmap.mmap(-1, 8)  # shared with the children
@@ -134,47 +139,75 @@ def prepare(order: dict) -> None:
         os.setuid(order["user"])
 
 
-def child(order: dict, streams: list) -> None:
+def child(order: dict, streams: list, ranks: dict[str, str]) -> None:
     os.dup2(streams[0].fileno(), 1)
     os.dup2(streams[1].fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    sys.argv = [str(SCRIPT), *order["argv"]]
+    program = str(ROOT / order.get("program", "experiments/mnist.py"))
+    sys.argv = [program, *order["argv"]]
+    os.environ.update(ranks)
+    ignored = order.get("ignores ctrl-c")
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler
+    )
     prepare(order)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    runpy.run_path(program, run_name="__main__")
+
+
+def fork(order: dict, streams: list, ranks: dict[str, str]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 0
+    try:
+        child(order, streams, ranks)
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        status = 1
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ranks(processes: int | None) -> list[dict[str, str]]:
+    """What torchrun tells each of so many processes; nothing for one by itself."""
+    if processes is None:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": str(processes),
+    }
+    return [{**world, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
 def run(order: dict) -> dict:
     COUNTER[:8] = struct.pack("q", 0)
+    worlds = ranks(order.get("processes"))
     streams = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            child(order, streams)
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+    pids = [fork(order, streams, world) for world in worlds]
     at = order.get("at")
     if isinstance(at, dict):
         while "exists" in at and not os.path.exists(at["exists"]):
             time.sleep(0.001)
         time.sleep(at["seconds"])
-        os.kill(pid, at.get("signal", signal.SIGKILL))
-    _, status = os.waitpid(pid, 0)
+        os.kill(pids[0], at.get("signal", signal.SIGKILL))
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     texts = []
     for stream in streams:
         stream.seek(0)
         texts.append(stream.read())
         stream.close()
     return {
-        "status": os.waitstatus_to_exitcode(status),
+        "status": next(filter(None, ends), 0),
         "out": texts[0],
         "err": texts[1],
         "calls": struct.unpack("q", COUNTER[:8])[0],

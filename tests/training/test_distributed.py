@@ -6,12 +6,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bounds
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,31 +27,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def launch(*program, processes=2):
-    """`program` under torchrun, talking over the loopback interface."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [*command, "--nproc-per-node", str(processes), *map(str, program)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def launch(*options):
+    """The main job under torchrun in two processes, talking over the loopback."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    job = ROOT / "experiments" / "mnist.py"
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    return processes.start(sys.executable, *torchrun, job, *options, env=environment)
 
 
-def train(tmp_path, name, *options, processes=2):
-    """The main job on the digits in several processes; its output."""
-    job = [ROOT / "experiments" / "mnist.py", *small(tmp_path, name), *options]
-    process = launch(*job, processes=processes)
-    out, err = process.communicate(timeout=240)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of a run of two processes under torchrun, and their output."""
+    root = tmp_path_factory.mktemp("two")
+    process = launch(*small(root, "many"))
+    out, err = processes.finish(process)
     assert process.returncode == 0, err
-    return out
+    return root / "many", out
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of the same run of one process."""
+    root = tmp_path_factory.mktemp("one")
+    train_alone(root, "one")
+    return root / "one"
 
 
 def small(tmp_path, name, batch_size=7):
@@ -66,82 +64,78 @@ def train_alone(tmp_path, name, *options):
     assert mnist.command_line([str(a) for a in arguments]) == 0
 
 
-def weights(tmp_path, name):
-    state = checkpoint.load(tmp_path / name / "checkpoint.pt")["trainer"]
+def weights(folder):
+    state = checkpoint.load(folder / "checkpoint.pt")["trainer"]
     return torch.cat([t.flatten() for t in state["model"].values()]), state
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_takes_the_same_steps(tmp_path, processes):
-    """1,297 images in batches of 7: the last batch has 2, and at three processes one
-    of them is left without a row."""
-    out = train(tmp_path, "many", processes=processes)
-    train_alone(tmp_path, "one")
-    (many, state), (one, expected) = weights(tmp_path, "many"), weights(tmp_path, "one")
+def check_same_steps(folder, out, alone, number):
+    (many, state), (one, expected) = weights(folder), weights(alone)
     assert (many - one).norm() / one.norm() < bounds.trained(STEPS)
     assert torch.equal(state["generator"], expected["generator"])
     assert len(re.findall(r"^epoch \d/2", out, flags=re.MULTILINE)) == 3
-    assert f"cpu x {processes}" in out
+    assert f"cpu x {number}" in out
 
 
-def test_one_log_with_the_costs_of_whole_batches(tmp_path):
-    train(tmp_path, "two")
-    train_alone(tmp_path, "one")
+def test_two_processes_under_torchrun_take_the_same_steps(two, one):
+    """1,297 images in batches of 7: the last batch has 2."""
+    check_same_steps(*two, one, 2)
+
+
+def test_any_number_of_processes_takes_the_same_steps(driver, tmp_path, one):
+    """At three processes one of them is left without a row of the last batch."""
+    answer = driver.run(*small(tmp_path, "three"), processes=3)
+    assert answer["status"] == 0, answer["err"]
+    check_same_steps(tmp_path / "three", answer["out"], one, 3)
+
+
+def test_one_log_with_the_costs_of_whole_batches(two, one):
     running = []
-    for name in ("two", "one"):
-        files = [p for p in (tmp_path / name).iterdir() if p.name.startswith("events")]
+    for folder in (two[0], one):
+        files = [p for p in folder.iterdir() if p.name.startswith("events")]
         assert len(files) == 1
-        events = EventAccumulator(str(tmp_path / name))
+        events = EventAccumulator(str(folder))
         events.Reload()
         running.append([e.value for e in events.Scalars("cost/running")])
     assert running[0] == pytest.approx(
         running[1], **bounds.relative(bounds.trained(STEPS))
     )
-    versions = json.loads((tmp_path / "two" / "versions.json").read_text())
+    versions = json.loads((two[0] / "versions.json").read_text())
     assert versions["processes"] == "2"
 
 
-def test_resume_in_another_number_of_processes(tmp_path):
+def test_resume_in_another_number_of_processes(driver, tmp_path):
     train_alone(tmp_path, "one", "--epochs", 3)
     train_alone(tmp_path, "two", "--epochs", 1)
-    job = ROOT / "experiments" / "mnist.py"
-    process = launch(job, "--resume", tmp_path / "two", "--epochs", "3")
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    (two, state), (one, _) = weights(tmp_path, "two"), weights(tmp_path, "one")
+    resume = ["--resume", tmp_path / "two", "--epochs", 3]
+    answer = driver.run(*resume, processes=2)
+    assert answer["status"] == 0, answer["err"]
+    (two, state), (one, _) = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert state["epoch"] == 3
     assert (two - one).norm() / one.norm() < bounds.trained(STEPS)
 
 
 def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(tmp_path):
-    job = [ROOT / "experiments" / "mnist.py", *small(tmp_path, "two")]
-    process = launch(*job, "--epochs", "5000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch    2/"):
-            break
+    process = launch(*small(tmp_path, "two"), "--epochs", 5000)
+    processes.read_until(process, "epoch    2/")
     (victim,) = workers(process.pid, rank=1)
     os.kill(victim, signal.SIGKILL)
-    started = time.monotonic()
-    _, err = process.communicate(timeout=150)
-    assert time.monotonic() - started < 120
+    _, err = processes.finish(process)
     assert process.returncode != 0
     assert "process 0: error: another of the 2 processes was lost" in err or (
         "stopped; to go on: --resume" in err
     )
-    _, state = weights(tmp_path, "two")
+    _, state = weights(tmp_path / "two")
     assert state["epoch"] >= 2
     assert not [p for p in (tmp_path / "two").iterdir() if p.name.startswith(".")]
     resumed = mnist.resume(str(tmp_path / "two"), epochs=state["epoch"] + 1)
     assert resumed["epoch"] == state["epoch"] + 1
 
 
-def test_the_explicit_engine_is_for_one_process(tmp_path):
-    job = [ROOT / "experiments" / "mnist.py", *small(tmp_path, "two")]
-    process = launch(*job, "--engine", "explicit")
-    _, err = process.communicate(timeout=150)
-    assert process.returncode != 0
-    assert "error: engine: expected autograd for several processes" in err
+def test_the_explicit_engine_is_for_one_process(driver, tmp_path):
+    answer = driver.run(*small(tmp_path, "two"), "--engine", "explicit", processes=2)
+    assert answer["status"] == 2
+    assert "error: engine: expected autograd for several processes" in answer["err"]
     assert not list(tmp_path.iterdir())
 
 
@@ -159,8 +153,9 @@ def workers(parent: int, rank: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", ["fsdp", "colwise", "rowwise"])
-def test_sharded_networks_have_the_gradients_of_whole_ones(name):
-    process = launch(ROOT / "tests" / "distributed_worker.py", name)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+def test_sharded_networks_have_the_gradients_of_whole_ones(driver):
+    """FSDP2, a column-wise layer alone, and a column-wise before a row-wise one."""
+    answer = driver.run(program="tests/distributed_worker.py", processes=2)
+    assert answer["status"] == 0, answer["err"]
+    checked = [line.split(":")[0] for line in answer["out"].splitlines()]
+    assert checked == ["fsdp", "colwise", "rowwise"]

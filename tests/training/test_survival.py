@@ -8,16 +8,15 @@ The sittings are real runs of ``experiments/mnist.py``, in processes that
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -38,56 +37,11 @@ NOBODY = 65534
 engines = pytest.mark.parametrize("engine", ENGINES)
 
 
-class Driver:
-    """The process whose children are the sittings."""
-
-    def __init__(self) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            # Of forks beside threads; before a fork there are none of ours.
-            "PYTHONWARNINGS": "ignore",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "survival_driver.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.answers, self.orders = self.process.stdout, self.process.stdin
-        assert json.loads(self.answers.readline()) == {"ready": True}
-        self.clock = 0
-
-    def run(self, *argv, **order):
-        """One sitting; each has a clock a second later than the one before."""
-        self.clock += 1
-        order = {"argv": list(map(str, argv)), "clock": self.clock, **order}
-        self.orders.write(json.dumps(order) + "\n")
-        self.orders.flush()
-        answer = json.loads(self.answers.readline())
-        assert "Traceback" not in answer["err"], answer["err"]
-        return answer
-
-    def start(self, folder, engine, epochs, *options, **order):
-        folder.parent.mkdir(exist_ok=True)
-        where = ["--logdir", folder.parent, "--name", folder.name]
-        options = [*SMALL, "--engine", engine, "--epochs", epochs, *options, *where]
-        return self.run(*options, **order)
-
-    def close(self) -> None:
-        self.orders.close()
-        self.process.wait(timeout=60)
-        self.answers.close()
-
-
-@pytest.fixture(scope="module")
-def driver():
-    driver = Driver()
-    yield driver
-    driver.close()
+def start(driver, folder, engine, epochs, *options, **order):
+    folder.parent.mkdir(exist_ok=True)
+    where = ["--logdir", folder.parent, "--name", folder.name]
+    options = [*SMALL, "--engine", engine, "--epochs", epochs, *options, *where]
+    return driver.run(*options, **order)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +53,7 @@ def undisturbed(driver, tmp_path_factory):
         key = (engine, epochs, *options)
         if key not in made:
             folder = tmp_path_factory.mktemp("undisturbed") / "run"
-            answer = driver.start(folder, engine, epochs, *options)
+            answer = start(driver, folder, engine, epochs, *options)
             assert (answer["status"], answer["err"]) == (0, "")
             made[key] = folder
         return made[key]
@@ -172,7 +126,7 @@ def sit_until_done(driver, folder, engine, epochs, happenings, *options):
             answer = driver.run("--resume", folder, **order)
         else:  # stopped before there was anything: the user starts again
             shutil.rmtree(folder, ignore_errors=True)
-            answer = driver.start(folder, engine, epochs, *options, **order)
+            answer = start(driver, folder, engine, epochs, *options, **order)
         if answer["status"] == 0:
             return sittings
         assert answer["status"] == -signal.SIGKILL, answer
@@ -264,7 +218,7 @@ def test_kills_while_it_learns_mnist(driver, tmp_path, mnist_root, engine):
     generator = random.Random(f"mnist {engine}")
     happenings = [{"at": {"seconds": generator.uniform(0, seconds)}} for _ in range(12)]
     folder, reference = tmp_path / "runs" / "run", tmp_path / "whole" / "run"
-    assert driver.start(reference, engine, 4, *options)["status"] == 0
+    assert start(driver, reference, engine, 4, *options)["status"] == 0
     sit_until_done(driver, folder, engine, 4, happenings, *options)
     assert_undisturbed(folder, reference)
 
@@ -278,7 +232,7 @@ def test_a_signal_is_a_clean_end(driver, undisturbed, tmp_path, happening, statu
     length = undisturbed_calls(driver, tmp_path)
     for at in sorted(generator.sample(range(1, length), 6)):
         order = {"happening": happening, "at": at}
-        stopped = driver.start(folder, "explicit", 3, **order)
+        stopped = start(driver, folder, "explicit", 3, **order)
         assert stopped["status"] == status, (at, stopped)
         if folder.exists():
             assert not [p for p in folder.iterdir() if p.name.startswith(".")]
@@ -286,7 +240,7 @@ def test_a_signal_is_a_clean_end(driver, undisturbed, tmp_path, happening, statu
             assert is_told or RunFolder(folder).never_began or is_complete(folder, 3)
             resumed = driver.run("--resume", folder)
         else:  # it never began
-            resumed = driver.start(folder, "explicit", 3)
+            resumed = start(driver, folder, "explicit", 3)
         assert resumed["status"] == 0
         assert_undisturbed(folder, reference)
         shutil.rmtree(folder)
@@ -301,7 +255,7 @@ def test_signals_at_random_times(driver, undisturbed, tmp_path, engine, number):
     for _ in range(40):
         seconds = generator.uniform(0, 0.4)
         at = {"exists": str(folder), "seconds": seconds, "signal": number}
-        stopped = driver.start(folder, engine, 5, at=at)
+        stopped = start(driver, folder, engine, 5, at=at)
         seen.add(stopped["status"])
         assert stopped["status"] in (0, 128 + number), (seconds, stopped)
         if folder.exists():
@@ -317,7 +271,7 @@ def is_complete(folder, epochs):
 
 
 def undisturbed_calls(driver, tmp_path):
-    return driver.start(tmp_path / "other" / "run", "explicit", 3)["calls"]
+    return start(driver, tmp_path / "other" / "run", "explicit", 3)["calls"]
 
 
 def assert_stopped(answer, folder, reason, epoch):
@@ -346,7 +300,7 @@ def test_a_quota_on_the_size_of_files(driver, tmp_path):
     """The checkpoint does not fit, while the events still do."""
     wide = ("--sizes", "784", "64", "10")
     folder = tmp_path / "runs" / "run"
-    first = driver.start(folder, "explicit", 1, *wide)
+    first = start(driver, folder, "explicit", 1, *wide)
     assert first["status"] == 0
     resume = ["--resume", folder, "--epochs", 2]
     answer = driver.run(*resume, largest=150_000)
@@ -360,22 +314,18 @@ def small_disk(tmp_path):
     """A file system of 300 kB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["-t", "tmpfs", "-o", "size=300k", "tmpfs", place]
+    mounted = processes.run("mount", *options)
     if mounted.returncode:
         pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    assert processes.run("umount", place).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
 def test_a_small_disk(driver, undisturbed, tmp_path, small_disk):
     folder = small_disk / "runs" / "run"
-    assert driver.start(folder, "explicit", 2)["status"] == 0
+    assert start(driver, folder, "explicit", 2)["status"] == 0
     resume = ["--resume", folder, "--epochs", 3]
     used = sum(p.stat().st_blocks * 512 for p in small_disk.rglob("*") if p.is_file())
     ballast = small_disk / "ballast"
@@ -416,7 +366,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     folder = place / "runs" / "run"
     folder.parent.mkdir()
     folder.parent.chmod(0o777)
-    first = driver.start(folder, "explicit", 2, user=user)
+    first = start(driver, folder, "explicit", 2, user=user)
     assert first["status"] == 0, first
     resume = ["--epochs", 3, "--resume", folder]
     order = {"happening": "read-only", "at": 30, "user": user}
@@ -442,7 +392,7 @@ def test_a_log_folder_that_is_deleted_underway(driver, undisturbed, tmp_path, at
 
 def test_a_file_system_without_hard_links(driver, undisturbed, tmp_path):
     folder = tmp_path / "runs" / "run"
-    answer = driver.start(folder, "explicit", 3, happening="no links", at=1)
+    answer = start(driver, folder, "explicit", 3, happening="no links", at=1)
     assert answer["status"] == 0
     assert_undisturbed(folder, undisturbed("explicit", 3))
     # Killed where only the previous one has its name: it goes on from that.
@@ -457,18 +407,11 @@ def test_a_file_system_without_hard_links(driver, undisturbed, tmp_path):
 
 def test_two_processes_on_one_run(driver, tmp_path):
     """The second is refused while the first lives, and not when it was killed."""
-    command = [sys.executable, mnist.__file__, *SMALL, "--epochs", "100000"]
+    command = [sys.executable, mnist.__file__, *SMALL, "--epochs", 100_000]
     folder = tmp_path / "run"
-    with subprocess.Popen(
-        [*command, "--logdir", str(tmp_path), "--name", "run"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
-            if line.split("/")[0].split() == ["epoch", "1"]:
-                break
+    where = ["--logdir", tmp_path, "--name", "run"]
+    with processes.start(*command, *where, stderr=None) as first:
+        processes.read_until(first, "epoch      1/")
         try:
             second = driver.run("--resume", folder)
         finally:
