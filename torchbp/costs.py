@@ -256,9 +256,9 @@ def check_tensors(
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         got = f"{type(input).__name__} and {type(target).__name__}"
         raise TypeError(f"{', '.join(names)}: expected two Tensors, got {got}")
-    for name, t in zip(names, (input, target), strict=True):
-        if (reason := explain_storage(name, t)) is not None:
-            raise reason
+    reason = explain_storage(names[0], input) or explain_storage(names[1], target)
+    if reason is not None:
+        raise reason
 
 
 def target_rows(input: Tensor, target: Tensor) -> Tensor:
