@@ -7,6 +7,8 @@ layers and see them fail.
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ import torchbp
 from torchbp import functional
 
 F64 = torch.float64
+has_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++")))
+    or os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="needs a C++ compiler, and torch.compile's inductor vectors to write in it",
+)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

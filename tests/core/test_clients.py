@@ -83,4 +83,4 @@ def test_lightning_fits_as_it_fits_native_layers():
     fitted(native)
     for p, q in zip(ours.parameters(), native.parameters(), strict=True):
         # Ten epochs of four batches.
-        bounds.assert_within(p, q, bounds.trained(40) * float(p.norm()))
+        bounds.assert_within(p, q, bounds.trained(40) * float(p.detach().norm()))

@@ -43,7 +43,6 @@ zeros for the parameters of every layer after the first.
 """
 
 import contextlib
-import shutil
 
 import bounds
 import pytest
@@ -54,6 +53,7 @@ from cases import (
     LAYERS,
     all_costs,
     all_layers,
+    has_compiler,
     operands,
     rand,
     target_for,
@@ -83,10 +83,6 @@ needs_boxed = pytest.mark.skipif(
 )
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
-)
-has_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))),
-    reason="needs a C++ compiler: torch.compile's inductor builds C++ on the CPU",
 )
 some_layers = pytest.mark.parametrize(
     "layer", [LAYERS[n] for n in SOME_LAYERS], ids=SOME_LAYERS

@@ -1,7 +1,6 @@
 """functional: BP2-BP4 by hand are the derivatives, in every shape, layout and mode."""
 
 import itertools
-import shutil
 import weakref
 
 import bounds
@@ -22,6 +21,7 @@ from cases import (
     check_raw_shapes,
     check_second,
     check_untouched,
+    has_compiler,
     operands,
     rand,
     raw_gradients,
@@ -60,10 +60,6 @@ all_masks = pytest.mark.parametrize(
     "mask",
     MASKS,
     ids=lambda mask: "".join("xWb"[i] for i in range(3) if mask[i]) or "-",
-)
-has_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))),
-    reason="needs a C++ compiler: torch.compile's inductor builds C++ on the CPU",
 )
 DEVICES = [
     "cpu",
@@ -762,8 +758,10 @@ def test_slopes_are_right_where_neurons_saturate(layer, slope, dtype):
     for g in (1.0, 0.3):
         (grad,) = torch.autograd.grad(a, x, torch.full_like(a, g), retain_graph=True)
         expected = torch.tensor(g, dtype=dtype).double() * slope(a.detach().double())
-        # Of the a that was saved, so with σ' in full: g, up to three products, sums.
-        bounds.assert_within(grad, expected, bounds.units(4, dtype, expected))
+        # σ' of the a that is saved: three products and a difference. Where a processor
+        # has no product and difference in one, that of a and a rounds first, next to 1.
+        off = bounds.units(4, dtype, expected) + bounds.units(0.5, torch.float32, g)
+        bounds.assert_within(grad, expected, off)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

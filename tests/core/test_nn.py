@@ -4,7 +4,6 @@ import copy
 import functools
 import io
 import pickle
-import shutil
 
 import bounds
 import pytest
@@ -18,6 +17,7 @@ from cases import (
     Square,
     all_layers,
     assert_raises_one_line,
+    has_compiler,
     rand,
 )
 from torch import nn
@@ -374,10 +374,7 @@ def test_per_example_gradients_through_torch_func(activation):
         assert_close(each[name].mean(0), p.grad)
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))),
-    reason="needs a C++ compiler: torch.compile's inductor builds C++ on the CPU",
-)
+@has_compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_whole_step_compiles():
     model = torchbp.MLP([4, 3, 2], "tanh", "identity")

@@ -249,7 +249,9 @@ def test_deep_networks_are_trained_by_both_engines() -> None:
         torch.testing.assert_close(explicit.step(X, Y), autograd.step(X, Y))
     changes = 2e-3 * bounds.network(torch.float32, longest=7, layers=DEPTH)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        bounds.assert_within(a, b, bounds.trained(2) * float(b.norm()) + changes)
+        bounds.assert_within(
+            a, b, bounds.trained(2) * float(b.detach().norm()) + changes
+        )
     assert explicit.epoch(X, Y, batch_size=3).isfinite()
     assert copy.deepcopy(explicit).step(X, Y).isfinite()
 
