@@ -87,8 +87,9 @@ def tolerances(source: str) -> list[str]:
     return found
 
 
-# One of the wrong Functions returns other last bits at every second call.
-ALLOWED = {"zoo.py": 1}
+# One of the wrong Functions returns other last bits at every second call, another has a
+# constant that vanishes in float32.
+ALLOWED = {"wrong_functions.py": 2}
 
 
 def test_no_tolerance_stands_anywhere_else() -> None:
