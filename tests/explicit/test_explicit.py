@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchbp
 from torchbp import ExplicitSGD, backprop
+from torchbp.explicit.engine import EXAMPLES_AT_ONCE
 from torchbp.training.trainer import AutogradSGD
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -725,7 +726,7 @@ def test_parameters_that_share_memory_are_refused():
 
 
 def test_an_interrupt_while_the_calls_are_made_leaves_no_old_rate(monkeypatch):
-    from torchbp.explicit.steps import Steps
+from torchbp.explicit.steps import Steps
 
     a, b = twins([5, 4, 3])
     cost, x, y = torchbp.QuadraticCost(), torch.rand(6, 5), torch.rand(6, 3)
@@ -869,7 +870,7 @@ def test_no_buffer_has_outputs_times_outputs(name, integers):
         engine.epoch(x, y, 5)
         for _ in engine.steps(x, y, torch.randperm(12), 2):
             pass
-    assert K < largest.numbers <= 250 * K < K * K
+    assert K < largest.numbers <= EXAMPLES_AT_ONCE * K < K * K
 
 
 def test_buffers_of_few_batch_sizes_are_kept():
