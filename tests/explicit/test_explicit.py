@@ -726,7 +726,7 @@ def test_parameters_that_share_memory_are_refused():
 
 
 def test_an_interrupt_while_the_calls_are_made_leaves_no_old_rate(monkeypatch):
-from torchbp.explicit.steps import Steps
+    from torchbp.explicit.steps import Steps
 
     a, b = twins([5, 4, 3])
     cost, x, y = torchbp.QuadraticCost(), torch.rand(6, 5), torch.rand(6, 3)
