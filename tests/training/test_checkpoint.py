@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torchbp
+from torchbp._files import TEMPORARY
 from torchbp.data.sets import Split, Splits
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
@@ -706,7 +707,7 @@ def test_the_name_of_a_temporary_file_is_one_that_is_removed(tmp_path, monkeypat
     folder.write(settings={})
     assert len(seen) == 4
     for name in seen:
-        match = checkpoint.TEMPORARY.fullmatch(name)
+        match = TEMPORARY.fullmatch(name)
         assert match is not None and int(match[1]) == os.getpid()
 
 

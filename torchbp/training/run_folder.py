@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torchbp._files import TEMPORARY, write_atomically
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
 
@@ -108,7 +109,7 @@ class RunFolder:
         """Write each of the keyword arguments `contents` as ``<key>.json``."""
         for name, content in contents.items():
             text = json.dumps(content, indent=2, default=str) + "\n"
-            checkpoint.write_atomically(self.path / f"{name}.json", text.encode())
+            write_atomically(self.path / f"{name}.json", text.encode())
 
     def read(self, name: str) -> Any:
         """What :meth:`write` wrote under `name`.
@@ -157,7 +158,7 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Remove the temporary files of processes that are no more."""
         for path in self.path.iterdir():
-            match = checkpoint.TEMPORARY.fullmatch(path.name)
+            match = TEMPORARY.fullmatch(path.name)
             if match and not _is_another_alive(int(match[1])):
                 with contextlib.suppress(OSError):
                     path.unlink()
