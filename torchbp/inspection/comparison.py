@@ -273,7 +273,7 @@ class _Comparer:
         # The calls that C depends on, by their numbers.
         self.numbers = self._matched()
         self.takes = cost.takes
-        self.chain = _is_chain(model)
+        self.chain = is_chain(model)
 
     def _check_repeatable(self) -> None:
         """Refuse what differs from one pass to the next: nothing could be compared."""
@@ -550,7 +550,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return own
 
 
-def _is_chain(model: nn.Module) -> bool:
+def is_chain(model: nn.Module) -> bool:
     """Whether each layer of ours feeds the next, and nothing else, by the structure:
     what comes before the first of an ``nn.Sequential`` may be anything."""
     if model._forward_hooks or model._forward_pre_hooks:
@@ -558,10 +558,10 @@ def _is_chain(model: nn.Module) -> bool:
     if isinstance(model, BPLinear):
         return True
     if type(model) is MLP:
-        return all(map(_is_chain, model.layers))
+        return all(map(is_chain, model.layers))
     if type(model) is not nn.Sequential:
         return False
     rest = list(model)
     while rest and not any(isinstance(m, BPLinear) for m in rest[0].modules()):
         rest.pop(0)
-    return bool(rest) and all(map(_is_chain, rest))
+    return bool(rest) and all(map(is_chain, rest))

@@ -451,15 +451,25 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
     """
     check_takes(model, cost)
     # A native network is seen through a twin of our layers on the same parameters.
-    twin = from_native(model)
-    input = input.detach().requires_grad_()
-    with evaluating(twin), torch.enable_grad(), observe(twin) as trace:
-        C = cost(twin(input), target)
+    return list(backward_pass(from_native(model), cost, input, target)[0])
+
+
+def backward_pass(
+    model: nn.Module, cost: Any, input: Tensor, target: Tensor
+) -> tuple[Trace, Tensor, Tensor]:
+    """Run `model` and `cost` once, forward and backward, in evaluation mode; return the
+    trace, the model's output and C. No ``.grad`` is touched."""
+    input = input.detach()
+    if input.is_floating_point():
+        input = input.requires_grad_()
+    with evaluating(model), torch.enable_grad(), observe(model) as trace:
+        output = model(input)
+        C = cost(output, target)
         # The gradient of the input alone: the sweep passes every layer on its way
         # there. Behind features that no_grad hides, that of the parameters.
-        if C.requires_grad and not _sweep(C, [input]):
-            _sweep(C, [p for p in twin.parameters() if p.requires_grad])
-    return list(trace)
+        if C.requires_grad and not (input.requires_grad and _sweep(C, [input])):
+            _sweep(C, [p for p in model.parameters() if p.requires_grad])
+    return trace, output.detach(), C.detach()
 
 
 def _sweep(C: Tensor, leaves: list[Any]) -> bool:

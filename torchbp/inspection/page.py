@@ -1,0 +1,271 @@
+"""A recorded backward pass as one HTML file: the page a lesson can be given with.
+
+The file holds everything: numbers, script and style. Its Content-Security-Policy
+forbids every request. `page.html` is the template, `page.js` computes and draws,
+`page.css` is the style; this module records the pass and writes the three into one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchbp import costs, functional
+from torchbp._files import write_atomically
+from torchbp._version import __version__
+from torchbp.explicit import check_rates
+from torchbp.inspection.comparison import is_chain
+from torchbp.inspection.observation import Record, backward_pass
+from torchbp.nn import ACTIVATIONS, BPLinear, check_takes
+
+__all__ = ["save_page"]
+
+# Up to so many weights, the page has the recorded gradients themselves and lets the
+# reader change the network; above, it has their norms and forms them from δ and a.
+FEW_WEIGHTS = 500
+MOST_NUMBERS = 5_000_000  # 27 MB as float32
+SIGMAS = {layer.function: name for name, layer in ACTIVATIONS.items()}
+COSTS = {
+    costs.QuadraticFunction: "quadratic",
+    costs.CrossEntropyFunction: "cross-entropy",
+    costs.LogLikelihoodFunction: "log-likelihood",
+}
+
+
+def save_page(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    cost: Any,
+    input: Tensor,
+    target: Tensor,
+    lr: float,
+) -> None:
+    """Record one forward and backward pass of `model`, and write the page about it.
+
+    The page goes through the pass equation by equation, BP1-BP4 and the update, with
+    the numbers of any neuron, weight and example put in. A chain of built-in layers
+    with up to 500 weights, and a built-in cost, can also be changed and trained there.
+    Before anything else, the page recomputes what was recorded, in float64, and shows a
+    warning where the two differ.
+
+    The pass runs in evaluation mode; the model, its ``.grad`` and its mode stay as they
+    are. Of other modules between our layers the page says only that they are there.
+
+    Args:
+        path: of the file, which is written whole or not at all.
+        model: any module with layers of ours.
+        cost: of this package, or any callable with `takes`.
+        input, target: what the model and the cost take: a mini-batch, since all of it
+            is in the file.
+        lr: η, for the update.
+
+    Raises:
+        TypeError: an argument is of another type, or the cost does not say what it
+            takes.
+        ValueError: `model` has no layer of ours, is compiled, or none of its layers
+            takes part in C; the cost does not fit the last layer; the batch has no
+            example, or the page would hold more than 5 million numbers; `lr` is
+            negative or not finite.
+        RuntimeError: under torch.compile or a torch.func transform.
+        OSError: the file cannot be written.
+
+    Examples:
+        >>> import tempfile, torch, torchbp
+        >>> model = torchbp.MLP([2, 3, 1])
+        >>> x, y = torch.rand(5, 2), torch.rand(5, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_page(f"{folder}/step.html", model, torchbp.QuadraticCost(), x, y, 3)
+        ...     Path(folder, "step.html").read_text(encoding="utf-8")[:15]
+        '<!doctype html>'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    check_takes(model, cost)
+    costs.check_tensors(input, target)
+    check_rates(lr, 0.0, model)
+    content = _content(model, cost, input, target)
+    content["lr"] = float(lr)
+    write_atomically(path, _page(content).encode(errors="xmlcharrefreplace"))
+
+
+def _content(
+    model: nn.Module, cost: Any, input: Tensor, target: Tensor
+) -> dict[str, Any]:
+    """What the page is about, ready for JSON."""
+    for name, t in (("input", input), ("target", target)):
+        if t.numel() == 0:
+            raise ValueError(
+                f"{name}: expected at least one example, got shape {tuple(t.shape)}"
+            )
+    trace, output, C = backward_pass(model, cost, input, target)
+    records = list(trace)
+    if all(record.delta is None for record in records):
+        raise ValueError("model: expected layers of ours that C depends on, got 0")
+    chain = is_chain(model)
+    weights = sum(record.weight.numel() for record in records)
+    layers = [
+        _layer(model, record, above, chain, weights <= FEW_WEIGHTS)
+        for record, above in zip(records, [None, *records], strict=False)
+    ]
+    function = getattr(cost, "function", None)
+    y = costs.target_rows(output, target) if function is not None else None
+    limits = [torch.finfo(record.a.dtype) for record in records]
+    content = {
+        "version": __version__,
+        "title": f"{type(model).__name__} {_sizes(records)}",
+        "dtype": str(records[-1].a.dtype).removeprefix("torch."),
+        "eps": max(limit.eps for limit in limits),
+        "tiny": max(limit.tiny for limit in limits),
+        "max": min(limit.max for limit in limits),
+        "chain": chain,
+        "shared": _share_parameters(model, records),
+        "few": weights <= FEW_WEIGHTS,
+        "cost": COSTS.get(function),  # type: ignore[arg-type]
+        "cost_name": getattr(cost, "__name__", type(cost).__name__),
+        "takes": cost.takes,
+        "C": _packed(C),
+        "n": output.shape[:-1].numel(),
+        "Y": _packed(_rows(y)),
+        "labels": None if target.is_floating_point() else target.flatten().tolist(),
+        "others": _others(model, records),
+        "layers": layers,
+    }
+    numbers = _count(content)
+    if numbers > MOST_NUMBERS:
+        raise ValueError(
+            f"input: expected a network and a batch of at most {MOST_NUMBERS:,} numbers "
+            f"in all, got {numbers:,}"
+        )
+    return content
+
+
+def _sizes(records: list[Record]) -> str:
+    sizes = [records[0].x.shape[-1], *(record.a.shape[-1] for record in records)]
+    return str(sizes)
+
+
+def _layer(
+    model: nn.Module, record: Record, above: Record | None, chain: bool, is_small: bool
+) -> dict[str, Any]:
+    """One call of one layer. `above` is the call before it, if there is one."""
+    linked = above is not None and (
+        chain or (above.a.shape == record.x.shape and torch.equal(above.a, record.x))
+    )
+    layer = model.get_submodule(record.name)
+    name = SIGMAS.get(record.function)
+    content: dict[str, Any] = {
+        "name": record.name or "(model)",
+        "kind": type(layer).__name__,
+        "sigma": name,
+        "max_slope": record.function.max_slope,
+        "linked": linked,
+        "trains": [
+            p is not None and p.requires_grad for p in (layer.weight, layer.bias)
+        ],
+        "W": _packed(record.weight),
+        "b": _packed(record.bias),
+    }
+    for quantity in ("z", "a", "delta", "grad_a"):
+        content[quantity] = _packed(_rows(getattr(record, quantity)))
+    content["s"] = _packed(_rows(record.sigma_prime))
+    content["x"] = None if linked else _packed(_rows(record.x))
+    for key, quantity in (("grad_W", "grad_weight"), ("grad_b", "grad_bias")):
+        content[key] = _packed(getattr(record, quantity)) if is_small else None
+        content[f"{key}_norm"] = _norm(record, quantity)
+    return content
+
+
+def _norm(record: Record, quantity: str) -> dict[str, Any] | None:
+    norm = record.norm(quantity)
+    return None if norm is None else _packed(torch.tensor(norm, dtype=torch.float64))
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else functional.as_rows(t)
+
+
+def _packed(t: Tensor | None) -> dict[str, Any] | None:
+    """A tensor's shape and its numbers, little-endian, in base64: exact and short, and
+    NaN and infinities, which JSON lacks, included."""
+    if t is None:
+        return None
+    code, name = ("d", "f8") if t.dtype == torch.float64 else ("f", "f4")
+    numbers = t.detach().to(device="cpu", dtype=torch.float64).flatten().tolist()
+    data = struct.pack(f"<{len(numbers)}{code}", *numbers)
+    return {"shape": list(t.shape), name: base64.b64encode(data).decode()}
+
+
+def _count(content: Any) -> int:
+    """How many numbers the packed tensors in `content` hold."""
+    if isinstance(content, dict):
+        shape = content.get("shape")
+        if shape is not None:
+            return int(torch.Size(shape).numel())
+        return sum(map(_count, content.values()))
+    return sum(map(_count, content)) if isinstance(content, list) else 0
+
+
+def _share_parameters(model: nn.Module, records: list[Record]) -> bool:
+    """Whether two of the calls have a parameter in common."""
+    layers = [model.get_submodule(record.name) for record in records]
+    used = [id(p) for layer in layers for p in layer.parameters()]
+    return len(set(used)) < len(used)
+
+
+def _others(model: nn.Module, records: list[Record]) -> list[str]:
+    """The modules that the page does not draw, and what they are."""
+    recorded = {record.name for record in records}
+    result = []
+    for name, module in model.named_modules():
+        is_ours = isinstance(module, BPLinear)
+        if not name or (is_ours and name in recorded) or isinstance(module, nn.Identity):
+            continue
+        inside = any(name.startswith(f"{n}.") for n in recorded)  # a parametrization
+        if not inside and (is_ours or not list(module.children())):
+            note = " (not called)" if is_ours else ""
+            result.append(f"{name}: {type(module).__name__}{note}")
+    return result
+
+
+def _page(content: dict[str, Any]) -> str:
+    """The template with the numbers, the script and the style in their places."""
+    here = Path(__file__)
+    template, script, style = (
+        here.with_suffix(suffix).read_text(encoding="utf-8")
+        for suffix in (".html", ".js", ".css")
+    )
+    data = json.dumps(content, allow_nan=False)
+    # Within <script>, "</script>" and "<!--" mean something to HTML whatever the type.
+    data = data.replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(content["title"]),
+        "policy": _policy(script, style),
+        "style": style,
+        "script": script,
+        "data": data,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _policy(script: str, style: str) -> str:
+    """The Content-Security-Policy: this script and this style run, and nothing may be
+    requested from anywhere."""
+    hashes = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (script, style)
+    ]
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; "
+        f"style-src 'sha256-{hashes[1]}'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'"
+    )
