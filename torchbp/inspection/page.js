@@ -41,7 +41,6 @@ const COSTS = {
     of: (a, y) => sum(a.map((a_j, j) => (y[j] - a_j) ** 2)) / 2,
     nabla: (a, y) => a.map((a_j, j) => a_j - y[j]),
     terms: (a, y) => a.map((a_j, j) => Math.abs(a_j) + Math.abs(y[j])),
-    text: "½ Σ_{j} (y_{j} − a_{j})^{2}",
   },
   "cross-entropy": {
     of: (z, y) => -sum(z.map((z_j, j) => (y[j] && y[j] * lnLogistic(z_j))
@@ -50,7 +49,6 @@ const COSTS = {
     terms: (z, y) => z.map((z_j, j) =>
       Math.abs(1 - y[j]) * logistic(z_j) + Math.abs(y[j]) * logistic(-z_j)),
     answer: (z) => z.map(logistic), sigma: "sigmoid",
-    text: "−Σ_{j} [y_{j} ln a_{j} + (1 − y_{j}) ln(1 − a_{j})]",
   },
   "log-likelihood": {
     of: (z, y) => sum(softmax(z).map((a_j, j) => y[j] && -y[j] * Math.log(a_j))),
@@ -59,7 +57,6 @@ const COSTS = {
     terms: (z, y) => softmax(z).map((a_j, j) => (1 + 2 * Math.max(...sizes(z)))
       * (a_j * sum(sizes(y)) + Math.abs(y[j]))),
     answer: softmax, sigma: "softmax",
-    text: "−Σ_{j} y_{j} ln a_{j}",
   },
 };
 
@@ -110,46 +107,42 @@ function descend({ layers, pass, lr }) {
 
 // ---------------------------------------------------------------------------- what was recorded
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
-
-function numbers(packed) {
-  const { buffer } = Uint8Array.from(atob(packed.f8 ?? packed.f4), (c) => c.charCodeAt(0));
-  return Array.from(packed.f8 === undefined ? new Float32Array(buffer) : new Float64Array(buffer));
+function numbers({ f4, f8 }) {
+  const { buffer } = Uint8Array.from(atob(f4 ?? f8), (c) => c.charCodeAt(0));
+  return Array.from(f4 === undefined ? new Float64Array(buffer) : new Float32Array(buffer));
 }
 
-function matrix(packed, factor = 1) {
+function matrix(packed, scale = 1) {
   if (!packed) return null;
-  const all = numbers(packed).map((v) => v * factor), [rows, columns] = packed.shape;
-  return range(rows).map((i) => all.slice(i * columns, (i + 1) * columns));
+  const all = numbers(packed).map((v) => v * scale), [rows, width] = packed.shape;
+  return range(rows).map((i) => all.slice(i * width, (i + 1) * width));
 }
 
-function recordedNetwork() {
-  const layers = DATA.layers.map((r) => (
-    { ...r, W: matrix(r.W), b: r.b && numbers(r.b), label: r.sigma ?? r.kind }));
+// The network as it was recorded: `pass` holds what backprop would return.
+function load(recorded) {
+  const layers = recorded.layers.map((r) => ({ ...r, W: matrix(r.W), b: r.b && numbers(r.b) }));
   const passed = [];
-  for (const r of DATA.layers) {
-    const n = r.a.shape[0], here = { x: r.x ? matrix(r.x) : passed.at(-1).a, z: matrix(r.z),
+  for (const r of recorded.layers) {
+    const n = r.a.shape[0], here = { x: matrix(r.x) ?? passed.at(-1).a, z: matrix(r.z),
       a: matrix(r.a), s: matrix(r.s), delta: matrix(r.delta, n), grad_a: matrix(r.grad_a, n) };
     if (here.delta) addGradients(here);
     passed.push(here);
   }
-  const known = layers.every(({ sigma, delta }) => sigma && delta) && DATA.cost;
-  return { layers, lr: DATA.lr, n: DATA.n, chain: DATA.chain, cost: DATA.cost,
-    labels: DATA.labels, X: passed[0].x, Y: matrix(DATA.Y), recorded: true,
-    live: Boolean(known && DATA.chain && DATA.few && !DATA.shared),
-    pass: { C: numbers(DATA.C)[0], layers: passed } };
+  return { ...recorded, layers, isRecorded: true, X: passed[0].x, Y: matrix(recorded.Y),
+    pass: { C: numbers(recorded.C)[0], layers: passed } };
 }
 
 // Recompute each recorded number from those that it is made of; return those that are farther
 // off than 8 ε Σ|terms|, from the output down, and how many were compared.
-function check({ layers, pass, cost, chain, Y }) {
+function check({ layers, pass, cost, chain, Y, eps, tiny, max }) {
   const misses = [], last = layers.length - 1, ours = chain && COSTS[cost];
   let count = 0;
   const test = (equation, l, name, recorded, exact, terms) => {
-    const expected = Math.abs(exact) > DATA.max ? Math.sign(exact) * Infinity : exact;
-    const isClose = Math.abs(recorded - expected) <= 8 * DATA.eps * terms + DATA.tiny;
-    if (!isClose && !Object.is(recorded, expected)) misses.push({ equation, l, name, recorded, expected });
+    const expected = Math.abs(exact) > max ? Math.sign(exact) * Infinity : exact;
+    const isClose = Math.abs(recorded - expected) <= 8 * eps * terms + tiny;
     count += 1;
+    if (isClose || Object.is(recorded, expected)) return;
+    misses.push({ equation, l, name, recorded, expected });
   };
   const each = (M, f) => M?.forEach((v, i) => v.forEach((value, j) => f(value, i, j)));
   const at = (symbol, l, i, j) => `${index(symbol, l, j)} of example ${i + 1}`;
@@ -178,7 +171,7 @@ function check({ layers, pass, cost, chain, Y }) {
       test("feedforward", l, at("a", l, i, j), a, of(here.z[i][j]), Math.abs(of(here.z[i][j])));
       test("σ'", l, at("σ'", l, i, j), here.s[i][j], prime(a), terms(a));
     });
-    if (here.delta) checkGradients(DATA.layers[l], here, l, test);
+    if (here.delta) checkGradients(layers[l], here, l, test);
   });
   return { misses, count };
 }
@@ -200,9 +193,10 @@ function checkGradients(r, here, l, test) {
 
 const byId = (id) => document.getElementById(id);
 const minus = (text) => text.replaceAll("-", "−");
-const high = (n) => String(n).replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).replace("-", "⁻");
-const low = (n) => String(n).replace(/\d/g, (d) => "₀₁₂₃₄₅₆₇₈₉"[d]);
-const pair = (j, k) => (k === undefined ? `${j + 1}` : `${j + 1}${j > 8 || k > 8 ? "," : ""}${k + 1}`);
+const high = (n) => `${n}`.replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).replace("-", "⁻");
+const low = (n) => `${n}`.replace(/\d/g, (d) => "₀₁₂₃₄₅₆₇₈₉"[d]);
+const pair = (j, k) => [j, k].filter((i) => i !== undefined).map((i) => i + 1)
+  .join(Math.max(j, k) > 8 ? "," : "");
 const index = (symbol, l, j, k) => `${symbol}${high(l + 1)}${low(pair(j, k))}`;
 const term = (symbol, l, j, k) => `${symbol}^{${l + 1}}_{${pair(j, k)}}`;
 
@@ -241,149 +235,45 @@ function formula(text) {
   return make("span", { class: "math" }, ...pieces);
 }
 
-// ---------------------------------------------------------------------------- lessons, state
+// ---------------------------------------------------------------------------- the state
 
-function lessonNetwork(parts, X, Y, lr) {
-  const layers = parts.map(([W, b], l) => (
-    { W, b, sigma: "sigmoid", label: "sigmoid", linked: l > 0, trains: [true, true] }));
-  const net = { layers, X, Y, lr, cost: "quadratic", chain: true, live: true, n: X.length };
-  return { ...net, pass: backprop(net) };
-}
-const patterned = (n_out, n_in, l) => [range(n_out).map((j) =>
-  range(n_in).map((k) => ((5 * j + 3 * k + 2 * l) % 7 - 2) / 3)), range(n_out).map((j) => (j - 1) / 4)];
-
-const LESSONS = [{
-  title: "A saturated neuron",
-  make: () => lessonNetwork([[[[2]], [2]]], [[1]], [[0]], 0.15),
-  text: "One sigmoid neuron is to turn the input 1 into the answer 0. It starts with weight 2 and "
-    + "bias 2 and answers 0.98, as wrong as can be. Does it learn fast, then?",
-  steps: [
-    ["Look at its error. BP1 multiplies how wrong the answer is, a − y = 0.98, by σ'(z), the slope "
-      + "of σ. The neuron is saturated: it sits where σ is flat, and of 0.98 only 0.017 is left.",
-    "Show BP1", () => start("quadratic")],
-    ["Train it. Each step is η times the error times the input, so a hundred steps change the "
-      + "answer little, although it is still wrong.",
-    "100 steps, quadratic cost", () => start("quadratic", 100)],
-    ["The same start with the cross-entropy cost. Its ∂C/∂a is (a − y) / (a (1 − a)), and a (1 − a) "
-      + "is σ': in BP1 the two cancel, and the error is a − y = 0.98 itself.",
-    "Show BP1 with cross-entropy", () => start("cross-entropy")],
-    ["Train again. Now the neuron learns fastest when it is most wrong. Compare the two curves.",
-      "100 steps, cross-entropy", () => start("cross-entropy", 100)],
-  ],
-}, {
-  title: "Vanishing gradients",
-  make: () => lessonNetwork([[3, 2], [3, 3], [3, 3], [3, 3], [1, 3]].map(([n_out, n_in], l) =>
-    patterned(n_out, n_in, l)), [[0.9, 0.4]], [[0]], 1),
-  text: "Five layers of sigmoid neurons. The output has an error; the layers before it learn from "
-    + "what BP2 passes back to them.",
-  steps: [
-    ["Go back layer by layer. Each time, the error is multiplied by weights of about 1 and by σ', "
-      + "which is never above ¼. The colours have one scale for all layers: see them fade.",
-    "Show BP2 at layer 1", () => goTo("bp2", 0)],
-    ["Read the table: each layer's ‖δ‖ is a fraction of that of the layer above.",
-      "Show the table", () => { goTo("bp4", 0); byId("layers").focus(); }],
-    ["Train. The last layer's weights move, the first layer's hardly do: compare the column "
-      + "η‖∂C/∂W‖ / ‖W‖.", "100 steps", () => train(100)],
-  ],
-}, {
-  title: "A dead input",
-  make: () => lessonNetwork([[[[0.8, -0.6], [-0.5, 0.9]], [0.1, -0.2]], [[[1.2, -0.9]], [0.3]]],
-    [[0.7, 0]], [[0]], 1),
-  text: "Two inputs, and the second is 0, as are most pixels at the edge of a picture.",
-  steps: [
-    ["BP4: a weight's gradient is the error where it ends times the activation where it starts. "
-      + "Input 2 is 0, so its two weights have gradient 0, however large the errors are.",
-    "Show BP4 at layer 1", () => goTo("bp4", 0, 0, 1)],
-    ["Train. The two weights stay as they were, to the last digit.",
-      "100 steps", () => { train(100); goTo("bp4", 0, 0, 1); }],
-    ["Switch the input on. Now its weights have gradients, and learn.", "Set input 2 to 0.8",
-      () => { state.net.X[0][1] = 0.8; changed(); goTo("bp4", 0, 0, 1); }],
-  ],
-}];
-
-// What is looked at: a lesson (-1: what was recorded), a step, an example or "mean", neuron j of
-// layer l (l < 0: input j of layer -1 - l), and the k of a weight into it. The first of `runs`
-// is the training that goes on.
-const state = { lesson: -1, net: null, steps: [], step: 0, example: 0, l: 0, j: 0, k: null, runs: [] };
-
-function open(lesson) {
-  state.runs = [];
-  Object.assign(state, { lesson, step: 0, example: 0, l: 0, j: 0, k: null });
-  reset();
-  goToStep(0);
-}
-
-function reset() {
-  state.net = state.lesson < 0 ? recordedNetwork() : LESSONS[state.lesson].make();
-  state.steps = makeSteps();
-  newRun();
-  controls();
-  paint();
-}
-
-function newRun() {
-  const { cost, lr, pass } = state.net, earlier = state.runs.filter(({ C }) => C.length > 1);
-  state.runs = [{ label: `${cost}, η ${lr}`, C: [pass.C] }, ...earlier].slice(0, 4);
-}
-
-function changed() {
-  state.net.recorded = false;
-  state.net.pass = backprop(state.net);
-  newRun();
-  paint();
-}
-
-function train(steps) {
-  const { net, runs } = state;
-  net.recorded = false;
-  for (let i = 0; i < steps && Number.isFinite(net.pass.C); i++) {
-    descend(net);
-    net.pass = backprop(net);
-    runs[0].C.push(net.pass.C);
-  }
-  knobs();
-  paint();
-}
-
-function useCost(cost) {
-  state.net.cost = cost;
-  state.net.layers.at(-1).sigma = COSTS[cost].answer ? "identity" : "sigmoid";
-  state.steps = makeSteps();
-  changed();
-  controls();
-}
-
-function start(cost, steps = 0) {
-  reset();
-  useCost(cost);
-  goTo("bp1", output());
-  if (steps) train(steps);
-}
+// What is looked at: a network (0: the reader's own; then the lessons), a step, an example or
+// "mean", neuron j of layer l (l < 0: input j of layer -1 - l) and the k of a weight into it.
+// The first of `runs` is the training that goes on.
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const state = { which: 0, net: null, step: 0, example: 0, l: 0, j: 0, k: null, runs: [] };
 
 const output = () => state.net.layers.length - 1;
-const step = () => state.steps[state.step];
+const steps = () => state.net.steps[state.net.cost];
+const step = () => steps()[state.step];
+const stepOf = (kind, l) => steps().findIndex((each) =>
+  each.kind === kind && (each.l === l || kind === "update"));
+const isReached = (kind, l) => stepOf(kind, l) >= 0 && stepOf(kind, l) <= state.step;
 const costOf = (l) => (l === output() && state.net.chain ? COSTS[state.net.cost] : undefined);
 const sigmaOf = (l) => SIGMA[costOf(l)?.sigma ?? state.net.layers[l].sigma];
-const steepest = (l) => sigmaOf(l)?.most ?? state.net.layers[l].max_slope ?? 1;
+const steepest = (l) => sigmaOf(l)?.most ?? state.net.layers[l].max_slope;
 const isSaturated = (l, s) => Math.abs(s) < 0.05 * steepest(l);
+const sourceOf = (l) => (l < 0 ? null : state.net.layers[l].linked ? l - 1 : -1 - l);
 const isMean = (l) => state.net.n > 1
   && (state.example === "mean" || state.net.pass.layers[l].a.length !== state.net.n);
-const chosen = (M, l) => (isMean(l) ? mean(M) : M[state.example]);
-const target = () => (state.example === "mean" ? mean(state.net.Y) : state.net.Y[state.example]);
+const ofChosen = (M, l) => (isMean(l) ? mean(M) : M[state.example]);
+const target = () => state.net.Y && ofChosen(state.net.Y, output());
 
-// A quantity of layer l, of the chosen example or its mean over all; null if it was not recorded.
+// A quantity of layer l, of the chosen example or its mean; null if it was not recorded.
 function seen(l, name) {
   const here = state.net.pass.layers[l], answer = costOf(l)?.answer;
-  if (answer && name === "a") return chosen(here.a.map(answer), l);
+  if (name === "grad_b") return here.grad_b;
+  if (answer && name === "a") return ofChosen(here.a.map(answer), l);
   if (answer && name === "s") {
-    return chosen(here.a.map((v) => answer(v).map(sigmaOf(l)?.prime ?? (() => 1))), l);
+    return ofChosen(here.a.map((v) => answer(v).map(sigmaOf(l)?.prime ?? (() => NaN))), l);
   }
-  return here[name] && chosen(here[name], l);
+  return here[name] && ofChosen(here[name], l);
 }
 
 // The neurons of layer l, or its inputs, by the sizes of their errors or else activations.
 function important(l, isInput = false) {
-  const { x, a, delta } = state.net.pass.layers[l], v = mean((isInput ? x : delta ?? a).map(sizes));
+  const { x, a, delta } = state.net.pass.layers[l];
+  const v = mean((isInput ? x : delta ?? a).map(sizes));
   return range(v.length).sort((i, j) => v[j] - v[i] || i - j);
 }
 
@@ -393,429 +283,459 @@ function select(l, j, k = null) {
     const x = sizes(seen(l, "x"));
     state.k = x.indexOf(Math.max(...x));
   }
-  knobs();
-  paint();
+  drawKnobs();
+  draw();
 }
 
 function goToStep(i) {
-  state.step = Math.max(0, Math.min(state.steps.length - 1, i));
-  const { kind, l } = step(), stays = state.l === l || kind === "update";
-  select(stays ? state.l : l, stays ? state.j : important(l)[0], stays ? state.k : null);
+  state.step = Math.max(0, Math.min(steps().length - 1, i));
+  const { kind, l } = step();
+  if (state.l === l || kind === "update") select(state.l, state.j, state.k);
+  else select(l, important(l)[0]);
 }
 
-function goTo(kind, l, j, k) {
-  goToStep(stepOf(kind, l));
-  if (j !== undefined) select(l, j, k);
+function open(which) {
+  Object.assign(state, { which, step: 0, example: 0, l: 0, j: 0, k: null, runs: [] });
+  reset();
+  goToStep(0);
 }
 
-// ---------------------------------------------------------------------------- the steps
+function reset() {
+  state.net = load(DATA.networks[state.which]);
+  newRun();
+  drawControls();
+  draw();
+}
 
-const PHASES = { forward: "Forward", cost: "Forward", bp1: "Backward", bp2: "Backward",
-  bp3: "Gradients", bp4: "Gradients", update: "Update" };
-const TEXTS = {
-  forward: "Each neuron adds up what arrives, weighted, and its bias: that is its weighted input z. "
-    + "σ makes its activation a of it.",
-  cost: "How wrong the answers are, as one number: the mean over the examples of what each of them "
-    + "costs. Learning means to bring it down.",
-  bp1: "The error δ says how fast the cost changes with z: how fast it changes with the activation, "
-    + "times the slope of σ there. Where σ is flat, the neuron is saturated: its error is small "
-    + "however wrong its answer is.",
-  cancels: "The error δ says how fast the cost changes with z. With this cost σ' cancels: the error "
-    + "is how wrong the answer is, and a saturated neuron learns fast if it is wrong.",
-  bp2: "The error goes back along the same weights, from right to left: each neuron adds up the "
-    + "errors of the neurons that it feeds, weighted, and multiplies the sum by its own σ'.",
-  half: "∂C/∂a arrived from above, through whatever lies there; the layer multiplies it by σ'.",
-  bp3: "The error is the gradient by the bias. Over a mini-batch it is the mean of the examples'.",
-  bp4: "The error where the weight ends times the activation where it starts. A weight from a "
-    + "neuron that is off, or into one without an error, learns nothing.",
-  update: "Every weight and bias moves a little against its gradient, all at the same time.",
-};
+function newRun() {
+  const { cost, lr, pass } = state.net, earlier = state.runs.filter(({ C }) => C.length > 1);
+  state.runs = [{ label: `${cost}, η ${number(lr)}`, C: [pass.C] }, ...earlier].slice(0, 4);
+}
 
-function makeSteps() {
-  const { layers, chain, cost, pass } = state.net, last = layers.length - 1, steps = [];
-  const add = (kind, l, title, equation, text = TEXTS[kind]) =>
-    steps.push({ kind, l, title, equation, text });
-  const ours = chain && COSTS[cost], n = (l) => `^{${l + 1}}`;
-  const into = (l) => (layers[l].linked || l === 0 ? `a^{${l}}` : `x^{${l + 1}}`);
-  const back = range(last + 1).reverse().filter((l) => pass.layers[l].delta);
-  layers.forEach((_, l) => add("forward", l, `Feedforward: layer ${l + 1}`,
-    `z${n(l)} = W${n(l)} ${into(l)} + b${n(l)},  a${n(l)} = σ(z${n(l)})`));
-  add("cost", last, "The cost", `C = 1/n Σ_{x} C_{x},  C_{x} = ${ours?.text ?? DATA.cost_name}`);
-  for (const l of back) {
-    const gate = ` ⊙ σ'(z${n(l)})`, cancels = l === last && ours?.answer;
-    if (cancels) add("bp1", l, "BP1: the error of the output", `δ${n(l)} = a${n(l)} − y`, TEXTS.cancels);
-    else if (l === last && chain) add("bp1", l, "BP1: the error of the output", `δ${n(l)} = ∇_{a} C${gate}`);
-    else if (chain) add("bp2", l, `BP2: the error of layer ${l + 1}`,
-      `δ${n(l)} = ((W${n(l + 1)})ᵀ δ${n(l + 1)})${gate}`);
-    else add("bp2", l, `BP2: the error of layer ${l + 1}`, `δ${n(l)} = ∂C/∂a${n(l)}${gate}`, TEXTS.half);
+function changed() {
+  state.net.isRecorded = false;
+  state.net.pass = backprop(state.net);
+  newRun();
+  draw();
+}
+
+function useCost(cost) {
+  state.net.cost = cost;
+  state.net.layers.at(-1).sigma = COSTS[cost].answer ? "identity" : "sigmoid";
+  changed();
+  drawControls();
+}
+
+function train(count) {
+  const { net, runs } = state;
+  net.isRecorded = false;
+  for (let i = 0; i < count && Number.isFinite(net.pass.C); i++) {
+    descend(net);
+    net.pass = backprop(net);
+    runs[0].C.push(net.pass.C);
   }
-  for (const l of back.filter((each) => layers[each].b)) {
-    add("bp3", l, `BP3: the gradient by the biases of layer ${l + 1}`, `∂C/∂b${n(l)} = δ${n(l)}`);
-  }
-  for (const l of back) add("bp4", l, `BP4: the gradient by the weights of layer ${l + 1}`,
-    `∂C/∂W${n(l)} = δ${n(l)} (${into(l)})ᵀ`);
-  add("update", last, "The update", "W ← W − η ∂C/∂W,  b ← b − η ∂C/∂b");
-  return steps;
+  drawKnobs();
+  draw();
 }
 
-const stepOf = (kind, l) => state.steps.findIndex((each) =>
-  each.kind === kind && (each.l === l || kind === "update"));
-const isReached = (kind, l) => stepOf(kind, l) >= 0 && stepOf(kind, l) <= state.step;
+// One thing to do of a lesson.
+function act(what) {
+  if (what.reset) reset();
+  if (what.cost && what.cost !== state.net.cost) useCost(what.cost);
+  if (what.inputs) { state.net.X[0] = [...what.inputs]; changed(); }
+  if (what.train) train(what.train);
+  if (what.step) goToStep(stepOf(...what.step));
+  if (what.weight !== undefined) select(what.step[1], 0, what.weight);
+  if (what.focus) byId(what.focus).focus();
+}
 
 // ---------------------------------------------------------------------------- written out
 
-// The lines about the chosen neuron and weight that the steps so far have reached: left-hand
-// side, and what it equals.
+// The lines about the chosen neuron and weight that the steps so far have reached: a left-hand
+// side, and what it equals. `put` is the equation with numbers in it; of means it would be wrong.
 function story() {
   const { net, l, j, k } = state, lines = [];
   if (l < 0) return [{ left: `x_{${j + 1}}`, right: [number(seen(-1 - l, "x")[j])] }];
-  const { layers, pass, chain } = net, { W, b } = layers[l], ours = costOf(l), many = isMean(l);
+  const { layers, pass, chain, n, lr } = net, { W, b, trains } = layers[l], ours = costOf(l);
   const [x, z, a, s, grad_a, delta] = ["x", "z", "a", "s", "grad_a", "delta"].map((q) => seen(l, q));
-  // `put` is the equation with numbers, which holds for one example and not for means.
   const line = (kind, left, text, put, value) => isReached(kind, l) && lines.push({ left,
-    now: stepOf(kind, l) === state.step,
-    right: [text, many && put ? "mean over the examples" : put, value].filter(Boolean) });
-  const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), y = net.Y && target()[j];
+    isNow: stepOf(kind, l) === state.step,
+    right: [text, put && (isMean(l) ? "mean over the examples" : put), value].filter(Boolean) });
+  const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), over = n > 1 ? "1/n Σ_{x} " : "";
   const from = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
-  const error = chain && l === output() ? "bp1" : "bp2";
-  line("forward", own("z"), `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}${b ? ` + ${own("b")}` : ""}`,
-    added(W[j], x, b?.[j]), number(z[j]));
+  const products = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}`;
+  line("forward", own("z"), products + (b ? ` + ${own("b")}` : ""), added(W[j], x, b?.[j]), number(z[j]));
   line("forward", own("a"), ours?.sigma === "softmax" ? "softmax" : `σ(${own("z")})`,
     sigma?.text(z[j]), number(a[j]));
-  if (ours) line("cost", "C_{x}", ours.text, "", many ? "" : number(
-    ours.of(pass.layers[l].a[state.example], net.Y[state.example])));
-  if (l === output()) line("cost", "C", "1/n Σ_{x} C_{x}", "", number(pass.C));
+  if (l === output()) line("cost", "C", "", "", number(pass.C));
+  if (ours && !isMean(l)) line("cost", "C_{x}", "", "",
+    number(ours.of(pass.layers[l].a[state.example], net.Y[state.example])));
+  if (!delta) return lines;
+  const error = chain && l === output() ? "bp1" : "bp2", y = ours && target()[j];
   const wrong = [`${own("a")} − y_{${j + 1}}`, `${number(a[j])} − ${factor(y)}`];
-  if (delta && ours?.answer) {
+  if (ours?.answer) {
     line(error, own("δ"), ...wrong, number(delta[j]));
-    if (sigma) line(error, `σ'(${own("z")})`, "", "", `${number(s[j])}, but it is not in δ`);
-  } else if (delta) {
-    const above = chain && l < output() ? column(layers[l + 1].W, j) : null;
-    const text = ours ? wrong : !above ? ["", ""]
-      : [`Σ_{i} W^{${l + 2}}_{i${j + 1}} δ^{${l + 2}}_{i}`, added(above, seen(l + 1, "delta"))];
-    line(error, `∂C/∂${own("a")}`, ...text, number(grad_a[j]));
+    if (sigma) line(error, `σ'(${own("z")})`, "", "", `${number(s[j])}, which is not in δ`);
+  } else {
+    const above = chain && l < output() && column(layers[l + 1].W, j);
+    const errors = above && [`Σ_{i} W^{${l + 2}}_{i${j + 1}} δ^{${l + 2}}_{i}`,
+      added(above, seen(l + 1, "delta"))];
+    line(error, `∂C/∂${own("a")}`, ...(ours ? wrong : errors || ["", ""]), number(grad_a[j]));
     line(error, `σ'(${own("z")})`, sigma?.slope(own("a")), sigma?.slope(number(a[j])), number(s[j]));
     line(error, own("δ"), `∂C/∂${own("a")} · σ'(${own("z")})`,
       `${number(grad_a[j])} · ${factor(s[j])}`, number(delta[j]));
   }
-  if (!delta) return lines;
-  const { grad_b, grad_W } = pass.layers[l], over = net.n > 1 ? "1/n Σ_{x} " : "";
-  const update = (symbol, value, gradient, moves) => line("update", symbol, moves
-    ? `${symbol} − η ∂C/∂${symbol}` : "frozen", moves && !many ? `${number(value)} − ${number(net.lr)}`
-      + ` · ${factor(gradient)}` : "", number(moves ? value - net.lr * gradient : value));
+  const { grad_b, grad_W } = pass.layers[l];
+  const update = (symbol, value, gradient, moves) => line("update", symbol,
+    moves ? `${symbol} − η ∂C/∂${symbol}` : "frozen",
+    moves && `${number(value)} − ${number(lr)} · ${factor(gradient)}`,
+    number(moves ? value - lr * gradient : value));
   if (b) line("bp3", `∂C/∂${own("b")}`, `${over}${own("δ")}`, "", number(grad_b[j]));
   if (k !== null) {
     const w = term("W", l, j, k), product = `${own("δ")} ${from(k + 1)}`;
-    if (!many) line("bp4", net.n > 1 ? `∂C_{x}/∂${w}` : `∂C/∂${w}`, product,
-      `${number(delta[j])} · ${factor(x[k])}`, number(delta[j] * x[k]));
-    if (net.n > 1) line("bp4", `∂C/∂${w}`, `${over}${product}`, "", number(grad_W[j][k]));
-    update(w, W[j][k], grad_W[j][k], layers[l].trains[0]);
+    if (!isMean(l)) line("bp4", `∂C_{x}/∂${w}`, product, `${number(delta[j])} · ${factor(x[k])}`,
+      number(delta[j] * x[k]));
+    if (n > 1) line("bp4", `∂C/∂${w}`, `${over}${product}`, "", number(grad_W[j][k]));
+    update(w, W[j][k], grad_W[j][k], trains[0]);
   }
-  if (b) update(own("b"), b[j], grad_b[j], layers[l].trains[1]);
+  if (b) update(own("b"), b[j], grad_b[j], trains[1]);
   return lines;
 }
 
 // w_1·x_1 + ... + b with numbers: the six largest terms, and the sum of the rest.
 function added(w, x, b) {
-  const order = range(w.length).sort((i, j) => Math.abs(w[j] * x[j]) - Math.abs(w[i] * x[i]));
-  const parts = order.slice(0, 6).sort((i, j) => i - j).map((i) => `${factor(w[i])}·${factor(x[i])}`);
-  const rest = order.slice(6);
-  if (rest.length) parts.push(`${factor(dot(rest.map((i) => w[i]), rest.map((i) => x[i])))} (`
-    + `${rest.length} others)`);
+  const terms = w.map((w_i, i) => w_i * x[i]);
+  const order = range(w.length).sort((i, j) => Math.abs(terms[j]) - Math.abs(terms[i]));
+  const shown = order.slice(0, 6).sort((i, j) => i - j), rest = order.slice(6);
+  const parts = shown.map((i) => `${factor(w[i])}·${factor(x[i])}`);
+  if (rest.length) parts.push(`${factor(sum(rest.map((i) => terms[i])))} (${rest.length} others)`);
   return parts.concat(b === undefined ? [] : factor(b)).join(" + ");
 }
 
 // ---------------------------------------------------------------------------- the network
 
-const MOST = 10; // neurons shown of a layer
-
-// The columns to draw: up to eight around the step's layer; of a wide layer its most important
-// neurons and the chosen one; a square input as a picture.
+// The columns to draw: up to eight around the step's layer; of a wide layer the ten most
+// important neurons, with the chosen one; a square input as a picture.
 function columns() {
   const all = state.net.layers.flatMap(({ linked, W }, l) => [
-    ...(linked ? [] : [{ l, isInput: true, size: W[0].length, own: -1 - l }]),
-    { l, isInput: false, size: W.length, own: l }]);
-  const at = all.findIndex((c) => c.own === step().l), first = Math.max(0, Math.min(at - 4, all.length - 8));
+    ...(linked ? [] : [{ l, own: -1 - l, size: W[0].length }]), { l, own: l, size: W.length }]);
+  const at = all.findIndex(({ own }) => own === step().l);
+  const first = Math.max(0, Math.min(at - 4, all.length - 8));
   return all.slice(first, first + 8).map((c) => {
-    const side = Math.sqrt(c.size), isPicture = c.own === -1 && side >= 8 && Number.isInteger(side);
-    if (isPicture) return { ...c, side, shown: range(c.size) };
-    const must = [state.l === c.own ? state.j : null, sourceOf(state.l) === c.own ? state.k : null];
-    const ranked = [...new Set([...must.filter((j) => j !== null), ...important(c.l, c.isInput)])];
-    return { ...c, shown: ranked.slice(0, MOST).sort((i, j) => i - j) };
+    const isInput = c.own < 0, side = Math.sqrt(c.size);
+    if (c.own === -1 && side >= 8 && Number.isInteger(side)) return { ...c, isInput, side, shown: [0] };
+    const must = state.l === c.own ? [state.j] : sourceOf(state.l) === c.own ? [state.k] : [];
+    const ranked = new Set([...must, ...important(c.l, isInput)].filter((j) => j !== null));
+    return { ...c, isInput, shown: [...ranked].slice(0, 10).sort((i, j) => i - j) };
   });
 }
-const sourceOf = (l) => (l < 0 ? null : state.net.layers[l].linked ? l - 1 : -1 - l);
 
 // What the neurons of a column show at this step, and whether the step is about them.
 function shows(c) {
-  const { kind, l } = step(), { linked } = state.net.layers[l], feeds = c.own === sourceOf(l);
-  if (c.isInput) return { name: "x", symbol: c.l ? `x${high(c.l + 1)}` : "x", isActive: feeds && ["forward", "bp4"].includes(kind) };
-  const a = { name: "a", symbol: `a${high(c.l + 1)}` };
-  if (kind === "forward") return c.l > l ? {} : { ...a, isActive: c.l === l || feeds };
-  if (kind === "cost" || (kind === "bp4" && feeds)) return { ...a, isActive: feeds === (kind === "bp4") };
-  if (!isReached("bp1", c.l) && !isReached("bp2", c.l)) return a;
-  if (kind === "bp3" && c.l === l) return { name: "grad_b", symbol: `∂C/∂b${high(l + 1)}`, isActive: true };
-  return { name: "delta", symbol: `δ${high(c.l + 1)}`, isActive: c.l === l || (kind === "bp2" && c.l === l + 1) };
+  const { kind, l } = step(), feeds = c.own === sourceOf(l), n = high(c.l + 1);
+  const isSource = feeds && ["forward", "bp4"].includes(kind);
+  if (c.isInput) return { name: "x", symbol: c.l ? `x${n}` : "x", isActive: isSource };
+  if (kind === "forward" && c.l > l) return {};
+  const hasError = !isSource && (isReached("bp1", c.l) || isReached("bp2", c.l));
+  if (!hasError) return { name: "a", symbol: `a${n}`, isActive: isSource || c.l === l };
+  if (kind === "bp3" && c.l === l) return { name: "grad_b", symbol: `∂C/∂b${n}`, isActive: true };
+  const isAbove = kind === "bp2" && c.l === l + 1;
+  return { name: "delta", symbol: `δ${n}`, isActive: c.l === l || isAbove };
 }
-const shownValues = ({ l }, name) => (name === "grad_b" ? state.net.pass.layers[l].grad_b : seen(l, name));
 
 // The number on each line into layer l, and whether the step is about it.
 function edgesOf(l) {
   const { kind, l: at } = step(), { net } = state, { W, trains } = net.layers[l];
-  const { grad_W } = net.pass.layers[l], delta = seen(l, "delta"), x = seen(l, "x");
-  if (kind === "update" && grad_W) return { isActive: true, of: (j, k) => (trains[0] ? -net.lr * grad_W[j][k] : 0) };
-  if (kind === "bp4" && l === at) return { isActive: true, of: (j, k) => (isMean(l) ? grad_W[j][k] : delta[j] * x[k]) };
-  const isActive = (kind === "forward" && l === at) || (kind === "bp2" && l === at + 1 && net.chain);
-  return { isActive, of: (j, k) => W[j][k] };
+  const { grad_W } = net.pass.layers[l], [delta, x] = [seen(l, "delta"), seen(l, "x")];
+  if (kind === "update" && grad_W) {
+    return { isActive: true, of: (j, k) => (trains[0] ? -net.lr * grad_W[j][k] : 0) };
+  }
+  if (kind === "bp4" && l === at) {
+    return { isActive: true, of: (j, k) => (isMean(l) ? grad_W[j][k] : delta[j] * x[k]) };
+  }
+  const carries = (kind === "forward" && l === at) || (kind === "bp2" && l === at + 1 && net.chain);
+  return { isActive: carries, of: (j, k) => W[j][k] };
 }
+
+const classes = (...names) => names.filter(Boolean).join(" ");
+const largest = (values, least = 1e-300) =>
+  values.reduce((most, v) => (Math.abs(v) < Infinity ? Math.max(most, Math.abs(v)) : most), least);
 
 function drawNetwork() {
-  const width = Math.max(300, byId("network").clientWidth), r = width > 560 ? 21 : 16, all = columns();
-  const picture = all[0].side ? Math.min(190, width * 0.36) : 0, space = 2.7 * r;
-  const height = Math.max(picture, space * Math.max(...all.map((c) => (c.side ? 1 : c.shown.length)))) + 60;
-  const first = picture ? picture / 2 + 4 : r + 14, gap = (width - first - r - 46) / Math.max(1, all.length - 1);
+  const width = Math.max(300, byId("network").clientWidth), all = columns(), { layers, pass } = state.net;
+  const r = width > 560 ? 21 : 16, picture = all[0].side ? Math.min(210, width * 0.36) : 0;
+  const height = 60 + Math.max(picture, 130, 2.7 * r * Math.max(...all.map(({ shown }) => shown.length)));
+  const first = picture ? picture / 2 : r + 14, gap = (width - first - r - 46) / (all.length - 1);
   const lines = make("g", { "aria-hidden": "true" }), parts = [];
-  const largest = largestValues();
+  // One scale for all layers: what vanishes looks as if it did.
+  const scales = Object.fromEntries(["x", "a", "delta", "grad_b"].map((name) => [name,
+    largest(layers.flatMap((_, l) => seen(l, name) ?? []), name === "a" ? 1 : 1e-300)]));
+  scales.gradient = largest(pass.layers.flatMap(({ grad_W }) => grad_W?.flat() ?? []));
   all.forEach((c, i) => {
-    Object.assign(c, { r, X: first + i * gap, half: c.side ? picture / 2 : r, middle: 50 + (height - 60) / 2 });
-    c.Y = c.shown.map((_, row) => c.middle + (row - (c.shown.length - 1) / 2) * space);
-    if (i && !c.isInput) lines.append(...drawEdges(all[i - 1], c));
+    Object.assign(c, { r, X: first + i * gap, middle: 50 + (height - 60) / 2, half: picture / 2 });
+    c.Y = c.shown.map((_, row) => c.middle + (row - (c.shown.length - 1) / 2) * 2.7 * r);
+    if (i && !c.isInput) lines.append(...drawEdges(all[i - 1], c, scales));
     if (i && c.isInput) parts.push(make("text", { x: c.X - gap / 2, y: c.middle, class: "head" }, "⋯"));
-    parts.push(c.side ? drawPicture(c, largest) : drawColumn(c, largest));
+    parts.push(c.side ? drawPicture(c, scales) : drawColumn(c, scales));
   });
-  const focused = document.activeElement?.dataset?.at;
-  byId("network").replaceChildren(make("svg", { viewBox: `0 0 ${width} ${height}`, role: "group",
-    "aria-label": "Layers, from the input to the output" }, lines, ...parts));
+  const focused = document.activeElement?.dataset?.at, svg = make("svg", { role: "group",
+    viewBox: `0 0 ${width} ${height}`, "aria-label": "Layers, from the input to the output" });
+  svg.append(lines, ...parts);
+  byId("network").replaceChildren(svg);
   if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus();
-  byId("others").replaceChildren(...all.filter((c) => c.size > c.shown.length).map((c) => {
-    const ranked = important(c.l, c.isInput), list = make("select", { change: () => select(c.own, Number(list.value)) },
-      make("option", {}, `${c.shown.length} of ${c.size} shown`), ...ranked.map((j) => make("option", { value: j }, j + 1)));
-    return make("label", {}, `${c.isInput ? "Inputs" : `Layer ${c.l + 1}`}, most important first `, list, " ");
+  byId("others").replaceChildren(...all.filter((c) => !c.side && c.size > c.shown.length).map((c) => {
+    const list = make("select", { change: () => select(c.own, Number(list.value)) });
+    list.append(make("option", {}, `${c.shown.length} of ${c.size} shown`),
+      ...important(c.l, c.isInput).map((j) => make("option", { value: j }, `${j + 1}`)));
+    const name = c.isInput ? "Inputs" : `Layer ${c.l + 1}`;
+    return make("label", {}, `${name}, the most important first: `, list);
   }));
 }
 
-function largestValues() {
-  const of = (name) => state.net.layers.flatMap((_, l) => sizes(shownValues({ l }, name) ?? []).filter(Number.isFinite));
-  return Object.fromEntries(["x", "a", "delta", "grad_b"].map((name) => [name, Math.max(name === "a" ? 1 : 1e-300, ...of(name))]));
-}
-
-function drawEdges(from, to) {
-  if (from.side) return to.Y.map((y) => make("line", { x1: from.X + from.half, y1: from.middle, x2: to.X - to.r, y2: y, class: "bundle" }));
-  const { of, isActive } = edgesOf(to.l), isGradient = ["bp4", "update"].includes(step().kind) && isActive;
-  const scale = isGradient ? gradientScale() : Math.max(...state.net.layers[to.l].W.flat().map(Math.abs));
+function drawEdges(from, to, scales) {
+  const { of, isActive } = edgesOf(to.l), { kind } = step(), { W } = state.net.layers[to.l];
+  const scale = !isActive || !["bp4", "update"].includes(kind) ? largest(W.flat())
+    : scales.gradient * (kind === "update" ? state.net.lr : 1);
   return to.shown.flatMap((j, row) => from.shown.flatMap((k, i) => {
-    const place = { x1: from.X + from.r, y1: from.Y[i], x2: to.X - to.r, y2: to.Y[row] }, v = of(j, k);
-    const isMine = state.l === to.l && state.j === j, isChosen = isMine && state.k === k;
-    const kind = [v < 0 ? "neg" : "pos", isActive && "active", isMine && "mine", isChosen && "chosen"];
-    return [make("line", { ...place, class: `edge ${kind.filter(Boolean).join(" ")}`, "data-edge": `${to.l},${j},${k}`,
-      style: { strokeWidth: v ? `${0.7 + (5 * Math.abs(v)) / scale}px` : "0px" } }),
-    make("line", { ...place, class: "hit", click: () => select(to.l, j, k) })];
+    const place = { x1: from.X + (from.side ? from.half : from.r), y1: from.Y[i],
+      x2: to.X - to.r, y2: to.Y[row] };
+    if (from.side) return make("line", { ...place, class: "bundle" });
+    const v = of(j, k), isMine = state.l === to.l && state.j === j;
+    const edge = make("line", { ...place, class: classes("edge", v < 0 ? "neg" : "pos",
+      isActive && "active", isMine && "mine", isMine && state.k === k && "chosen") });
+    edge.style.strokeWidth = v ? 0.7 + 5 * Math.min(1, Math.abs(v) / scale) : 0;
+    return [edge, make("line", { ...place, class: "hit", "data-weight": `${to.l},${j},${k}`,
+      click: () => select(to.l, j, k) })];
   }));
 }
 
-const gradientScale = () => (step().kind === "update" ? state.net.lr : 1) * Math.max(1e-300,
-  ...state.net.pass.layers.flatMap(({ grad_W }) => sizes((grad_W ?? []).flat())));
-
-function drawColumn(c, largest) {
+function drawColumn(c, scales) {
   const { name, symbol = "", isActive } = shows(c), { label, name: called } = state.net.layers[c.l];
-  const values = name ? shownValues(c, name) : null, s = c.isInput ? null : seen(c.l, "s");
-  const y = c.own === output() && state.net.Y ? target() : null, isError = ["delta", "grad_b"].includes(name);
-  const stop = state.l === c.own && c.shown.includes(state.j) ? state.j : c.shown[0];
+  const values = name && seen(c.l, name), s = c.isInput || !values ? null : seen(c.l, "s");
+  const y = c.own === output() && target(), isError = name === "delta" || name === "grad_b", { r } = c;
+  const isSelected = (j) => state.l === c.own && state.j === j, choose = (j) => select(c.own, j);
+  const stop = c.shown.find(isSelected) ?? c.shown[0];
   const nodes = c.shown.map((j, row) => {
-    const v = values?.[j], place = { cx: c.X, cy: c.Y[row] }, saturated = s && values && isSaturated(c.l, s[j]);
-    const kind = [isActive && "active", state.l === c.own && state.j === j && "chosen", saturated && "saturated",
-      sourceOf(state.l) === c.own && state.k === j && "from"].filter(Boolean).join(" ");
-    const words = [`${c.isInput ? "input" : "neuron"} ${j + 1}`, v === undefined ? "" : `${symbol} ${number(v)}`,
-      saturated ? "saturated" : "", y ? `wanted ${number(y[j])}` : ""].filter(Boolean).join(", ");
-    return make("g", { role: "option", class: `neuron ${kind}`, "data-at": `${c.own},${j}`, tabindex: j === stop ? 0 : -1,
-      "aria-selected": String(state.l === c.own && state.j === j), "aria-label": words, click: () => select(c.own, j),
-      keydown: (event) => move(event, { ArrowUp: c.shown[row - 1], ArrowDown: c.shown[row + 1] }, (to) => select(c.own, to), c.own) },
-    make("circle", { ...place, r: c.r + 3, class: "rim" }),
-    make("circle", { ...place, r: c.r + 3, class: "ring", pathLength: 1, transform: `rotate(-90 ${c.X} ${c.Y[row]})`,
-      style: { strokeDasharray: `${s && values ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) : 0} 1` } }),
-    make("circle", { ...place, r: c.r, class: `body ${isError || v < 0 ? (v < 0 ? "neg" : "pos") : "act"}`,
-      style: { fillOpacity: v === undefined ? 0 : (0.6 * Math.abs(v)) / largest[name] } }),
-    make("text", { x: c.X, y: c.Y[row] + 4, class: "value" }, v === undefined ? "" : short(v)),
-    make("text", { x: c.X - c.r - 5, y: c.Y[row] - c.r + 5, class: "index" }, String(j + 1)),
-    make("text", { x: c.X + c.r + 7, y: c.Y[row] + 4, class: "note" }, y ? `y ${short(y[j])}` : ""));
+    const v = values?.[j], saturated = s && isSaturated(c.l, s[j]);
+    const words = [`${c.isInput ? "input" : "neuron"} ${j + 1}`, values && `${symbol} ${number(v)}`,
+      saturated && "saturated", y && `wanted ${number(y[j])}`].filter(Boolean).join(", ");
+    const body = make("circle", { r, class: `body ${v < 0 ? "neg" : isError ? "pos" : "act"}` });
+    const ring = make("circle", { r: r + 3, class: "ring", pathLength: 1, transform: "rotate(-90)" });
+    body.style.fillOpacity = values ? 0.6 * Math.min(1, Math.abs(v) / scales[name]) : 0;
+    ring.style.strokeDasharray = `${s ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) || 0 : 0} 1`;
+    return make("g", { role: "option", "data-at": `${c.own},${j}`, tabindex: j === stop ? 0 : -1,
+      transform: `translate(${c.X} ${c.Y[row]})`, "aria-label": words, "aria-selected": isSelected(j),
+      class: classes("neuron", isActive && "active", isSelected(j) && "chosen", saturated && "saturated",
+        sourceOf(state.l) === c.own && state.k === j && "from"),
+      click: () => choose(j), keydown: (event) => move(event, choose,
+        { ArrowUp: c.shown[row - 1], ArrowDown: c.shown[row + 1] }, c.own) },
+    make("circle", { r: r + 3, class: "rim" }), ring, body,
+    make("text", { y: 4, class: "value" }, values ? short(v) : ""),
+    make("text", { x: -r - 3, y: 5 - r, class: "number" }, `${j + 1}`),
+    make("text", { x: r + 7, y: 4, class: "note" }, y ? `y ${short(y[j])}` : ""));
   });
   const heading = c.isInput ? "input" : `layer ${c.l + 1}`;
-  return make("g", { role: "listbox", "aria-label": `${heading}${c.isInput ? "" : `, ${label}`}${called ? `, ${called}` : ""}` },
-    make("text", { x: c.X, y: 16, class: "head" }, heading), make("text", { x: c.X, y: 33, class: "symbol" }, symbol), ...nodes);
+  return make("g", { role: "listbox", "aria-label": c.isInput ? heading : `${heading}, ${label}, ${called}` },
+    make("text", { x: c.X, y: 16, class: "head" }, heading),
+    make("text", { x: c.X, y: 34, class: "symbol" }, symbol), ...nodes);
 }
 
-function drawPicture(c, largest) {
-  const x = seen(c.l, "x"), cell = (2 * c.half) / c.side, left = c.X - c.half, top = c.middle - c.half;
-  const box = (k) => ({ x: left + (k % c.side) * cell, y: top + Math.floor(k / c.side) * cell, width: cell, height: cell });
-  const choose = (k) => select(c.l, state.l === c.l ? state.j : important(c.l)[0], k);
-  const at = state.l === c.l && state.k !== null ? state.k : Math.floor(c.size / 2);
-  const pixels = x.map((v, k) => make("rect", { ...box(k), class: v < 0 ? "pixel neg" : "pixel", style: { fillOpacity: Math.abs(v) / largest.x },
-    click: () => choose(k) }));
-  const label = `pixel ${at + 1}, row ${Math.floor(at / c.side) + 1}, column ${(at % c.side) + 1}: ${number(x[at])}`;
-  const cursor = make("g", { role: "option", tabindex: 0, "data-at": c.own, "aria-selected": String(state.k === at), "aria-label": label,
-    keydown: (event) => move(event, { ArrowUp: at - c.side, ArrowDown: at + c.side, ArrowLeft: at - 1, ArrowRight: at + 1, Enter: at }, choose) },
-  make("rect", { ...box(at), class: "cursor" }));
-  return make("g", { role: "listbox", "aria-label": `input, a picture of ${c.side} × ${c.side} pixels` },
-    make("text", { x: c.X, y: top - 10, class: "head" }, "input"), make("g", { "aria-hidden": "true" }, ...pixels), cursor);
+function drawPicture(c, scales) {
+  const x = seen(c.l, "x"), cell = (2 * c.half) / c.side, { side } = c;
+  const at = state.l === c.l && state.k !== null ? state.k : Math.floor((c.size + side) / 2);
+  const square = (k, attributes) => make("rect", { ...attributes, width: cell, height: cell,
+    x: c.X - c.half + (k % side) * cell, y: c.middle - c.half + Math.floor(k / side) * cell });
+  const choose = (k) => { if (k < c.size) select(c.l, state.l === c.l ? state.j : important(c.l)[0], k); };
+  const pixels = x.map((v, k) => {
+    const pixel = square(k, { class: v < 0 ? "pixel neg" : "pixel", click: () => choose(k) });
+    pixel.style.fillOpacity = Math.abs(v) / scales.x;
+    return pixel;
+  });
+  const label = `row ${Math.floor(at / side) + 1}, column ${(at % side) + 1}: ${number(x[at])}`;
+  return make("g", { role: "listbox", "aria-label": `input, a picture of ${side} × ${side}` },
+    make("text", { x: c.X, y: c.middle - c.half - 10, class: "head" }, "input"),
+    make("g", { "aria-hidden": "true" }, ...pixels),
+    make("g", { role: "option", tabindex: 0, "data-at": "pixel", "aria-selected": "true", "aria-label": label,
+      keydown: (event) => move(event, choose, { Enter: at, ArrowUp: at - side, ArrowDown: at + side,
+        ArrowLeft: at - 1, ArrowRight: at + 1 }) }, square(at, { class: "cursor" })));
 }
 
-// Arrow keys within a layer: `places` are the neurons that they lead to.
-function move(event, places, choose, own) {
-  const to = places[event.key];
+// Arrow keys within a column: where each of them leads, if anywhere.
+function move(event, choose, places, own) {
   if (!(event.key in places)) return;
   event.preventDefault();
   event.stopPropagation();
+  const to = places[event.key];
   if (!(to >= 0)) return;
   choose(to);
-  if (own !== undefined) document.querySelector(`[data-at="${own},${to}"]`)?.focus();
+  document.querySelector(`[data-at="${own},${to}"]`)?.focus();
 }
 
-// ---------------------------------------------------------------------------- beside and below
+// ---------------------------------------------------------------------------- all around it
 
-function paint() {
-  const { title, equation, text, kind } = step(), { net, l, j, k, example } = state, n = state.step;
-  drawNetwork();
-  byId("phase").textContent = `${PHASES[kind]} · step ${n + 1} of ${state.steps.length}`;
+const PHASES = { forward: "Forward", cost: "Forward", bp1: "Backward", bp2: "Backward",
+  bp3: "Gradients", bp4: "Gradients", update: "Update" };
+
+function draw() {
+  const { title, equation, text, kind } = step(), { net, l, j, k, example } = state;
+  const words = { title, explanation: text, phase: `${PHASES[kind]}, step ${state.step + 1} of ${steps().length}`,
+    lines: { bp4: "the gradients ∂C/∂W", update: "what the step adds, −η ∂C/∂W" }[kind] ?? "the weights",
+    checked: !net.isRecorded ? "Changed: from here on the page computes all numbers."
+      : net.found.misses.length ? "" : `✓ All ${net.found.count} numbers recorded by torchbp agree `
+        + "with what this page computes.",
+    choice: [l < 0 ? `Input ${j + 1}` : `Neuron ${j + 1} of layer ${l + 1}`,
+      l >= 0 && k !== null && `weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}`,
+      net.n > 1 && (example === "mean" ? `mean of ${net.n} examples` : `example ${example + 1}`),
+    ].filter(Boolean).join(", ") };
+  for (const [id, content] of Object.entries(words)) byId(id).textContent = content;
   byId("phase").className = PHASES[kind].toLowerCase();
-  byId("title").textContent = title;
   byId("equation").replaceChildren(formula(equation));
-  byId("explanation").textContent = text;
-  Object.assign(byId("slider"), { max: state.steps.length, value: n + 1 });
+  Object.assign(byId("slider"), { max: steps().length, value: state.step + 1 });
   byId("slider").setAttribute("aria-valuetext", title);
-  [byId("back").disabled, byId("next").disabled] = [n === 0, n === state.steps.length - 1];
-  byId("lines").textContent = { bp4: "the gradients ∂C/∂W", update: "what the step adds, −η ∂C/∂W" }[kind] ?? "the weights";
-  byId("checked").textContent = state.lesson >= 0 ? "A lesson: the page computes all numbers."
-    : net.recorded ? checked : "Changed: the page computes all numbers; none is recorded.";
-  const weight = l >= 0 && k !== null ? `, and its weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}` : "";
-  byId("choice").textContent = `${l < 0 ? `Input ${j + 1}` : `Neuron ${j + 1} of layer ${l + 1}`}${weight}, `
-    + (net.n === 1 ? "of the one example" : example === "mean" ? `mean over ${net.n} examples` : `of example ${example + 1}`);
-  byId("written").replaceChildren(...story().map(({ now, left, right }) => make("p", { class: now ? "line now" : "line" },
-    formula(left), ...right.map((part, i) => make("span", { class: i && i === right.length - 1 ? "result" : "" }, " = ", formula(part))))));
-  byId("curve-of-sigma").replaceChildren(...(l >= 0 && sigmaOf(l) ? sigmaCurve(l, seen(l, "z")[j]) : []));
-  paintTable();
-  paintCosts();
+  byId("back").disabled = state.step === 0;
+  byId("next").disabled = state.step === steps().length - 1;
+  byId("written").replaceChildren(...story().map(({ isNow, left, right }) =>
+    make("p", { class: isNow ? "line now" : "line" }, formula(left), ...right.map((part, i) =>
+      make("span", { class: i === right.length - 1 ? "result" : "" }, " = ", formula(part))))));
+  byId("sigma").replaceChildren(...(sigmaOf(l) ? drawSigma(l, seen(l, "z")[j]) : []));
+  drawNetwork();
+  drawTable();
+  drawCosts();
 }
 
-function sigmaCurve(l, z) {
-  const { of, prime, most } = sigmaOf(l), span = Math.max(6, 1.2 * Math.abs(z) || 0), [w, h] = [220, 100];
-  const grid = range(81).map((i) => span * (i / 40 - 1)), [low, high] = [Math.min(...grid.map(of)), Math.max(...grid.map(of))];
-  const X = (v) => (w * (v + span)) / (2 * span), Y = (v) => h - 8 - ((h - 16) * (v - low)) / (high - low);
-  const slope = prime(of(z)), reach = Math.min(span / 3, (high - low) / (3 * slope));
-  const label = `σ at z = ${number(z)}: slope σ' = ${number(slope)}${Math.abs(slope) < 0.05 * most ? ", saturated" : ""}`;
-  return [make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
-    make("line", { x1: w / 2, y1: 0, x2: w / 2, y2: h, class: "axis" }),
-    make("polyline", { points: grid.map((v) => `${X(v)},${Y(of(v))}`).join(" "), class: "sigma" }),
-    make("line", { x1: X(z - reach), y1: Y(of(z) - reach * slope), x2: X(z + reach), y2: Y(of(z) + reach * slope), class: "tangent" }),
-    make("circle", { cx: X(z), cy: Y(of(z)), r: 4, class: "point" })), make("figcaption", {}, label)];
+// σ around z, and its slope there.
+function drawSigma(l, z) {
+  const { of, prime } = sigmaOf(l), span = Math.max(6, 1.2 * Math.abs(z) || 0), [w, h] = [220, 100];
+  const grid = range(81).map((i) => span * (i / 40 - 1)), [low, top] = [of(-span), of(span)];
+  const X = (v) => (w * (v + span)) / (2 * span), Y = (a) => h - 8 - ((h - 16) * (a - low)) / (top - low);
+  const a = of(z), slope = prime(a), reach = Math.min(span / 3, (top - low) / (3 * slope));
+  const label = `σ(z) at z = ${number(z)}, slope σ' = ${number(slope)}`
+    + (isSaturated(l, slope) ? ": saturated" : "");
+  const line = (kind, points) => make("polyline", { class: kind,
+    points: points.map(([u, v]) => `${X(u)},${Y(v)}`).join(" ") });
+  const svg = make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
+    line("axis", [[0, low], [0, top]]), line("sigma", grid.map((v) => [v, of(v)])),
+    line("tangent", [[z - reach, a - reach * slope], [z + reach, a + reach * slope]]),
+    make("circle", { cx: X(z), cy: Y(a), r: 4, class: "point" }));
+  return [svg, make("figcaption", {}, label)];
 }
 
-function paintTable() {
-  const { net } = state, lengths = net.pass.layers.map(({ grad_W }, l) => [seen(l, "delta"), grad_W?.flat()].map((v) => v && norm(v)));
-  const cell = (text, share) => make("td", {}, ...(share === undefined ? [] : [make("span", { class: "bar" },
-    make("span", { style: { width: `${100 * Math.max(0, Math.min(1, share))}%` } }))]), text);
-  const shown = (v, most) => (v ? cell(number(v), 1 + Math.log10(v / most) / 6) : cell(v === 0 ? "0" : "—"));
-  const most = [0, 1].map((i) => Math.max(...lengths.map((row) => row[i] ?? 0)));
-  byId("layers").replaceChildren(...net.layers.map(({ W, label, name, trains }, l) => {
-    const s = seen(l, "s"), slope = sum(s) / s.length, [delta, gradient] = lengths[l], above = lengths[l + 1]?.[0];
-    return make("tr", { class: l === step().l ? "active" : "" }, make("th", { scope: "row" }, `${l + 1}${name ? ` ${name}` : ""}`),
-      cell(costOf(l)?.sigma ?? label), cell(number(slope), Math.abs(slope) / steepest(l)),
-      cell(`${s.filter((v) => isSaturated(l, v)).length} of ${s.length}`), shown(delta, most[0]),
-      cell(above && delta !== null ? `× ${number(delta / above)}` : "—"), shown(gradient, most[1]),
-      cell(gradient ? number((trains[0] * net.lr * gradient) / norm(W.flat())) : "—"));
+function drawTable() {
+  const { layers, pass, lr } = state.net;
+  const lengths = pass.layers.map(({ grad_W }, l) => [seen(l, "delta"), grad_W?.flat()].map((v) => v && norm(v)));
+  const cell = (text, share) => {
+    const bar = make("span", { class: "bar" });
+    bar.style.width = `${6 * Math.max(0, Math.min(1, share || 0))}rem`;
+    return make("td", {}, ...(share === undefined ? [] : [make("span", { class: "scale" }, bar)]), text);
+  };
+  // Logarithmic, six powers of ten below the largest.
+  const ofAll = (i) => (v) => (v === null || v === undefined ? cell("—")
+    : cell(number(v), 1 + Math.log10(v / largest(lengths.map((pair) => pair[i] ?? 0))) / 6));
+  byId("layers").replaceChildren(...layers.map(({ W, label, name, trains }, l) => {
+    const s = seen(l, "s"), slope = sum(s) / s.length, [delta, gradient] = lengths[l];
+    const next = lengths[l + 1]?.[0], moved = (trains[0] * lr * gradient) / norm(W.flat());
+    return make("tr", { class: l === step().l ? "active" : "" },
+      make("th", { scope: "row" }, `${l + 1} ${name}`), cell(costOf(l)?.sigma ?? label),
+      cell(Number.isNaN(slope) ? "—" : number(slope), Math.abs(slope) / steepest(l)),
+      cell(`${s.filter((v) => isSaturated(l, v)).length} of ${s.length}`), ofAll(0)(delta),
+      cell(next && delta !== null ? `× ${number(delta / next)}` : "—"), ofAll(1)(gradient),
+      cell(gradient === undefined ? "—" : number(moved)));
   }));
 }
 
-function paintCosts() {
-  const { runs, net } = state, [w, h] = [600, 150], steps = Math.max(10, ...runs.map(({ C }) => C.length - 1));
-  byId("trained").textContent = `C = ${number(net.pass.C)} after ${runs[0].C.length - 1} steps from ${number(runs[0].C[0])}`;
-  const shares = runs.map(({ C }) => C.map((v) => v / C[0]).filter(Number.isFinite)), top = Math.min(5, Math.max(1, ...shares.flat()));
-  const point = (v, i) => `${30 + ((w - 40) * i) / steps},${h - 20 - ((h - 30) * Math.min(v, top)) / top}`;
-  const texts = [[4, 14, number(top)], [16, h - 20, "0"], [w - 90, h - 4, `${steps} steps`]].map(([x, y, t]) => make("text", { x, y, class: "index" }, t));
-  byId("costs").hidden = steps === 10 && runs.every(({ C }) => C.length === 1);
-  byId("costs").replaceChildren(make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": "C over the steps, as a share of its start" },
-    ...texts, make("line", { x1: 30, y1: h - 20, x2: w - 10, y2: h - 20, class: "axis" }),
+function drawCosts() {
+  const { runs, net } = state, [w, h] = [600, 150], count = Math.max(...runs.map(({ C }) => C.length - 1));
+  const shares = runs.map(({ C }) => C.map((v) => v / C[0]).filter(Number.isFinite));
+  const top = Math.min(5, largest(shares.flat(), 1));
+  const point = (v, i) => `${34 + ((w - 44) * i) / count},${h - 20 - ((h - 30) * Math.min(v, top)) / top}`;
+  const text = (x, y, content) => make("text", { x, y, class: "number" }, content);
+  const label = "C over the steps, as a share of its start: ";
+  byId("trained").textContent = `C = ${number(net.pass.C)} after ${runs[0].C.length - 1} steps`;
+  byId("costs").replaceChildren(...(count ? [make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
+    make("polyline", { class: "axis", points: `34,8 34,${h - 20} ${w - 10},${h - 20}` }),
+    text(28, 14, number(top)), text(28, h - 20, "0"), text(w - 10, h - 4, `${count} steps`),
     ...shares.map((share, i) => make("polyline", { class: `run run${i}`, points: share.map(point).join(" ") }))),
-  make("figcaption", {}, "C over the steps, as a share of its start: ", ...runs.map(({ label }, i) => make("span", { class: `key run${i}` }, label))));
+  make("figcaption", {}, label, ...runs.map((run, i) => make("span", { class: `key run${i}` }, run.label)))] : []));
 }
 
 // ---------------------------------------------------------------------------- controls
 
-function controls() {
-  const { net, lesson } = state, titles = ["What was recorded", ...LESSONS.map(({ title }) => title)];
-  byId("choices").replaceChildren(...titles.map((title, i) => make("button", { "aria-pressed": String(i - 1 === lesson), click: () => open(i - 1) }, title)));
-  byId("lesson").replaceChildren(...(lesson < 0 ? [] : [make("p", {}, LESSONS[lesson].text), make("ol", {}, ...LESSONS[lesson].steps.map(
-    ([text, label, act]) => make("li", {}, `${text} `, make("button", { click: act }, label))))]));
-  const options = range(net.n).map((i) => make("option", { value: i }, `${i + 1}${net.labels ? `, a ${net.labels[i]}` : ""}`));
-  byId("example").replaceChildren(...options, ...(net.n > 1 ? [make("option", { value: "mean" }, "mean of all")] : []));
+function drawControls() {
+  const { net, which } = state, fill = (id, ...children) => byId(id).replaceChildren(...children);
+  fill("choices", ...DATA.networks.map(({ title }, i) => make("button", { "aria-pressed": i === which,
+    click: () => open(i) }, i ? `Lesson ${i}: ${title}` : title)));
+  fill("about", [net.title, `${net.cost_name}`, net.n === 1 ? "1 example" : `${net.n} examples`,
+    net.dtype, ...net.notes].join(" · "));
+  fill("lesson", make("p", {}, net.text ?? ""), make("ol", {}, ...(net.acts ?? []).map(([text, label, what]) =>
+    make("li", {}, `${text} `, make("button", { click: () => act(what) }, label)))));
+  fill("example", ...range(net.n).map((i) => make("option", { value: i },
+    `${i + 1}${net.labels ? `, a ${net.labels[i]}` : ""}`)));
+  if (net.n > 1) byId("example").append(make("option", { value: "mean" }, "mean of all"));
   byId("example").value = state.example;
-  byId("all").replaceChildren(...state.steps.map(({ title, equation }, i) => make("li", {},
+  fill("all", ...steps().map(({ title, equation }, i) => make("li", {},
     make("button", { click: () => goToStep(i) }, title), " ", formula(equation))));
-  byId("controls").hidden = !net.live;
-  byId("fixed").textContent = net.live ? "" : `This network cannot be changed here: ${!DATA.chain ? "its layers are not one chain"
-    : !DATA.few ? "it has more than 500 weights" : DATA.shared ? "layers share parameters" : "a layer or the cost is not built in"}. The lessons' can.`;
-  const both = net.cost === "cross-entropy" || (net.cost === "quadratic" && net.layers.at(-1).sigma === "sigmoid");
-  byId("cost").replaceChildren(...(both ? ["quadratic", "cross-entropy"] : [DATA.cost_name]).map((name) => make("option", {}, name)));
-  byId("cost").value = both ? net.cost : DATA.cost_name;
-  knobs();
+  fill("fixed", net.fixed);
+  byId("controls").hidden = Boolean(net.fixed);
+  fill("cost", ...Object.keys(net.steps).map((name) => make("option", {}, name)));
+  byId("cost").value = net.cost;
+  const { misses, count } = net.found, [first] = misses;
+  fill("warning", !first ? "" : `${misses.length} of ${count} recorded numbers are not what this page computes. `
+    + `${first.equation} at layer ${first.l + 1} (${net.layers[first.l].name}): ${first.name} was recorded as `
+    + `${first.recorded}, expected ${first.expected}. Places: `
+    + `${[...new Set(misses.map(({ equation, l }) => `${equation} at layer ${l + 1}`))].join(", ")}.`);
+  drawKnobs();
 }
 
 // A slider for η and for each number that belongs to what is chosen.
-function knobs() {
-  const { net, l, j, k, example } = state, list = [["learning rate η", net, "lr", 0, 10]];
-  if (!net.live) return;
-  if (l >= 0 && net.layers[l].b) list.push([`bias ${index("b", l, j)}`, net.layers[l].b, j, -4, 4]);
-  if (l >= 0 && k !== null) list.push([`weight ${index("W", l, j, k)}`, net.layers[l].W[j], k, -4, 4]);
-  const i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
+function drawKnobs() {
+  const { net, l, j, k, example } = state;
+  if (net.fixed) return;
+  const list = [["learning rate η", net, "lr", 0, 10]], i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
+  const weights = make("select", { id: "weight", "aria-label": "weight", change: () => {
+    select(l, j, Number(weights.value));
+    byId("weight").focus();
+  } }, make("option", {}, "choose a weight"));
+  if (l >= 0) {
+    const { W, b } = net.layers[l];
+    weights.append(...W[j].map((_, from) => make("option", { value: from }, index("W", l, j, from))));
+    if (k !== null) weights.value = k;
+    if (k !== null) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
+    if (b) list.push([`bias ${index("b", l, j)}`, b, j, -4, 4]);
+  }
   if (i !== null && example !== "mean") list.push([`input x${low(i + 1)}`, net.X[example], i, 0, 1]);
   if (l === output() && example !== "mean") list.push([`target y${low(j + 1)}`, net.Y[example], j, 0, 1]);
-  const weights = l < 0 ? [] : net.layers[l].W[j].map((_, from) => make("option", { value: from }, index("W", l, j, from)));
-  const list_of_weights = make("select", { id: "weight", change: () => { select(l, j, Number(list_of_weights.value)); byId("weight").focus(); } },
-    make("option", { value: "" }, "choose"), ...weights);
-  list_of_weights.value = k ?? "";
-  byId("knobs").replaceChildren(make("label", { class: "knob" }, make("span", {}, "a weight into it"), list_of_weights),
-    ...list.map(([name, holder, key, least, most]) => {
-      const v = holder[key], value = make("output", {}, number(v));
-      const slider = make("input", { type: "range", min: Math.min(least, 2 * v), max: Math.max(most, 2 * v), step: "any", input: () => {
+  const knobs = list.map(([name, holder, key, least, most]) => {
+    const value = make("output", {}, number(holder[key]));
+    const slider = make("input", { type: "range", step: "any", min: Math.min(least, 2 * holder[key]),
+      max: Math.max(most, 2 * holder[key]), input: () => {
         holder[key] = slider.valueAsNumber;
         value.textContent = number(holder[key]);
         changed();
       } });
-      slider.value = v;
-      return make("label", { class: "knob" }, make("span", {}, name), slider, value);
-    }));
-}
-
-function introduce({ misses, count }) {
-  const { layers, n, pass } = state.net, [first] = misses, unreached = layers.filter(({ delta }) => !delta).map(({ name }) => name);
-  const parts = [DATA.title, `${DATA.cost_name}`, n === 1 ? "1 example" : `${n} examples`, DATA.dtype, `C = ${number(pass.C)}`];
-  if (!DATA.chain) parts.push("the layers are not one chain: what lies between them is not drawn");
-  if (DATA.others.length) parts.push(`not drawn: ${DATA.others.join(", ")}`);
-  if (unreached.length) parts.push(`no backward pass reached ${unreached.join(", ")}`);
-  byId("about").textContent = parts.join(" · ");
-  if (first) byId("warning").textContent = `${misses.length} of ${count} recorded numbers are not what this page computes. `
-    + `${first.equation} at layer ${first.l + 1} (${layers[first.l].name}): ${first.name} was recorded as ${first.recorded}, expected `
-    + `${first.expected}. Where: ${[...new Set(misses.map((m) => `${m.equation} at layer ${m.l + 1}`))].join(", ")}.`;
+    slider.value = holder[key];
+    return make("label", { class: "knob" }, make("span", {}, name), slider, value);
+  });
+  byId("knobs").replaceChildren(...(l < 0 ? [] : [weights]), ...knobs);
 }
 
 byId("back").onclick = () => goToStep(state.step - 1);
 byId("next").onclick = () => goToStep(state.step + 1);
-byId("slider").oninput = ({ target: { valueAsNumber } }) => goToStep(valueAsNumber - 1);
-byId("example").onchange = ({ target: { value } }) => {
-  state.example = value === "mean" ? value : Number(value);
+byId("slider").oninput = (event) => goToStep(event.target.valueAsNumber - 1);
+byId("example").onchange = (event) => {
+  state.example = event.target.value === "mean" ? "mean" : Number(event.target.value);
   select(state.l, state.j, state.k);
 };
-byId("cost").onchange = ({ target: { value } }) => useCost(value);
+byId("cost").onchange = (event) => useCost(event.target.value);
 byId("reset").onclick = reset;
-document.querySelectorAll("[data-steps]").forEach((e) => { e.onclick = () => train(Number(e.dataset.steps)); });
-document.addEventListener("keydown", ({ key, target: { tagName } }) => {
+byId("one").onclick = () => train(1);
+byId("hundred").onclick = () => train(100);
+document.addEventListener("keydown", ({ key, target: { tagName }, altKey, ctrlKey, metaKey }) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
-  if (by && !["INPUT", "SELECT"].includes(tagName)) goToStep(state.step + by);
+  if (!by || altKey || ctrlKey || metaKey || ["INPUT", "SELECT"].includes(tagName)) return;
+  goToStep(state.step + by);
 });
 addEventListener("resize", drawNetwork);
 
-state.net = recordedNetwork();
-const found = check(state.net);
-const checked = found.misses.length ? "" : `✓ All ${found.count} recorded numbers agree with what this page computes.`;
-introduce(found);
-open(-1);
+DATA.networks.forEach((network) => { network.found = check(load(network)); });
+open(0);
 if (Number(location.hash.slice(1))) goToStep(Number(location.hash.slice(1)) - 1);

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torchbp._files import write_atomically
 from torchbp._version import __version__
 from torchbp.explicit import check_rates
 from torchbp.inspection.comparison import is_chain
+from torchbp.inspection.lessons import LESSONS, steps
 from torchbp.inspection.observation import Record, backward_pass
 from torchbp.nn import ACTIVATIONS, BPLinear, check_takes
 
@@ -93,60 +95,115 @@ def save_page(
     check_takes(model, cost)
     costs.check_tensors(input, target)
     check_rates(lr, 0.0, model)
-    content = _content(model, cost, input, target)
-    content["lr"] = float(lr)
-    write_atomically(path, _page(content).encode(errors="xmlcharrefreplace"))
+    networks = [_network(model, cost, input, target, float(lr))]
+    for lesson in LESSONS:
+        example = lesson.network()
+        recorded = _network(example[0], costs.QuadraticCost(), *example[1:], lesson.lr)
+        words = {"title": lesson.title, "text": lesson.text, "acts": lesson.acts}
+        networks.append({**recorded, **words})
+    page = _page({"version": __version__, "networks": networks})
+    write_atomically(path, page.encode(errors="xmlcharrefreplace"))
 
 
-def _content(
-    model: nn.Module, cost: Any, input: Tensor, target: Tensor
+def _network(
+    model: nn.Module, cost: Any, input: Tensor, target: Tensor, lr: float
 ) -> dict[str, Any]:
-    """What the page is about, ready for JSON."""
+    """One recorded pass, ready for JSON."""
     for name, t in (("input", input), ("target", target)):
         if t.numel() == 0:
             raise ValueError(
                 f"{name}: expected at least one example, got shape {tuple(t.shape)}"
             )
-    trace, output, C = backward_pass(model, cost, input, target)
+    with torch.inference_mode(False):
+        trace, output, C = backward_pass(model, cost, input.clone(), target)
     records = list(trace)
     if all(record.delta is None for record in records):
         raise ValueError("model: expected layers of ours that C depends on, got 0")
     chain = is_chain(model)
-    weights = sum(record.weight.numel() for record in records)
-    layers = [
-        _layer(model, record, above, chain, weights <= FEW_WEIGHTS)
-        for record, above in zip(records, [None, *records], strict=False)
-    ]
+    few = sum(record.weight.numel() for record in records) <= FEW_WEIGHTS
     function = getattr(cost, "function", None)
-    y = costs.target_rows(output, target) if function is not None else None
+    kind = COSTS.get(function, "other")  # type: ignore[arg-type]
     limits = [torch.finfo(record.a.dtype) for record in records]
-    content = {
-        "version": __version__,
+    y = costs.target_rows(output, target) if function is not None else None
+    network = {
         "title": f"{type(model).__name__} {_sizes(records)}",
         "dtype": str(records[-1].a.dtype).removeprefix("torch."),
         "eps": max(limit.eps for limit in limits),
         "tiny": max(limit.tiny for limit in limits),
         "max": min(limit.max for limit in limits),
-        "chain": chain,
-        "shared": _share_parameters(model, records),
-        "few": weights <= FEW_WEIGHTS,
-        "cost": COSTS.get(function),  # type: ignore[arg-type]
-        "cost_name": getattr(cost, "__name__", type(cost).__name__),
-        "takes": cost.takes,
-        "C": _packed(C),
         "n": output.shape[:-1].numel(),
+        "lr": lr,
+        "chain": chain,
+        "cost": kind,
+        "cost_name": getattr(cost, "__name__", type(cost).__name__),
+        "C": _packed(C),
         "Y": _packed(_rows(y)),
         "labels": None if target.is_floating_point() else target.flatten().tolist(),
-        "others": _others(model, records),
-        "layers": layers,
+        "layers": [
+            _layer(model, record, above, chain, few)
+            for record, above in zip(records, [None, *records], strict=False)
+        ],
+        "fixed": _why_fixed(model, records, kind, chain, few),
+        "notes": _notes(model, records, chain),
     }
-    numbers = _count(content)
+    numbers = _count(network)
     if numbers > MOST_NUMBERS:
         raise ValueError(
             f"input: expected a network and a batch of at most {MOST_NUMBERS:,} numbers "
             f"in all, got {numbers:,}"
         )
-    return content
+    network["steps"] = {name: _steps(network, name) for name in _switchable(network)}
+    return network
+
+
+def _switchable(network: dict[str, Any]) -> list[str]:
+    """The costs between which the page can switch: those that fit the output."""
+    both, last = ["quadratic", "cross-entropy"], network["layers"][-1]
+    fits = network["cost"] == "cross-entropy" or last["sigma"] == "sigmoid"
+    return both if network["cost"] in both and fits else [network["cost"]]
+
+
+def _steps(network: dict[str, Any], cost: str) -> list[dict[str, Any]]:
+    """The steps of a recorded pass, if its cost is `cost`."""
+    layers = network["layers"]
+    linked, has_delta, has_bias = (
+        [bool(layer[key]) for layer in layers] for key in ("linked", "delta", "b")
+    )
+    name = network["cost_name"]
+    found = steps(linked, has_delta, has_bias, network["chain"], cost, name)
+    return [asdict(step) for step in found]
+
+
+def _why_fixed(
+    model: nn.Module, records: list[Record], cost: str, chain: bool, few: bool
+) -> str:
+    """Why the page cannot change the network; "" if it can."""
+    reasons = {
+        "its layers are not one chain": not chain,
+        f"it has more than {FEW_WEIGHTS} weights": not few,
+        "its cost is not built in": cost == "other",
+        "one of its layers is not built in": any(
+            record.function not in SIGMAS for record in records
+        ),
+        "its layers share parameters": _share_parameters(model, records),
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    end = "The networks of the lessons can."
+    return f"This network cannot be changed here: {reason}. {end}" if reason else ""
+
+
+def _notes(model: nn.Module, records: list[Record], chain: bool) -> list[str]:
+    """What the page does not show, in words."""
+    notes = []
+    others = _others(model, records)
+    if not chain:
+        notes.append("the layers are not one chain: what is between is not drawn")
+    if others:
+        notes.append(f"not drawn: {', '.join(others)}")
+    unreached = [record.name for record in records if record.delta is None]
+    if unreached:
+        notes.append(f"no backward pass reached {', '.join(unreached)}")
+    return notes
 
 
 def _sizes(records: list[Record]) -> str:
@@ -165,7 +222,7 @@ def _layer(
     name = SIGMAS.get(record.function)
     content: dict[str, Any] = {
         "name": record.name or "(model)",
-        "kind": type(layer).__name__,
+        "label": name or type(layer).__name__,
         "sigma": name,
         "max_slope": record.function.max_slope,
         "linked": linked,
@@ -228,7 +285,11 @@ def _others(model: nn.Module, records: list[Record]) -> list[str]:
     result = []
     for name, module in model.named_modules():
         is_ours = isinstance(module, BPLinear)
-        if not name or (is_ours and name in recorded) or isinstance(module, nn.Identity):
+        if (
+            not name
+            or (is_ours and name in recorded)
+            or isinstance(module, nn.Identity)
+        ):
             continue
         inside = any(name.startswith(f"{n}.") for n in recorded)  # a parametrization
         if not inside and (is_ours or not list(module.children())):
@@ -248,7 +309,7 @@ def _page(content: dict[str, Any]) -> str:
     # Within <script>, "</script>" and "<!--" mean something to HTML whatever the type.
     data = data.replace("<", "\\u003c")
     parts = {
-        "title": html.escape(content["title"]),
+        "title": html.escape(content["networks"][0]["title"]),
         "policy": _policy(script, style),
         "style": style,
         "script": script,
