@@ -4,8 +4,7 @@
 // grad_a and delta are [example][neuron]. As in the book, delta is ∂C_x/∂z of one example x and
 // gradients are means over the examples; what torchbp records carries the 1/n already.
 
-// ---------------------------------------------------------------------------- the algorithm
-
+// ----------------------------------------------------------------------------------- the algorithm
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const sum = (v) => v.reduce((total, value) => total + value, 0);
 const dot = (v, w) => v.reduce((total, value, i) => total + value * w[i], 0);
@@ -13,9 +12,9 @@ const norm = (v) => Math.sqrt(dot(v, v));
 const sizes = (v) => v.map(Math.abs);
 const column = (M, k) => M.map((row) => row[k]);
 const mean = (M) => M[0].map((_, j) => sum(column(M, j)) / M.length);
+const ranked = (v) => range(v.length).sort((i, j) => v[j] - v[i] || i - j);
 const logistic = (z) => 1 / (1 + Math.exp(-z));
 const lnLogistic = (z) => Math.min(0, z) - Math.log1p(Math.exp(-Math.abs(z)));
-const others = (v, j) => v.filter((_, i) => i !== j);
 
 function softmax(z) {
   const powers = z.map((z_j) => Math.exp(z_j - Math.max(...z)));
@@ -53,7 +52,7 @@ const COSTS = {
   "log-likelihood": {
     of: (z, y) => sum(softmax(z).map((a_j, j) => y[j] && -y[j] * Math.log(a_j))),
     nabla: (z, y) => softmax(z).map((a_j, j, a) =>
-      a_j * (sum(y) - y[j]) - y[j] * sum(others(a, j))),
+      a_j * (sum(y) - y[j]) - y[j] * sum(a.filter((_, i) => i !== j))),
     terms: (z, y) => softmax(z).map((a_j, j) => (1 + 2 * Math.max(...sizes(z)))
       * (a_j * sum(sizes(y)) + Math.abs(y[j]))),
     answer: softmax, sigma: "softmax",
@@ -89,12 +88,10 @@ function backprop({ layers, cost, X, Y }) {
 }
 
 function addGradients(here) {
-  const n = here.x.length;
-  here.grad_b = mean(here.delta); // BP3
-  here.grad_W = here.grad_b.map((_, j) => {
-    const delta = column(here.delta, j);
-    return here.x[0].map((_, k) => dot(delta, column(here.x, k)) / n); // BP4
-  });
+  const { x, delta } = here, columns = x[0].map((_, k) => column(x, k));
+  here.grad_b = mean(delta); // BP3
+  here.grad_W = mean(delta).map((_, j) =>
+    columns.map((x_k) => dot(column(delta, j), x_k) / x.length)); // BP4
 }
 
 function descend({ layers, pass, lr }) {
@@ -105,8 +102,7 @@ function descend({ layers, pass, lr }) {
   });
 }
 
-// ---------------------------------------------------------------------------- what was recorded
-
+// ------------------------------------------------------------------------------- what was recorded
 function numbers({ f4, f8 }) {
   const { buffer } = Uint8Array.from(atob(f4 ?? f8), (c) => c.charCodeAt(0));
   return Array.from(f4 === undefined ? new Float64Array(buffer) : new Float32Array(buffer));
@@ -156,8 +152,8 @@ function check({ layers, pass, cost, chain, Y, eps, tiny, max }) {
     const { W, b, sigma } = layers[l], here = pass.layers[l], above = pass.layers[l + 1];
     const { of, prime, terms } = SIGMA[sigma] ?? { terms: () => 0 };
     each(here.delta, (delta, i, j) => {
-      let equation = "BP2", from = [here.grad_a[i][j], Math.abs(here.grad_a[i][j])];
-      if (l === last && chain) equation = "BP1";
+      const equation = l === last && chain ? "BP1" : "BP2";
+      let from = [here.grad_a[i][j], Math.abs(here.grad_a[i][j])];
       if (l === last && ours) from = [ours.nabla, ours.terms].map((f) => f(here.a[i], Y[i])[j]);
       if (l < last && chain) from = product(above.delta[i], column(layers[l + 1].W, j));
       const s = here.s[i][j], size = from[1] * Math.max(Math.abs(s), terms(here.a[i][j]));
@@ -189,8 +185,7 @@ function checkGradients(r, here, l, test) {
   }
 }
 
-// ---------------------------------------------------------------------------- words, elements
-
+// --------------------------------------------------------------------------------- words, elements
 const byId = (id) => document.getElementById(id);
 const minus = (text) => text.replaceAll("-", "−");
 const high = (n) => `${n}`.replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).replace("-", "⁻");
@@ -210,37 +205,38 @@ const factor = (v) => (v < 0 ? `(${number(v)})` : number(v));
 const short = (v) => minus(v === 0 ? "0" : Math.abs(v) >= 0.005 && Math.abs(v) < 1000
   ? v.toFixed(Math.abs(v) < 100 ? 2 : 0) : v.toExponential(0).replace("+", ""));
 
-const SVG = ["svg", "g", "circle", "line", "text", "rect", "polyline"];
+// An element; false and the like among the children are left out.
 function make(tag, attributes = {}, ...children) {
-  const e = SVG.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
-    : document.createElement(tag);
+  const isDrawn = /^(svg|g|circle|line|text|rect|polyline)$/.test(tag);
+  const space = `http://www.w3.org/${isDrawn ? "2000/svg" : "1999/xhtml"}`;
+  const e = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") e.addEventListener(name, value);
-    else if (name === "style") Object.assign(e.style, value);
     else e.setAttribute(name, value);
   }
-  e.append(...children);
+  return fill(e, children);
+}
+
+function fill(e, ...children) {
+  (e.tagName ? e : byId(e)).replaceChildren(...children.flat(2).filter(Boolean));
   return e;
 }
 
 // "W^{2}_{13}" with its indices raised and lowered; all else stays text.
 function formula(text) {
-  const pieces = text.split(/(\^\{[^}]*\}(?:_\{[^}]*\})?|_\{[^}]*\})/).map((part) => {
-    const found = part.match(/^(?:\^\{([^}]*)\})?(?:_\{([^}]*)\})?$/);
-    if (!part || !found) return part;
-    const both = [["sup", found[1]], ["sub", found[2]]].filter(([, inner]) => inner !== undefined);
-    return make("span", { class: both.length > 1 ? "both" : "one" },
-      ...both.map(([tag, inner]) => make(tag, {}, inner)));
+  const pieces = text.split(/((?:\^\{[^}]*\}|_\{[^}]*\})+)/).map((part) => {
+    const scripts = [...part.matchAll(/([\^_])\{([^}]*)\}/g)];
+    return !scripts.length ? part : make("span", { class: scripts.length > 1 ? "both" : "one" },
+      scripts.map(([, kind, inner]) => make(kind === "^" ? "sup" : "sub", {}, inner)));
   });
-  return make("span", { class: "math" }, ...pieces);
+  return make("span", { class: "math" }, pieces);
 }
 
-// ---------------------------------------------------------------------------- the state
-
+// --------------------------------------------------------------------------------------- the state
 // What is looked at: a network (0: the reader's own; then the lessons), a step, an example or
 // "mean", neuron j of layer l (l < 0: input j of layer -1 - l) and the k of a weight into it.
 // The first of `runs` is the training that goes on.
-const DATA = JSON.parse(document.getElementById("data").textContent);
+const DATA = JSON.parse(byId("data").textContent);
 const state = { which: 0, net: null, step: 0, example: 0, l: 0, j: 0, k: null, runs: [] };
 
 const output = () => state.net.layers.length - 1;
@@ -273,15 +269,13 @@ function seen(l, name) {
 // The neurons of layer l, or its inputs, by the sizes of their errors or else activations.
 function important(l, isInput = false) {
   const { x, a, delta } = state.net.pass.layers[l];
-  const v = mean((isInput ? x : delta ?? a).map(sizes));
-  return range(v.length).sort((i, j) => v[j] - v[i] || i - j);
+  return ranked(mean((isInput ? x : delta ?? a).map(sizes)));
 }
 
 function select(l, j, k = null) {
   Object.assign(state, { l, j, k });
   if (l >= 0 && k === null && ["bp4", "update"].includes(step().kind)) {
-    const x = sizes(seen(l, "x"));
-    state.k = x.indexOf(Math.max(...x));
+    state.k = ranked(sizes(seen(l, "x")))[0];
   }
   drawKnobs();
   draw();
@@ -289,9 +283,8 @@ function select(l, j, k = null) {
 
 function goToStep(i) {
   state.step = Math.max(0, Math.min(steps().length - 1, i));
-  const { kind, l } = step();
-  if (state.l === l || kind === "update") select(state.l, state.j, state.k);
-  else select(l, important(l)[0]);
+  const { kind, l } = step(), stays = state.l === l || kind === "update";
+  select(...(stays ? [state.l, state.j, state.k] : [l, important(l)[0]]));
 }
 
 function open(which) {
@@ -308,8 +301,8 @@ function reset() {
 }
 
 function newRun() {
-  const { cost, lr, pass } = state.net, earlier = state.runs.filter(({ C }) => C.length > 1);
-  state.runs = [{ label: `${cost}, η ${number(lr)}`, C: [pass.C] }, ...earlier].slice(0, 4);
+  const { cost, lr, pass } = state.net, run = { label: `${cost}, η ${number(lr)}`, C: [pass.C] };
+  state.runs = [run, ...state.runs.filter(({ C }) => C.length > 1)].slice(0, 3);
 }
 
 function changed() {
@@ -349,27 +342,26 @@ function act(what) {
   if (what.focus) byId(what.focus).focus();
 }
 
-// ---------------------------------------------------------------------------- written out
-
+// ------------------------------------------------------------------------------------- written out
 // The lines about the chosen neuron and weight that the steps so far have reached: a left-hand
 // side, and what it equals. `put` is the equation with numbers in it; of means it would be wrong.
 function story() {
   const { net, l, j, k } = state, lines = [];
   if (l < 0) return [{ left: `x_{${j + 1}}`, right: [number(seen(-1 - l, "x")[j])] }];
   const { layers, pass, chain, n, lr } = net, { W, b, trains } = layers[l], ours = costOf(l);
-  const [x, z, a, s, grad_a, delta] = ["x", "z", "a", "s", "grad_a", "delta"].map((q) => seen(l, q));
+  const [x, z, a, s, grad_a, delta] = "x z a s grad_a delta".split(" ").map((q) => seen(l, q));
   const line = (kind, left, text, put, value) => isReached(kind, l) && lines.push({ left,
-    isNow: stepOf(kind, l) === state.step,
-    right: [text, put && (isMean(l) ? "mean over the examples" : put), value].filter(Boolean) });
+    isNow: stepOf(kind, l) === state.step, right: [text, put && (isMean(l) && kind !== "update"
+      ? "mean over the examples" : put), value].filter(Boolean) });
   const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), over = n > 1 ? "1/n Σ_{x} " : "";
   const from = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
-  const products = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}`;
-  line("forward", own("z"), products + (b ? ` + ${own("b")}` : ""), added(W[j], x, b?.[j]), number(z[j]));
+  const weighted = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}${b ? ` + ${own("b")}` : ""}`;
+  line("forward", own("z"), weighted, added(W[j], x, b?.[j]), number(z[j]));
   line("forward", own("a"), ours?.sigma === "softmax" ? "softmax" : `σ(${own("z")})`,
     sigma?.text(z[j]), number(a[j]));
   if (l === output()) line("cost", "C", "", "", number(pass.C));
-  if (ours && !isMean(l)) line("cost", "C_{x}", "", "",
-    number(ours.of(pass.layers[l].a[state.example], net.Y[state.example])));
+  if (n > 1 && ours && !isMean(l)) line("cost", "C_{x}", "", "",
+    number(ours.of(pass.layers[l].a[state.example], target())));
   if (!delta) return lines;
   const error = chain && l === output() ? "bp1" : "bp2", y = ours && target()[j];
   const wrong = [`${own("a")} − y_{${j + 1}}`, `${number(a[j])} − ${factor(y)}`];
@@ -381,7 +373,8 @@ function story() {
     const errors = above && [`Σ_{i} W^{${l + 2}}_{i${j + 1}} δ^{${l + 2}}_{i}`,
       added(above, seen(l + 1, "delta"))];
     line(error, `∂C/∂${own("a")}`, ...(ours ? wrong : errors || ["", ""]), number(grad_a[j]));
-    line(error, `σ'(${own("z")})`, sigma?.slope(own("a")), sigma?.slope(number(a[j])), number(s[j]));
+    const slope = sigma ? [sigma.slope(own("a")), sigma.slope(number(a[j]))] : ["", ""];
+    line(error, `σ'(${own("z")})`, ...slope, number(s[j]));
     line(error, own("δ"), `∂C/∂${own("a")} · σ'(${own("z")})`,
       `${number(grad_a[j])} · ${factor(s[j])}`, number(delta[j]));
   }
@@ -404,16 +397,14 @@ function story() {
 
 // w_1·x_1 + ... + b with numbers: the six largest terms, and the sum of the rest.
 function added(w, x, b) {
-  const terms = w.map((w_i, i) => w_i * x[i]);
-  const order = range(w.length).sort((i, j) => Math.abs(terms[j]) - Math.abs(terms[i]));
+  const terms = w.map((w_i, i) => w_i * x[i]), order = ranked(sizes(terms));
   const shown = order.slice(0, 6).sort((i, j) => i - j), rest = order.slice(6);
   const parts = shown.map((i) => `${factor(w[i])}·${factor(x[i])}`);
   if (rest.length) parts.push(`${factor(sum(rest.map((i) => terms[i])))} (${rest.length} others)`);
   return parts.concat(b === undefined ? [] : factor(b)).join(" + ");
 }
 
-// ---------------------------------------------------------------------------- the network
-
+// ------------------------------------------------------------------------------------- the network
 // The columns to draw: up to eight around the step's layer; of a wide layer the ten most
 // important neurons, with the chosen one; a square input as a picture.
 function columns() {
@@ -423,17 +414,17 @@ function columns() {
   const first = Math.max(0, Math.min(at - 4, all.length - 8));
   return all.slice(first, first + 8).map((c) => {
     const isInput = c.own < 0, side = Math.sqrt(c.size);
-    if (c.own === -1 && side >= 8 && Number.isInteger(side)) return { ...c, isInput, side, shown: [0] };
-    const must = state.l === c.own ? [state.j] : sourceOf(state.l) === c.own ? [state.k] : [];
-    const ranked = new Set([...must, ...important(c.l, isInput)].filter((j) => j !== null));
-    return { ...c, isInput, shown: [...ranked].slice(0, 10).sort((i, j) => i - j) };
+    if (c.own === -1 && side >= 8 && side % 1 === 0) return { ...c, isInput, side, shown: [0] };
+    const must = state.l === c.own ? state.j : sourceOf(state.l) === c.own ? state.k : null;
+    const ranked = important(c.l, isInput).sort((i, j) => (j === must) - (i === must));
+    return { ...c, isInput, ranked, shown: ranked.slice(0, 10).sort((i, j) => i - j) };
   });
 }
 
 // What the neurons of a column show at this step, and whether the step is about them.
 function shows(c) {
-  const { kind, l } = step(), feeds = c.own === sourceOf(l), n = high(c.l + 1);
-  const isSource = feeds && ["forward", "bp4"].includes(kind);
+  const { kind, l } = step(), n = high(c.l + 1);
+  const isSource = c.own === sourceOf(l) && ["forward", "bp4"].includes(kind);
   if (c.isInput) return { name: "x", symbol: c.l ? `x${n}` : "x", isActive: isSource };
   if (kind === "forward" && c.l > l) return {};
   const hasError = !isSource && (isReached("bp1", c.l) || isReached("bp2", c.l));
@@ -443,64 +434,62 @@ function shows(c) {
   return { name: "delta", symbol: `δ${n}`, isActive: c.l === l || isAbove };
 }
 
-// The number on each line into layer l, and whether the step is about it.
+// The number on the line from neuron k to neuron j of layer l, and whether the step is about it.
 function edgesOf(l) {
-  const { kind, l: at } = step(), { net } = state, { W, trains } = net.layers[l];
-  const { grad_W } = net.pass.layers[l], [delta, x] = [seen(l, "delta"), seen(l, "x")];
-  if (kind === "update" && grad_W) {
-    return { isActive: true, of: (j, k) => (trains[0] ? -net.lr * grad_W[j][k] : 0) };
-  }
-  if (kind === "bp4" && l === at) {
-    return { isActive: true, of: (j, k) => (isMean(l) ? grad_W[j][k] : delta[j] * x[k]) };
-  }
-  const carries = (kind === "forward" && l === at) || (kind === "bp2" && l === at + 1 && net.chain);
-  return { isActive: carries, of: (j, k) => W[j][k] };
+  const { kind, l: at } = step(), { chain, lr, layers, pass } = state.net;
+  const { W, trains } = layers[l], { grad_W } = pass.layers[l];
+  const delta = seen(l, "delta"), x = seen(l, "x"), own = (j, k) => delta[j] * x[k];
+  if (kind === "update" && grad_W) return [true, (j, k) => -trains[0] * lr * grad_W[j][k]];
+  if (kind === "bp4" && l === at) return [true, isMean(l) ? (j, k) => grad_W[j][k] : own];
+  const carries = (kind === "forward" && l === at) || (kind === "bp2" && l === at + 1 && chain);
+  return [carries, (j, k) => W[j][k]];
 }
 
+const head = (x, y, text, kind = "head") => make("text", { x, y, class: kind }, text);
 const classes = (...names) => names.filter(Boolean).join(" ");
-const largest = (values, least = 1e-300) =>
-  values.reduce((most, v) => (Math.abs(v) < Infinity ? Math.max(most, Math.abs(v)) : most), least);
+const largest = (values, least = 1e-300) => values.reduce((most, v) =>
+  (Math.abs(v) < Infinity ? Math.max(most, Math.abs(v)) : most), least);
 
 function drawNetwork() {
-  const width = Math.max(300, byId("network").clientWidth), all = columns(), { layers, pass } = state.net;
+  const width = Math.max(300, byId("network").clientWidth), all = columns(), parts = [];
   const r = width > 560 ? 21 : 16, picture = all[0].side ? Math.min(210, width * 0.36) : 0;
-  const height = 60 + Math.max(picture, 130, 2.7 * r * Math.max(...all.map(({ shown }) => shown.length)));
-  const first = picture ? picture / 2 : r + 14, gap = (width - first - r - 46) / (all.length - 1);
-  const lines = make("g", { "aria-hidden": "true" }), parts = [];
+  const rows = Math.max(...all.map(({ shown }) => shown.length)), { layers, pass } = state.net;
+  const height = 60 + Math.max(picture, 130, 2.7 * r * rows), first = picture / 2 || r + 14;
+  const gap = (width - first - r - 46) / (all.length - 1);
+  const lines = make("g", { "aria-hidden": true });
   // One scale for all layers: what vanishes looks as if it did.
   const scales = Object.fromEntries(["x", "a", "delta", "grad_b"].map((name) => [name,
     largest(layers.flatMap((_, l) => seen(l, name) ?? []), name === "a" ? 1 : 1e-300)]));
   scales.gradient = largest(pass.layers.flatMap(({ grad_W }) => grad_W?.flat() ?? []));
   all.forEach((c, i) => {
-    Object.assign(c, { r, X: first + i * gap, middle: 50 + (height - 60) / 2, half: picture / 2 });
+    Object.assign(c, { r: c.side ? picture / 2 : r, X: first + i * gap, middle: 20 + height / 2 });
     c.Y = c.shown.map((_, row) => c.middle + (row - (c.shown.length - 1) / 2) * 2.7 * r);
     if (i && !c.isInput) lines.append(...drawEdges(all[i - 1], c, scales));
-    if (i && c.isInput) parts.push(make("text", { x: c.X - gap / 2, y: c.middle, class: "head" }, "⋯"));
+    if (i && c.isInput) parts.push(head(c.X - gap / 2, c.middle, "⋯"));
     parts.push(c.side ? drawPicture(c, scales) : drawColumn(c, scales));
   });
-  const focused = document.activeElement?.dataset?.at, svg = make("svg", { role: "group",
-    viewBox: `0 0 ${width} ${height}`, "aria-label": "Layers, from the input to the output" });
-  svg.append(lines, ...parts);
-  byId("network").replaceChildren(svg);
+  const focused = document.activeElement?.dataset?.at;
+  fill("network", make("svg", { role: "group", viewBox: `0 0 ${width} ${height}`,
+    "aria-label": "Layers, from the input to the output" }, lines, parts));
   if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus();
-  byId("others").replaceChildren(...all.filter((c) => !c.side && c.size > c.shown.length).map((c) => {
-    const list = make("select", { change: () => select(c.own, Number(list.value)) });
-    list.append(make("option", {}, `${c.shown.length} of ${c.size} shown`),
-      ...important(c.l, c.isInput).map((j) => make("option", { value: j }, `${j + 1}`)));
+  fill("others", all.filter((c) => c.ranked && c.size > c.shown.length).map((c) => {
+    const list = make("select", { change: () => select(c.own, Number(list.value)) },
+      make("option", {}, `${c.shown.length} of ${c.size} shown`),
+      c.ranked.map((j) => make("option", { value: j }, `${j + 1}`)));
     const name = c.isInput ? "Inputs" : `Layer ${c.l + 1}`;
     return make("label", {}, `${name}, the most important first: `, list);
   }));
 }
 
 function drawEdges(from, to, scales) {
-  const { of, isActive } = edgesOf(to.l), { kind } = step(), { W } = state.net.layers[to.l];
-  const scale = !isActive || !["bp4", "update"].includes(kind) ? largest(W.flat())
-    : scales.gradient * (kind === "update" ? state.net.lr : 1);
+  const [isActive, of] = edgesOf(to.l), { kind } = step(), { layers, lr } = state.net;
+  const isGradient = isActive && ["bp4", "update"].includes(kind);
+  const scale = !isGradient ? largest(layers[to.l].W.flat())
+    : scales.gradient * (kind === "update" ? lr : 1);
   return to.shown.flatMap((j, row) => from.shown.flatMap((k, i) => {
-    const place = { x1: from.X + (from.side ? from.half : from.r), y1: from.Y[i],
-      x2: to.X - to.r, y2: to.Y[row] };
+    const isMine = state.l === to.l && state.j === j, v = of(j, k);
+    const place = { x1: from.X + from.r, y1: from.Y[i], x2: to.X - to.r, y2: to.Y[row] };
     if (from.side) return make("line", { ...place, class: "bundle" });
-    const v = of(j, k), isMine = state.l === to.l && state.j === j;
     const edge = make("line", { ...place, class: classes("edge", v < 0 ? "neg" : "pos",
       isActive && "active", isMine && "mine", isMine && state.k === k && "chosen") });
     edge.style.strokeWidth = v ? 0.7 + 5 * Math.min(1, Math.abs(v) / scale) : 0;
@@ -511,93 +500,89 @@ function drawEdges(from, to, scales) {
 
 function drawColumn(c, scales) {
   const { name, symbol = "", isActive } = shows(c), { label, name: called } = state.net.layers[c.l];
-  const values = name && seen(c.l, name), s = c.isInput || !values ? null : seen(c.l, "s");
-  const y = c.own === output() && target(), isError = name === "delta" || name === "grad_b", { r } = c;
-  const isSelected = (j) => state.l === c.own && state.j === j, choose = (j) => select(c.own, j);
-  const stop = c.shown.find(isSelected) ?? c.shown[0];
+  const values = name && seen(c.l, name), s = !c.isInput && values && seen(c.l, "s"), { r } = c;
+  const y = c.own === output() && target(), isError = name === "delta" || name === "grad_b";
+  const isChosen = (j) => state.l === c.own && state.j === j, choose = (j) => select(c.own, j);
+  const stop = c.shown.find(isChosen) ?? c.shown[0];
   const nodes = c.shown.map((j, row) => {
-    const v = values?.[j], saturated = s && isSaturated(c.l, s[j]);
+    const v = values?.[j], saturated = s && isSaturated(c.l, s[j]) && "saturated";
+    const isFrom = sourceOf(state.l) === c.own && state.k === j;
     const words = [`${c.isInput ? "input" : "neuron"} ${j + 1}`, values && `${symbol} ${number(v)}`,
-      saturated && "saturated", y && `wanted ${number(y[j])}`].filter(Boolean).join(", ");
+      saturated, y && `wanted ${number(y[j])}`].filter(Boolean).join(", ");
     const body = make("circle", { r, class: `body ${v < 0 ? "neg" : isError ? "pos" : "act"}` });
-    const ring = make("circle", { r: r + 3, class: "ring", pathLength: 1, transform: "rotate(-90)" });
+    const ring = make("circle", { r: r + 3, class: "ring", pathLength: 1 });
     body.style.fillOpacity = values ? 0.6 * Math.min(1, Math.abs(v) / scales[name]) : 0;
     ring.style.strokeDasharray = `${s ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) || 0 : 0} 1`;
     return make("g", { role: "option", "data-at": `${c.own},${j}`, tabindex: j === stop ? 0 : -1,
-      transform: `translate(${c.X} ${c.Y[row]})`, "aria-label": words, "aria-selected": isSelected(j),
-      class: classes("neuron", isActive && "active", isSelected(j) && "chosen", saturated && "saturated",
-        sourceOf(state.l) === c.own && state.k === j && "from"),
-      click: () => choose(j), keydown: (event) => move(event, choose,
-        { ArrowUp: c.shown[row - 1], ArrowDown: c.shown[row + 1] }, c.own) },
+      transform: `translate(${c.X} ${c.Y[row]})`, "aria-label": words, "aria-selected": isChosen(j),
+      class: classes("neuron", isActive && "active", isChosen(j) && "chosen", isFrom && "from",
+        saturated), click: () => choose(j), keydown: (event) => move(event, choose,
+        { ArrowUp: c.shown[row - 1], ArrowDown: c.shown[row + 1] }, c.size, c.own) },
     make("circle", { r: r + 3, class: "rim" }), ring, body,
-    make("text", { y: 4, class: "value" }, values ? short(v) : ""),
-    make("text", { x: -r - 3, y: 5 - r, class: "number" }, `${j + 1}`),
-    make("text", { x: r + 7, y: 4, class: "note" }, y ? `y ${short(y[j])}` : ""));
+    head(0, 4, values && short(v), "value"), head(-r - 3, 5 - r, `${j + 1}`, "number"),
+    head(r + 7, 4, y && `y ${short(y[j])}`, "note"));
   });
   const heading = c.isInput ? "input" : `layer ${c.l + 1}`;
-  return make("g", { role: "listbox", "aria-label": c.isInput ? heading : `${heading}, ${label}, ${called}` },
-    make("text", { x: c.X, y: 16, class: "head" }, heading),
-    make("text", { x: c.X, y: 34, class: "symbol" }, symbol), ...nodes);
+  const words = c.isInput ? heading : `${heading}, ${label}, ${called}`;
+  return make("g", { role: "listbox", "aria-label": words },
+    head(c.X, 16, heading), head(c.X, 34, symbol, "symbol"), nodes);
 }
 
 function drawPicture(c, scales) {
-  const x = seen(c.l, "x"), cell = (2 * c.half) / c.side, { side } = c;
+  const x = seen(c.l, "x"), { side, r } = c, cell = (2 * r) / side, top = c.middle - r;
   const at = state.l === c.l && state.k !== null ? state.k : Math.floor((c.size + side) / 2);
   const square = (k, attributes) => make("rect", { ...attributes, width: cell, height: cell,
-    x: c.X - c.half + (k % side) * cell, y: c.middle - c.half + Math.floor(k / side) * cell });
-  const choose = (k) => { if (k < c.size) select(c.l, state.l === c.l ? state.j : important(c.l)[0], k); };
+    x: c.X - r + (k % side) * cell, y: top + Math.floor(k / side) * cell });
+  const j = state.l === c.l ? state.j : important(c.l)[0], choose = (k) => select(c.l, j, k);
   const pixels = x.map((v, k) => {
-    const pixel = square(k, { class: v < 0 ? "pixel neg" : "pixel", click: () => choose(k) });
+    const pixel = square(k, { class: classes("pixel", v < 0 && "neg"), click: () => choose(k) });
     pixel.style.fillOpacity = Math.abs(v) / scales.x;
     return pixel;
   });
-  const label = `row ${Math.floor(at / side) + 1}, column ${(at % side) + 1}: ${number(x[at])}`;
+  const places = { ArrowUp: at - side, ArrowDown: at + side, ArrowLeft: at - 1, ArrowRight: at + 1 };
+  const cursor = make("g", { role: "option", tabindex: 0, "data-at": "pixel", "aria-selected": true,
+    "aria-label": `row ${Math.floor(at / side) + 1}, column ${(at % side) + 1}: ${number(x[at])}`,
+    keydown: (event) => move(event, choose, places, c.size) }, square(at, { class: "cursor" }));
   return make("g", { role: "listbox", "aria-label": `input, a picture of ${side} × ${side}` },
-    make("text", { x: c.X, y: c.middle - c.half - 10, class: "head" }, "input"),
-    make("g", { "aria-hidden": "true" }, ...pixels),
-    make("g", { role: "option", tabindex: 0, "data-at": "pixel", "aria-selected": "true", "aria-label": label,
-      keydown: (event) => move(event, choose, { Enter: at, ArrowUp: at - side, ArrowDown: at + side,
-        ArrowLeft: at - 1, ArrowRight: at + 1 }) }, square(at, { class: "cursor" })));
+    head(c.X, top - 10, "input"), make("g", { "aria-hidden": true }, pixels), cursor);
 }
 
 // Arrow keys within a column: where each of them leads, if anywhere.
-function move(event, choose, places, own) {
+function move(event, choose, places, size, own) {
   if (!(event.key in places)) return;
   event.preventDefault();
   event.stopPropagation();
   const to = places[event.key];
-  if (!(to >= 0)) return;
+  if (!(to >= 0 && to < size)) return;
   choose(to);
   document.querySelector(`[data-at="${own},${to}"]`)?.focus();
 }
 
-// ---------------------------------------------------------------------------- all around it
-
+// ----------------------------------------------------------------------------------- all around it
 const PHASES = { forward: "Forward", cost: "Forward", bp1: "Backward", bp2: "Backward",
   bp3: "Gradients", bp4: "Gradients", update: "Update" };
+const LINES = { bp4: "the gradients ∂C/∂W", update: "what the step adds, −η ∂C/∂W" };
 
 function draw() {
   const { title, equation, text, kind } = step(), { net, l, j, k, example } = state;
-  const words = { title, explanation: text, phase: `${PHASES[kind]}, step ${state.step + 1} of ${steps().length}`,
-    lines: { bp4: "the gradients ∂C/∂W", update: "what the step adds, −η ∂C/∂W" }[kind] ?? "the weights",
-    checked: !net.isRecorded ? "Changed: from here on the page computes all numbers."
-      : net.found.misses.length ? "" : `✓ All ${net.found.count} numbers recorded by torchbp agree `
-        + "with what this page computes.",
-    choice: [l < 0 ? `Input ${j + 1}` : `Neuron ${j + 1} of layer ${l + 1}`,
-      l >= 0 && k !== null && `weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}`,
-      net.n > 1 && (example === "mean" ? `mean of ${net.n} examples` : `example ${example + 1}`),
-    ].filter(Boolean).join(", ") };
-  for (const [id, content] of Object.entries(words)) byId(id).textContent = content;
+  const { misses, count } = net.found, last = steps().length - 1;
+  fill("phase", `${PHASES[kind]}, step ${state.step + 1} of ${last + 1}`);
   byId("phase").className = PHASES[kind].toLowerCase();
-  byId("equation").replaceChildren(formula(equation));
-  Object.assign(byId("slider"), { max: steps().length, value: state.step + 1 });
+  const words = { title, explanation: text, equation: formula(equation), lines: LINES[kind] };
+  for (const [id, content] of Object.entries(words)) fill(id, content ?? "the weights");
+  fill("checked", !net.isRecorded ? "Changed: from here on the page computes all numbers."
+    : !misses.length && `✓ The page computes the same ${count} numbers that torchbp recorded.`);
+  fill("choice", l < 0 ? `Input ${j + 1}` : `Neuron ${j + 1} of layer ${l + 1}`,
+    l >= 0 && k !== null && `, weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}`,
+    net.n > 1 && (example === "mean" ? `, mean of ${net.n} examples` : `, example ${example + 1}`));
+  Object.assign(byId("slider"), { max: last + 1, value: state.step + 1 });
   byId("slider").setAttribute("aria-valuetext", title);
   byId("back").disabled = state.step === 0;
-  byId("next").disabled = state.step === steps().length - 1;
-  byId("written").replaceChildren(...story().map(({ isNow, left, right }) =>
-    make("p", { class: isNow ? "line now" : "line" }, formula(left), ...right.map((part, i) =>
-      make("span", { class: i === right.length - 1 ? "result" : "" }, " = ", formula(part))))));
-  byId("sigma").replaceChildren(...(sigmaOf(l) ? drawSigma(l, seen(l, "z")[j]) : []));
+  byId("next").disabled = state.step === last;
+  fill("written", story().map(({ isNow, left, right }) => make("p", { class: classes("line", isNow
+    && "now") }, formula(left), right.map((part, i) => make("span", { class: i === right.length - 1
+    ? "result" : "" }, " = ", formula(part))))));
+  fill("sigma", sigmaOf(l) && drawSigma(l, seen(l, "z")[j]));
   drawNetwork();
   drawTable();
   drawCosts();
@@ -606,133 +591,130 @@ function draw() {
 // σ around z, and its slope there.
 function drawSigma(l, z) {
   const { of, prime } = sigmaOf(l), span = Math.max(6, 1.2 * Math.abs(z) || 0), [w, h] = [220, 100];
-  const grid = range(81).map((i) => span * (i / 40 - 1)), [low, top] = [of(-span), of(span)];
-  const X = (v) => (w * (v + span)) / (2 * span), Y = (a) => h - 8 - ((h - 16) * (a - low)) / (top - low);
-  const a = of(z), slope = prime(a), reach = Math.min(span / 3, (top - low) / (3 * slope));
+  const [low, top, a] = [of(-span), of(span), of(z)], slope = prime(a);
+  const reach = Math.min(span / 3, (top - low) / (3 * slope));
+  const X = (v) => (w * (v + span)) / (2 * span);
+  const Y = (v) => h - 8 - ((h - 16) * (v - low)) / (top - low);
+  const line = (name, points) => make("polyline", { class: name,
+    points: points.map(([u, v]) => `${X(u)},${Y(v)}`).join(" ") });
   const label = `σ(z) at z = ${number(z)}, slope σ' = ${number(slope)}`
     + (isSaturated(l, slope) ? ": saturated" : "");
-  const line = (kind, points) => make("polyline", { class: kind,
-    points: points.map(([u, v]) => `${X(u)},${Y(v)}`).join(" ") });
-  const svg = make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
-    line("axis", [[0, low], [0, top]]), line("sigma", grid.map((v) => [v, of(v)])),
+  return [make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
+    line("axis", [[0, low], [0, top]]),
+    line("sigma", range(81).map((i) => span * (i / 40 - 1)).map((v) => [v, of(v)])),
     line("tangent", [[z - reach, a - reach * slope], [z + reach, a + reach * slope]]),
-    make("circle", { cx: X(z), cy: Y(a), r: 4, class: "point" }));
-  return [svg, make("figcaption", {}, label)];
+    make("circle", { cx: X(z), cy: Y(a), r: 4, class: "point" })), make("figcaption", {}, label)];
 }
 
 function drawTable() {
   const { layers, pass, lr } = state.net;
-  const lengths = pass.layers.map(({ grad_W }, l) => [seen(l, "delta"), grad_W?.flat()].map((v) => v && norm(v)));
-  const cell = (text, share) => {
+  const lengths = pass.layers.map(({ grad_W }, l) => [seen(l, "delta"), grad_W?.flat()]
+    .map((v) => v && norm(v)));
+  const cell = (v, share, text = v === null || Number.isNaN(v) ? "—" : number(v)) => {
     const bar = make("span", { class: "bar" });
-    bar.style.width = `${6 * Math.max(0, Math.min(1, share || 0))}rem`;
-    return make("td", {}, ...(share === undefined ? [] : [make("span", { class: "scale" }, bar)]), text);
+    bar.style.width = `${100 * Math.max(0, Math.min(1, share))}%`;
+    return make("td", {}, share >= 0 && make("span", { class: "scale" }, bar), text);
   };
-  // Logarithmic, six powers of ten below the largest.
-  const ofAll = (i) => (v) => (v === null || v === undefined ? cell("—")
-    : cell(number(v), 1 + Math.log10(v / largest(lengths.map((pair) => pair[i] ?? 0))) / 6));
-  byId("layers").replaceChildren(...layers.map(({ W, label, name, trains }, l) => {
-    const s = seen(l, "s"), slope = sum(s) / s.length, [delta, gradient] = lengths[l];
-    const next = lengths[l + 1]?.[0], moved = (trains[0] * lr * gradient) / norm(W.flat());
-    return make("tr", { class: l === step().l ? "active" : "" },
-      make("th", { scope: "row" }, `${l + 1} ${name}`), cell(costOf(l)?.sigma ?? label),
-      cell(Number.isNaN(slope) ? "—" : number(slope), Math.abs(slope) / steepest(l)),
-      cell(`${s.filter((v) => isSaturated(l, v)).length} of ${s.length}`), ofAll(0)(delta),
-      cell(next && delta !== null ? `× ${number(delta / next)}` : "—"), ofAll(1)(gradient),
-      cell(gradient === undefined ? "—" : number(moved)));
+  // The share of a logarithmic bar, which begins six powers of ten below the largest.
+  const share = (i, v) => (v === null ? NaN
+    : Math.max(0, 1 + Math.log10(v / largest(lengths.map((pair) => pair[i] ?? 0))) / 6));
+  fill("layers", layers.map(({ W, label, name, trains }, l) => {
+    const s = seen(l, "s"), slope = sum(s) / s.length, [delta, gradient = null] = lengths[l];
+    const saturated = s.filter((v) => isSaturated(l, v)).length, next = lengths[l + 1]?.[0];
+    return make("tr", { class: classes(l === step().l && "active") },
+      make("th", { scope: "row" }, `${l + 1} ${name}`), cell(0, NaN, costOf(l)?.sigma ?? label),
+      cell(slope, Math.abs(slope) / steepest(l)), cell(0, NaN, `${saturated} of ${s.length}`),
+      cell(delta, share(0, delta)), cell(delta !== null && next ? delta / next : null),
+      cell(gradient, share(1, gradient)),
+      cell(gradient === null ? null : (trains[0] * lr * gradient) / norm(W.flat())));
   }));
 }
 
 function drawCosts() {
-  const { runs, net } = state, [w, h] = [600, 150], count = Math.max(...runs.map(({ C }) => C.length - 1));
+  const { runs, net } = state, [w, h] = [600, 150], label = "C, as a share of its start, by steps";
   const shares = runs.map(({ C }) => C.map((v) => v / C[0]).filter(Number.isFinite));
-  const top = Math.min(5, largest(shares.flat(), 1));
-  const point = (v, i) => `${34 + ((w - 44) * i) / count},${h - 20 - ((h - 30) * Math.min(v, top)) / top}`;
-  const text = (x, y, content) => make("text", { x, y, class: "number" }, content);
-  const label = "C over the steps, as a share of its start: ";
-  byId("trained").textContent = `C = ${number(net.pass.C)} after ${runs[0].C.length - 1} steps`;
-  byId("costs").replaceChildren(...(count ? [make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
-    make("polyline", { class: "axis", points: `34,8 34,${h - 20} ${w - 10},${h - 20}` }),
-    text(28, 14, number(top)), text(28, h - 20, "0"), text(w - 10, h - 4, `${count} steps`),
-    ...shares.map((share, i) => make("polyline", { class: `run run${i}`, points: share.map(point).join(" ") }))),
-  make("figcaption", {}, label, ...runs.map((run, i) => make("span", { class: `key run${i}` }, run.label)))] : []));
+  const count = largest(runs.map(({ C }) => C.length - 1), 0);
+  const top = Math.min(5, largest(shares.flat(), 1)), text = (...of) => head(...of, "number");
+  const X = (i) => 34 + ((w - 44) * i) / count;
+  const Y = (v) => h - 20 - ((h - 30) * Math.min(v, top)) / top;
+  const line = (name, points) => make("polyline", { class: name, points: points.join(" ") });
+  fill("trained", `C = ${number(net.pass.C)} after ${runs[0].C.length - 1} steps`);
+  fill("costs", count && [
+    make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
+      line("axis", [[34, 8], [34, h - 20], [w - 10, h - 20]]),
+      text(28, 14, short(top)), text(28, h - 20, "0"), text(w - 10, h - 4, `${count} steps`),
+      shares.map((share, i) => line(`run run${i}`, share.map((v, x) => [X(x), Y(v)])))),
+    make("figcaption", {}, label, runs.map((run, i) =>
+      make("span", { class: `key run${i}` }, run.label)))]);
 }
 
-// ---------------------------------------------------------------------------- controls
-
+// ---------------------------------------------------------------------------------------- controls
 function drawControls() {
-  const { net, which } = state, fill = (id, ...children) => byId(id).replaceChildren(...children);
-  fill("choices", ...DATA.networks.map(({ title }, i) => make("button", { "aria-pressed": i === which,
-    click: () => open(i) }, i ? `Lesson ${i}: ${title}` : title)));
-  fill("about", [net.title, `${net.cost_name}`, net.n === 1 ? "1 example" : `${net.n} examples`,
-    net.dtype, ...net.notes].join(" · "));
-  fill("lesson", make("p", {}, net.text ?? ""), make("ol", {}, ...(net.acts ?? []).map(([text, label, what]) =>
-    make("li", {}, `${text} `, make("button", { click: () => act(what) }, label)))));
-  fill("example", ...range(net.n).map((i) => make("option", { value: i },
-    `${i + 1}${net.labels ? `, a ${net.labels[i]}` : ""}`)));
-  if (net.n > 1) byId("example").append(make("option", { value: "mean" }, "mean of all"));
+  const { net } = state, { misses, count } = net.found, [first] = misses;
+  fill("choices", DATA.networks.map(({ title }, i) => make("button", { click: () => open(i),
+    "aria-pressed": i === state.which }, i ? `Lesson ${i}: ${title}` : title)));
+  fill("about", [net.title, net.cost_name, `${net.n} example${net.n > 1 ? "s" : ""}`, net.dtype,
+    ...net.notes].join(" · "));
+  const acts = net.acts?.map(([text, label, what]) =>
+    make("li", {}, `${text} `, make("button", { click: () => act(what) }, label)));
+  fill("lesson", net.text && [make("p", {}, net.text), make("ol", {}, acts)]);
+  fill("example", range(net.n).map((i) => make("option", { value: i },
+    `${i + 1}`, net.labels && `, a ${net.labels[i]}`)),
+  net.n > 1 && make("option", { value: "mean" }, "mean of all"));
   byId("example").value = state.example;
-  fill("all", ...steps().map(({ title, equation }, i) => make("li", {},
+  fill("all", steps().map(({ title, equation }, i) => make("li", {},
     make("button", { click: () => goToStep(i) }, title), " ", formula(equation))));
   fill("fixed", net.fixed);
   byId("controls").hidden = Boolean(net.fixed);
-  fill("cost", ...Object.keys(net.steps).map((name) => make("option", {}, name)));
+  fill("cost", Object.keys(net.steps).map((name) => make("option", {}, name)));
   byId("cost").value = net.cost;
-  const { misses, count } = net.found, [first] = misses;
-  fill("warning", !first ? "" : `${misses.length} of ${count} recorded numbers are not what this page computes. `
-    + `${first.equation} at layer ${first.l + 1} (${net.layers[first.l].name}): ${first.name} was recorded as `
-    + `${first.recorded}, expected ${first.expected}. Places: `
-    + `${[...new Set(misses.map(({ equation, l }) => `${equation} at layer ${l + 1}`))].join(", ")}.`);
+  fill("warning", first && `${misses.length} of ${count} recorded numbers are not what this page `
+    + `computes; the first is of ${first.equation} at layer ${first.l + 1}, `
+    + `${net.layers[first.l].name}: ${first.name} was recorded as ${first.recorded}, expected ${first.expected}.`);
   drawKnobs();
 }
 
 // A slider for η and for each number that belongs to what is chosen.
 function drawKnobs() {
-  const { net, l, j, k, example } = state;
+  const { net, l, j, k, example } = state, i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
   if (net.fixed) return;
-  const list = [["learning rate η", net, "lr", 0, 10]], i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
-  const weights = make("select", { id: "weight", "aria-label": "weight", change: () => {
+  const list = [["learning rate η", net, "lr", 0, 10]], { W, b } = net.layers[l] ?? {};
+  if (W && k !== null) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
+  if (b) list.push([`bias ${index("b", l, j)}`, b, j, -4, 4]);
+  const { [example]: x } = net.X, { [example]: y } = net.Y; // none of the mean
+  if (x && i !== null) list.push([`input x${low(i + 1)}`, x, i, 0, 1]);
+  if (y && l === output()) list.push([`target y${low(j + 1)}`, y, j, 0, 1]);
+  const weights = W && make("select", { id: "weight", "aria-label": "weight", change: () => {
     select(l, j, Number(weights.value));
     byId("weight").focus();
-  } }, make("option", {}, "choose a weight"));
-  if (l >= 0) {
-    const { W, b } = net.layers[l];
-    weights.append(...W[j].map((_, from) => make("option", { value: from }, index("W", l, j, from))));
-    if (k !== null) weights.value = k;
-    if (k !== null) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
-    if (b) list.push([`bias ${index("b", l, j)}`, b, j, -4, 4]);
-  }
-  if (i !== null && example !== "mean") list.push([`input x${low(i + 1)}`, net.X[example], i, 0, 1]);
-  if (l === output() && example !== "mean") list.push([`target y${low(j + 1)}`, net.Y[example], j, 0, 1]);
-  const knobs = list.map(([name, holder, key, least, most]) => {
-    const value = make("output", {}, number(holder[key]));
-    const slider = make("input", { type: "range", step: "any", min: Math.min(least, 2 * holder[key]),
-      max: Math.max(most, 2 * holder[key]), input: () => {
-        holder[key] = slider.valueAsNumber;
-        value.textContent = number(holder[key]);
-        changed();
-      } });
-    slider.value = holder[key];
+  } }, make("option", {}, "choose a weight"), W[j].map((_, from) =>
+    make("option", { value: from }, index("W", l, j, from))));
+  if (W && k !== null) weights.value = k;
+  fill("knobs", weights, list.map(([name, holder, key, least, most]) => {
+    const v = holder[key], value = make("output", {}, number(v)), change = () => {
+      holder[key] = slider.valueAsNumber;
+      fill(value, number(holder[key]));
+      changed();
+    };
+    const slider = make("input", { type: "range", step: "any", min: Math.min(least, 2 * v),
+      max: Math.max(most, 2 * v), input: change });
+    slider.value = v;
     return make("label", { class: "knob" }, make("span", {}, name), slider, value);
-  });
-  byId("knobs").replaceChildren(...(l < 0 ? [] : [weights]), ...knobs);
+  }));
 }
 
-byId("back").onclick = () => goToStep(state.step - 1);
-byId("next").onclick = () => goToStep(state.step + 1);
+const buttons = { back: () => goToStep(state.step - 1), next: () => goToStep(state.step + 1),
+  reset, one: () => train(1), hundred: () => train(100) };
+for (const [id, press] of Object.entries(buttons)) byId(id).onclick = press;
 byId("slider").oninput = (event) => goToStep(event.target.valueAsNumber - 1);
-byId("example").onchange = (event) => {
-  state.example = event.target.value === "mean" ? "mean" : Number(event.target.value);
+byId("example").onchange = ({ target: { value } }) => {
+  state.example = value === "mean" ? value : Number(value);
   select(state.l, state.j, state.k);
 };
 byId("cost").onchange = (event) => useCost(event.target.value);
-byId("reset").onclick = reset;
-byId("one").onclick = () => train(1);
-byId("hundred").onclick = () => train(100);
 document.addEventListener("keydown", ({ key, target: { tagName }, altKey, ctrlKey, metaKey }) => {
-  const by = { ArrowLeft: -1, ArrowRight: 1 }[key];
-  if (!by || altKey || ctrlKey || metaKey || ["INPUT", "SELECT"].includes(tagName)) return;
-  goToStep(state.step + by);
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[key], isTaken = /INPUT|SELECT/.test(tagName);
+  if (by && !isTaken && !altKey && !ctrlKey && !metaKey) goToStep(state.step + by);
 });
 addEventListener("resize", drawNetwork);
 

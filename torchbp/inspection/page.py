@@ -86,8 +86,9 @@ def save_page(
         >>> model = torchbp.MLP([2, 3, 1])
         >>> x, y = torch.rand(5, 2), torch.rand(5, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_page(f"{folder}/step.html", model, torchbp.QuadraticCost(), x, y, 3)
-        ...     Path(folder, "step.html").read_text(encoding="utf-8")[:15]
+        ...     path = Path(folder, "step.html")
+        ...     save_page(path, model, torchbp.QuadraticCost(), x, y, lr=3.0)
+        ...     path.read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
     if not isinstance(model, nn.Module):
@@ -101,7 +102,7 @@ def save_page(
         recorded = _network(example[0], costs.QuadraticCost(), *example[1:], lesson.lr)
         words = {"title": lesson.title, "text": lesson.text, "acts": lesson.acts}
         networks.append({**recorded, **words})
-    page = _page({"version": __version__, "networks": networks})
+    page = _page({"networks": networks})
     write_atomically(path, page.encode(errors="xmlcharrefreplace"))
 
 
@@ -149,8 +150,8 @@ def _network(
     numbers = _count(network)
     if numbers > MOST_NUMBERS:
         raise ValueError(
-            f"input: expected a network and a batch of at most {MOST_NUMBERS:,} numbers "
-            f"in all, got {numbers:,}"
+            f"input: expected a network and a batch of at most {MOST_NUMBERS:,} "
+            f"numbers in all, got {numbers:,}"
         )
     network["steps"] = {name: _steps(network, name) for name in _switchable(network)}
     return network
@@ -310,6 +311,7 @@ def _page(content: dict[str, Any]) -> str:
     data = data.replace("<", "\\u003c")
     parts = {
         "title": html.escape(content["networks"][0]["title"]),
+        "version": __version__,
         "policy": _policy(script, style),
         "style": style,
         "script": script,
