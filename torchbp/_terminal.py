@@ -1,11 +1,12 @@
-"""The command line, colours where somebody sees them, and waiting for a key."""
+"""The command line, colours where somebody sees them, tables, and waiting for a key."""
 
 from __future__ import annotations
 
 import argparse
+import html
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -136,3 +137,41 @@ def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
         ).rstrip()
         for cells in lines
     )
+
+
+# Dark text on a light ground: legible in a light notebook and in a dark one.
+_VERDICTS = {
+    "good": "background:#d5efdc;color:#0b4a1d",
+    "bad": "background:#fbd5cf;color:#7a1208",
+    "neutral": "background:#fcefc7;color:#5c4300",
+}
+
+
+def html_table(
+    caption: str,
+    lines: Sequence[Sequence[str]],
+    left: int,
+    verdicts: Mapping[str, str],
+) -> str:
+    """The cells as an HTML table for a notebook, whatever text they hold.
+
+    Args:
+        caption: what stands above it.
+        lines: the headings, and the rows.
+        left: how many columns are flush left; the rest are flush right.
+        verdicts: the cells that are coloured, each "good", "bad" or "neutral".
+    """
+
+    def cell(tag: str, i: int, text: str) -> str:
+        colour = _VERDICTS[verdicts[text]] if tag == "td" and text in verdicts else ""
+        style = f"text-align:{'left' if i < left else 'right'};{colour}"
+        return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
+
+    tags = ["th", *["td"] * (len(lines) - 1)]
+    rows = [
+        "<tr>" + "".join(cell(tag, i, text) for i, text in enumerate(line)) + "</tr>"
+        for tag, line in zip(tags, lines, strict=True)
+    ]
+    style = "text-align:left;white-space:pre-line"
+    caption = f'<caption style="{style}">{html.escape(caption)}</caption>'
+    return f"<table>{caption}{''.join(rows)}</table>"

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchbp._terminal import html_table
+
 __all__ = ["Finding", "Report"]
 
 STATUSES = ("fail", "warn", "pass", "not supported", "not applicable")
@@ -113,6 +115,12 @@ class Report:
             if texts:
                 lines += _wrapped(f"{status}: {'; '.join(texts)}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        lines = [["check", "verdict", "what was seen", "what to do"]]
+        lines += [[f.title, f.status, f.reason, f.fix] for f in self]
+        words = {"pass": "good", "fail": "bad", "warn": "neutral"}
+        return html_table(self._head(), lines, left=4, verdicts=words)
 
     def table(self) -> str:
         """Every finding in a line, and below it what failed."""

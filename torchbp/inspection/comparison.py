@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from torchbp import costs, functional
 from torchbp._checks import explain_storage
-from torchbp._terminal import aligned
+from torchbp._terminal import aligned, html_table
 from torchbp.inspection.observation import observe
 from torchbp.inspection.sweeps import (
     KINDS,
@@ -141,16 +141,29 @@ class Comparison:
         return iter(self.rows)
 
     def __str__(self) -> str:
+        return "\n".join(
+            [*self._above(), "", aligned(self._lines(), 1), "", *self._below()]
+        )
+
+    def _repr_html_(self) -> str:
+        words = {"exact": "good", "≈": "good", "WRONG": "bad"}
+        caption = "\n".join([*self._above(), *self._below()])
+        return html_table(caption, self._lines(), left=1, verdicts=words)
+
+    def _above(self) -> list[str]:
+        """What was compared."""
         dtype = str(self.dtype).removeprefix("torch.")
+        beside = f"beside native autograd in {dtype}, and finite differences in float64"
+        return [*self.layers, beside]
+
+    def _lines(self) -> list[list[str]]:
+        """The table's headings and rows."""
         titles = "equation|native|max diff|relative|finite|max diff|relative|entries"
-        table = aligned([titles.split("|"), *(r.cells() for r in self.rows)], left=1)
-        lines = [
-            *self.layers,
-            f"beside native autograd in {dtype}, and finite differences in float64",
-            "",
-            table,
-            "",
-        ]
+        return [titles.split("|"), *(row.cells() for row in self.rows)]
+
+    def _below(self) -> list[str]:
+        """What is to be said of the rows."""
+        lines: list[str] = []
         kinks = [f"{row.kinks} of {row.left}" for row in self.rows if row.kinks]
         if kinks:
             lines += wrap(f"left out, next to a kink of σ: {', '.join(kinks)}", 96)
@@ -168,7 +181,7 @@ class Comparison:
             f"{row.equation} of {row.name or 'the model'}: {row.fault}"
             for row in self.faults
         ]
-        return "\n".join(lines)
+        return lines
 
 
 def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Comparison:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchbp import functional
-from torchbp._terminal import aligned
+from torchbp._terminal import aligned, html_table
 from torchbp.convert import from_native
 from torchbp.nn import BPLinear, check_takes
 
@@ -202,6 +202,15 @@ class Trace:
                 "no calls: none was made in the block, or a function compiled before "
                 "it made them unseen"
             )
+        table = aligned(self._lines(lr), left=2)
+        return table if lr is None else f"{table}\nη = {lr:g}"
+
+    def _repr_html_(self) -> str:
+        lines = self._lines(None)
+        return html_table(repr(self).strip("<>"), lines, left=2, verdicts={})
+
+    def _lines(self, lr: float | None) -> list[list[str]]:
+        """The table's headings and rows."""
         titles = "layer|shapes|‖a‖|saturated|‖δ‖|‖∂C/∂W‖|‖∂C/∂b‖".split("|")
         titles.append("‖∂C/∂W‖/‖W‖" if lr is None else "η‖∂C/∂W‖/‖W‖")
         lines = [titles]
@@ -213,8 +222,7 @@ class Trace:
                 _number(record.update_ratio(1.0 if lr is None else lr)),
             ]
             lines.append([record.name or "(model)", record.shapes, *cells])
-        table = aligned(lines, left=2)
-        return table if lr is None else f"{table}\nη = {lr:g}"
+        return lines
 
     def __len__(self) -> int:
         return len(self.records)
