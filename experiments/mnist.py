@@ -10,6 +10,8 @@
     python experiments/mnist.py --json                    a JSON object for each epoch
     python experiments/mnist.py --resume runs/NAME        go on where a run stopped
     torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
+    python experiments/mnist.py --page                    and at the end page.html, the
+                                                          trained network for a browser
     tensorboard --logdir runs                             the curves
 
 Exit status: 0 done; 1 --target-accuracy missed or the cost diverged; 2 bad arguments or
@@ -53,6 +55,7 @@ from experiments.support.settings import (
 from torchbp import data
 from torchbp._terminal import reader_left
 from torchbp.data import distort
+from torchbp.inspection import save_page
 from torchbp.training import (
     EVALUATE_AT_ONCE,
     PROGRESS,
@@ -71,6 +74,8 @@ from torchbp.training import (
     cpu_threads,
     join,
 )
+
+PAGE = "page.html"
 
 
 def main(settings: Settings) -> dict[str, Any]:
@@ -337,6 +342,8 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         else:
             train_and_log(settings, trainer, log)
         accuracy = trainer.score()["test"].accuracy
+    if log is not None and settings.page:
+        write_page(log.folder, trainer)
     metrics = {
         "epoch": trainer.epoch,
         "test_accuracy": accuracy,
@@ -348,10 +355,21 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         "run": None if log is None else str(log.folder.path),
     }
     if log is not None and settings.output == "text":
-        print(summary(metrics, len(trainer.data.test.labels)))
+        print(summary(metrics, len(trainer.data.test.labels), settings.page))
     elif log is not None and settings.output == "json":
         print(json.dumps({"done": True, **metrics}))
     return metrics
+
+
+def write_page(folder: RunFolder, trainer: Trainer) -> None:
+    """Write the trained network's page, with the first ten images of the test set."""
+    split = trainer.data.test
+    images, labels = data.scale(split.images[:10]), split.labels[:10]
+    model, lr = torchbp.from_native(trainer.model), trainer.engine.lr
+    try:
+        save_page(folder.path / PAGE, model, trainer.cost, images, labels, lr)
+    except OSError as error:
+        raise cannot_be_written(folder, error) from error
 
 
 def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
@@ -427,7 +445,7 @@ def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> 
     )
 
 
-def summary(metrics: dict[str, Any], tested: int) -> str:
+def summary(metrics: dict[str, Any], tested: int, has_page: bool) -> str:
     best = ""
     if metrics["best"] is not None:
         epoch, validation, test = metrics["best"].values()
@@ -435,11 +453,12 @@ def summary(metrics: dict[str, Any], tested: int) -> str:
             f"\nbest epoch      {epoch} (validation {validation:.2%}, test {test:.2%})"
         )
     run = Path(metrics["run"])
+    page = f"\npage            {run / PAGE}" if has_page else ""
     return (
         f"\ntest accuracy   {metrics['test_accuracy']:.2%} of all {tested:,} images"
         f"{best}"
         f"\ntime            {metrics['seconds']:.1f} s, this sitting"
-        f"\nrun             {run}"
+        f"\nrun             {run}{page}"
         f"\ncurves          tensorboard --logdir {run.parent}"
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchbp._terminal import Parser, reader_left
-from torchbp.costs import COSTS
+from torchbp.costs import COSTS, QuadraticCost
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -185,7 +185,15 @@ def add_observe(commands: Any) -> None:
         help="folder of MNIST: in it, its raw or MNIST/raw (TORCHBP_DATA, else the "
         "cache of downloads)",
     )
+    add_html(parser, "the first batch of MNIST")
     parser.set_defaults(run=run_observe)
+
+
+def add_html(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare ``--html``."""
+    parser.add_argument(
+        "--html", metavar="FILE", help=f"write {what} as a page for a browser, too"
+    )
 
 
 def run_observe(arguments: argparse.Namespace) -> int:
@@ -198,6 +206,10 @@ def run_observe(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
     if not 0 < arguments.lr < float("inf"):
         raise ValueError(f"--lr: expected a positive number, got {arguments.lr:g}")
+    root = arguments.data or data.default_root()
+    has_mnist = data.find("mnist", root)
+    if arguments.html is not None and not has_mnist:
+        raise ValueError(f"--html: expected MNIST in {root} (--data FOLDER)")
     torch.manual_seed(arguments.seed)
     sizes, examples = arguments.sizes, 5
     if len(sizes) < 2 or min(sizes) < 1:
@@ -216,15 +228,15 @@ def run_observe(arguments: argparse.Namespace) -> int:
     input = torch.rand(examples, sizes[0], dtype=torch.float32, device="cpu")
     ok = _look_at(sizes, arguments, input, target, "random")
 
-    root = arguments.data or data.default_root()
     print()
-    if data.find("mnist", root):
+    if has_mnist:
         try:
             train = data.load("mnist", root, download=False)[0]
         except data.DataError as error:
             raise ValueError(error) from error
         images, labels = data.scale(train.images[:10]), train.labels[:10]
-        ok = _look_at([784, 30, 10], arguments, images, labels, "MNIST") and ok
+        shape, html = [784, 30, 10], arguments.html
+        ok = _look_at(shape, arguments, images, labels, "MNIST", html) and ok
     else:
         print(f"MNIST is not in {root}, so nothing of it (--data FOLDER)")
     return 0 if ok else 1
@@ -255,26 +267,39 @@ def add_tour(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of network and example (%(default)s)"
     )
+    add_html(parser, "network and example")
     parser.set_defaults(run=run_tour)
 
 
 def run_tour(arguments: argparse.Namespace) -> int:
     """`tour`: all of it, from the first neuron to the check; 1 if that fails."""
     from torchbp._terminal import in_colour
-    from torchbp.inspection import Tour, show
+    from torchbp.inspection import Tour, save_page, show
 
     if not 0 <= arguments.seed < 2**32:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
     tour = Tour(arguments.seed)
+    if arguments.html is not None:  # first: the reader may leave
+        cost = QuadraticCost()
+        save_page(arguments.html, tour.model, cost, tour.x, tour.y, tour.lr)
     stayed = show(tour.sections, in_colour(sys.stdout), arguments.step)
+    if arguments.html is not None:
+        print(f"page {arguments.html}")
     return 0 if tour.ok or not stayed else 1
 
 
 def _look_at(
-    sizes: Sequence[int], arguments: Any, input: Any, target: Any, kind: str
+    sizes: Sequence[int],
+    arguments: Any,
+    input: Any,
+    target: Any,
+    kind: str,
+    html: str | None = None,
 ) -> bool:
-    """Print the trace and the comparison of one batch; whether all agree."""
+    """Print the trace and the comparison of one batch, and write its page to `html`;
+    return whether all agree."""
     import torchbp
+    from torchbp.inspection import save_page
 
     cost = COSTS[arguments.cost]()
     output = "identity" if cost.takes == "z" else "sigmoid"
@@ -287,6 +312,9 @@ def _look_at(
         f"{list(sizes)}, {arguments.cost} cost, {len(input)} {kind} examples: "
         f"C = {C.item():.4g}\n\n{trace.table(arguments.lr)}\n\n{report}"
     )
+    if html is not None:
+        save_page(html, model, cost, input, target, arguments.lr)
+        print(f"\npage {html}")
     return report.ok
 
 
@@ -313,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return reader_left()
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

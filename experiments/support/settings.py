@@ -43,7 +43,7 @@ COMPARED = (
 # What --resume may change; the rest decides which weights come out.
 CHANGEABLE = {
     "checkpoint_every", "data", "device", "engine", "epochs", "log_level",
-    "output", "target_accuracy",
+    "output", "page", "target_accuracy",
 }  # fmt: skip
 # Settings that go together; what is given beside a recipe wins over it.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -114,6 +114,7 @@ class Settings:
         None, "0 to 1; exit with 1 if the test's ends below"
     )
     checkpoint_every: int = option(1, "epochs between checkpoints")
+    page: bool = option(False, "write page.html, the trained network, into the run")
     output: str = "text"  # or "json", "quiet": what a session prints
 
     def __post_init__(self) -> None:
@@ -211,7 +212,7 @@ def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> S
         ValueError: settings that contradict the run's, each named.
     """
     # How a sitting speaks is its own business.
-    settings = dataclasses.replace(old, **{"output": "text", **changes})
+    settings = dataclasses.replace(old, **{"output": "text", "page": False, **changes})
     settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
     # Where the run is now says more than where it began.
     path = run.resolve()

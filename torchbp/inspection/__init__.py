@@ -8,6 +8,7 @@ from torchbp.inspection.observation import (
     observe,
     probe,
 )
+from torchbp.inspection.page import save_page
 from torchbp.inspection.tour import Section, Tour, show
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "evaluating",
     "observe",
     "probe",
+    "save_page",
     "show",
 ]

@@ -149,15 +149,14 @@ class Lesson:
 
     def network(self) -> tuple[MLP, Tensor, Tensor]:
         """The MLP, in float64, and its example, (1, n_in) and (1, n_out)."""
-        like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         sizes = [len(self.x), *(len(b) for _, b in self.parameters)]
-        model = MLP(sizes, **like)
+        model = MLP(sizes, device="cpu", dtype=torch.float64)
         with torch.no_grad():
             values = [value for pair in self.parameters for value in pair]
             for p, value in zip(model.parameters(), values, strict=True):
-                p.copy_(torch.tensor(value, **like))
-        x, y = torch.tensor([self.x], **like), torch.tensor([self.y], **like)
-        return model, x, y
+                p.copy_(torch.tensor(value, device="cpu", dtype=torch.float64))
+        x = torch.tensor([self.x], device="cpu", dtype=torch.float64)
+        return model, x, torch.tensor([self.y], device="cpu", dtype=torch.float64)
 
 
 def _fading() -> list[tuple[Any, Any]]:

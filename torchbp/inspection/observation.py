@@ -473,6 +473,9 @@ def backward_pass(
     with evaluating(model), torch.enable_grad(), observe(model) as trace:
         output = model(input)
         C = cost(output, target)
+        if not isinstance(C, Tensor) or C.numel() != 1:
+            got = tuple(C.shape) if isinstance(C, Tensor) else type(C).__name__
+            raise ValueError(f"cost: expected a tensor of one number, got {got}")
         # The gradient of the input alone: the sweep passes every layer on its way
         # there. Behind features that no_grad hides, that of the parameters.
         if C.requires_grad and not (input.requires_grad and _sweep(C, [input])):

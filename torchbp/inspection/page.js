@@ -347,11 +347,11 @@ function act(what) {
 // side, and what it equals. `put` is the equation with numbers in it; of means it would be wrong.
 function story() {
   const { net, l, j, k } = state, lines = [];
-  if (l < 0) return [{ left: `x_{${j + 1}}`, right: [number(seen(-1 - l, "x")[j])] }];
+  if (l < 0) return [{ left: `x_{${j + 1}}`, sign: " = ", right: [number(seen(-1 - l, "x")[j])] }];
   const { layers, pass, chain, n, lr } = net, { W, b, trains } = layers[l], ours = costOf(l);
   const [x, z, a, s, grad_a, delta] = "x z a s grad_a delta".split(" ").map((q) => seen(l, q));
   const line = (kind, left, text, put, value) => isReached(kind, l) && lines.push({ left,
-    isNow: stepOf(kind, l) === state.step, right: [text, put && (isMean(l) && kind !== "update"
+    sign: kind === "update" ? " ← " : " = ", isNow: stepOf(kind, l) === state.step, right: [text, put && (isMean(l) && kind !== "update"
       ? "mean over the examples" : put), value].filter(Boolean) });
   const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), over = n > 1 ? "1/n Σ_{x} " : "";
   const from = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
@@ -380,7 +380,7 @@ function story() {
   }
   const { grad_b, grad_W } = pass.layers[l];
   const update = (symbol, value, gradient, moves) => line("update", symbol,
-    moves ? `${symbol} − η ∂C/∂${symbol}` : "frozen",
+    moves ? `${symbol} − η ∂C/∂${symbol}` : `${symbol}, which is frozen`,
     moves && `${number(value)} − ${number(lr)} · ${factor(gradient)}`,
     number(moves ? value - lr * gradient : value));
   if (b) line("bp3", `∂C/∂${own("b")}`, `${over}${own("δ")}`, "", number(grad_b[j]));
@@ -504,6 +504,7 @@ function drawColumn(c, scales) {
   const y = c.own === output() && target(), isError = name === "delta" || name === "grad_b";
   const isChosen = (j) => state.l === c.own && state.j === j, choose = (j) => select(c.own, j);
   const stop = c.shown.find(isChosen) ?? c.shown[0];
+  const at = (row) => ({ transform: `translate(${c.X} ${c.Y[row]})` });
   const nodes = c.shown.map((j, row) => {
     const v = values?.[j], saturated = s && isSaturated(c.l, s[j]) && "saturated";
     const isFrom = sourceOf(state.l) === c.own && state.k === j;
@@ -514,18 +515,19 @@ function drawColumn(c, scales) {
     body.style.fillOpacity = values ? 0.6 * Math.min(1, Math.abs(v) / scales[name]) : 0;
     ring.style.strokeDasharray = `${s ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) || 0 : 0} 1`;
     return make("g", { role: "option", "data-at": `${c.own},${j}`, tabindex: j === stop ? 0 : -1,
-      transform: `translate(${c.X} ${c.Y[row]})`, "aria-label": words, "aria-selected": isChosen(j),
+      ...at(row), "aria-label": words, "aria-selected": isChosen(j),
       class: classes("neuron", isActive && "active", isChosen(j) && "chosen", isFrom && "from",
         saturated), click: () => choose(j), keydown: (event) => move(event, choose,
         { ArrowUp: c.shown[row - 1], ArrowDown: c.shown[row + 1] }, c.size, c.own) },
-    make("circle", { r: r + 3, class: "rim" }), ring, body,
-    head(0, 4, values && short(v), "value"), head(-r - 3, 5 - r, `${j + 1}`, "number"),
-    head(r + 7, 4, y && `y ${short(y[j])}`, "note"));
+    make("circle", { r: r + 3, class: "rim" }), ring, body);
   });
+  const texts = c.shown.map((j, row) => make("g", { ...at(row), "aria-hidden": true },
+    head(0, 4, values && short(values[j]), "value"), head(-r - 3, 5 - r, `${j + 1}`, "number"),
+    head(r + 7, 4, y && `y ${short(y[j])}`, "note")));
   const heading = c.isInput ? "input" : `layer ${c.l + 1}`;
   const words = c.isInput ? heading : `${heading}, ${label}, ${called}`;
   return make("g", { role: "listbox", "aria-label": words },
-    head(c.X, 16, heading), head(c.X, 34, symbol, "symbol"), nodes);
+    head(c.X, 16, heading), head(c.X, 34, symbol, "symbol"), nodes, texts);
 }
 
 function drawPicture(c, scales) {
@@ -579,10 +581,11 @@ function draw() {
   byId("slider").setAttribute("aria-valuetext", title);
   byId("back").disabled = state.step === 0;
   byId("next").disabled = state.step === last;
-  fill("written", story().map(({ isNow, left, right }) => make("p", { class: classes("line", isNow
-    && "now") }, formula(left), right.map((part, i) => make("span", { class: i === right.length - 1
-    ? "result" : "" }, " = ", formula(part))))));
-  fill("sigma", sigmaOf(l) && drawSigma(l, seen(l, "z")[j]));
+  fill("written", story().map(({ isNow, left, sign, right }) => make("p", { class: classes("line",
+    isNow && "now") }, formula(left), right.map((part, i) => make("span", { class:
+    i === right.length - 1 ? "result" : "" }, i ? " = " : sign, formula(part))))));
+  const z = sigmaOf(l) && seen(l, "z")[j];
+  fill("sigma", Number.isFinite(z) && drawSigma(l, z));
   drawNetwork();
   drawTable();
   drawCosts();
@@ -677,20 +680,18 @@ function drawControls() {
 // A slider for η and for each number that belongs to what is chosen.
 function drawKnobs() {
   const { net, l, j, k, example } = state, i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
-  if (net.fixed) return;
   const list = [["learning rate η", net, "lr", 0, 10]], { W, b } = net.layers[l] ?? {};
+  byId("weights").hidden = !W;
+  fill("weight", make("option", { value: "" }, "none"), W?.[j].map((_, from) =>
+    make("option", { value: from }, index("W", l, j, from))));
+  byId("weight").value = k ?? "";
+  if (net.fixed) return;
   if (W && k !== null) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
   if (b) list.push([`bias ${index("b", l, j)}`, b, j, -4, 4]);
   const { [example]: x } = net.X, { [example]: y } = net.Y; // none of the mean
   if (x && i !== null) list.push([`input x${low(i + 1)}`, x, i, 0, 1]);
   if (y && l === output()) list.push([`target y${low(j + 1)}`, y, j, 0, 1]);
-  const weights = W && make("select", { id: "weight", "aria-label": "weight", change: () => {
-    select(l, j, Number(weights.value));
-    byId("weight").focus();
-  } }, make("option", {}, "choose a weight"), W[j].map((_, from) =>
-    make("option", { value: from }, index("W", l, j, from))));
-  if (W && k !== null) weights.value = k;
-  fill("knobs", weights, list.map(([name, holder, key, least, most]) => {
+  fill("knobs", list.map(([name, holder, key, least, most]) => {
     const v = holder[key], value = make("output", {}, number(v)), change = () => {
       holder[key] = slider.valueAsNumber;
       fill(value, number(holder[key]));
@@ -711,6 +712,8 @@ byId("example").onchange = ({ target: { value } }) => {
   state.example = value === "mean" ? value : Number(value);
   select(state.l, state.j, state.k);
 };
+byId("weight").onchange = ({ target: { value } }) =>
+  select(state.l, state.j, value === "" ? null : Number(value));
 byId("cost").onchange = (event) => useCost(event.target.value);
 document.addEventListener("keydown", ({ key, target: { tagName }, altKey, ctrlKey, metaKey }) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[key], isTaken = /INPUT|SELECT/.test(tagName);

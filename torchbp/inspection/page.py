@@ -35,7 +35,7 @@ __all__ = ["save_page"]
 # Up to so many weights, the page has the recorded gradients themselves and lets the
 # reader change the network; above, it has their norms and forms them from δ and a.
 FEW_WEIGHTS = 500
-MOST_NUMBERS = 5_000_000  # 27 MB as float32
+MOST_NUMBERS = 5_000_000  # up to 27 MB as float32
 SIGMAS = {layer.function: name for name, layer in ACTIVATIONS.items()}
 COSTS = {
     costs.QuadraticFunction: "quadratic",
@@ -76,7 +76,7 @@ def save_page(
             takes.
         ValueError: `model` has no layer of ours, is compiled, or none of its layers
             takes part in C; the cost does not fit the last layer; the batch has no
-            example, or the page would hold more than 5 million numbers; `lr` is
+            example, or its pass has more than 5 million numbers; `lr` is
             negative or not finite.
         RuntimeError: under torch.compile or a torch.func transform.
         OSError: the file cannot be written.
@@ -91,6 +91,7 @@ def save_page(
         ...     path.read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
+    path = os.fspath(path)  # an integer would be a descriptor
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     check_takes(model, cost)
@@ -116,10 +117,16 @@ def _network(
                 f"{name}: expected at least one example, got shape {tuple(t.shape)}"
             )
     with torch.inference_mode(False):
-        trace, output, C = backward_pass(model, cost, input.clone(), target)
+        trace, output, C = backward_pass(model, cost, input.clone(), target.clone())
     records = list(trace)
     if all(record.delta is None for record in records):
         raise ValueError("model: expected layers of ours that C depends on, got 0")
+    numbers = sum(map(_size, records))
+    if numbers > MOST_NUMBERS:
+        raise ValueError(
+            f"input: expected a pass of at most {MOST_NUMBERS:,} recorded numbers, got "
+            f"{numbers:,}"
+        )
     chain = is_chain(model)
     few = sum(record.weight.numel() for record in records) <= FEW_WEIGHTS
     function = getattr(cost, "function", None)
@@ -147,12 +154,6 @@ def _network(
         "fixed": _why_fixed(model, records, kind, chain, few),
         "notes": _notes(model, records, chain),
     }
-    numbers = _count(network)
-    if numbers > MOST_NUMBERS:
-        raise ValueError(
-            f"input: expected a network and a batch of at most {MOST_NUMBERS:,} "
-            f"numbers in all, got {numbers:,}"
-        )
     network["steps"] = {name: _steps(network, name) for name in _switchable(network)}
     return network
 
@@ -239,13 +240,15 @@ def _layer(
     content["x"] = None if linked else _packed(_rows(record.x))
     for key, quantity in (("grad_W", "grad_weight"), ("grad_b", "grad_bias")):
         content[key] = _packed(getattr(record, quantity)) if is_small else None
-        content[f"{key}_norm"] = _norm(record, quantity)
+        content[f"{key}_norm"] = _norm(getattr(record, quantity))
     return content
 
 
-def _norm(record: Record, quantity: str) -> dict[str, Any] | None:
-    norm = record.norm(quantity)
-    return None if norm is None else _packed(torch.tensor(norm, dtype=torch.float64))
+def _norm(t: Tensor | None) -> dict[str, Any] | None:
+    """In float64: the sum of a million squares has too few digits left in float32."""
+    if t is None:
+        return None
+    return _packed(torch.linalg.vector_norm(t.cpu(), dtype=torch.float64))
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -263,14 +266,9 @@ def _packed(t: Tensor | None) -> dict[str, Any] | None:
     return {"shape": list(t.shape), name: base64.b64encode(data).decode()}
 
 
-def _count(content: Any) -> int:
-    """How many numbers the packed tensors in `content` hold."""
-    if isinstance(content, dict):
-        shape = content.get("shape")
-        if shape is not None:
-            return int(torch.Size(shape).numel())
-        return sum(map(_count, content.values()))
-    return sum(map(_count, content)) if isinstance(content, list) else 0
+def _size(record: Record) -> int:
+    """How many numbers a record holds."""
+    return sum(t.numel() for t in vars(record).values() if isinstance(t, Tensor))
 
 
 def _share_parameters(model: nn.Module, records: list[Record]) -> bool:

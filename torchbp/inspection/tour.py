@@ -66,6 +66,7 @@ class Tour:
     Attributes:
         model: the MLP, in float64, as it is before the step.
         x, y: the example and its target, (1, 2) and (1, 1).
+        lr: η.
         cost, cost_after: C before and after the step.
         gradients: by parameter name, by hand.
         native: the same from native autograd.
@@ -91,6 +92,7 @@ class Tour:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, got {seed}")
         self.seed = seed
         self.model, self.x, self.y = _problem(seed)
+        self.lr = LR
         cost = QuadraticCost()
         with observe(self.model) as trace:
             cost(self.model(self.x), self.y).backward()
