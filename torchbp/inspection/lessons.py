@@ -178,17 +178,17 @@ LESSONS = [
     Lesson(
         "A saturated neuron",
         "One sigmoid neuron is to turn the input 1 into the answer 0. It starts with "
-        "weight 2 and bias 2 and answers 0.98, as wrong as can be. Does it learn fast, "
-        "then?",
-        [([[2.0]], [2.0])],
+        "weight 2.5 and bias 2.5 and answers 0.99, as wrong as can be. Does it learn "
+        "fast, then?",
+        [([[2.5]], [2.5])],
         [1.0],
         [0.0],
         0.15,
         [
             (
                 "Look at its error. BP1 multiplies how wrong the answer is, "
-                "a − y = 0.98, by σ'(z), the slope of σ. The neuron is saturated: it "
-                "sits where σ is flat, and of 0.98 only 0.017 is left.",
+                "a − y = 0.99, by σ'(z), the slope of σ. The neuron is saturated: it "
+                "sits where σ is flat, and of 0.99 only 0.0066 is left.",
                 "Show BP1",
                 {"reset": True, "cost": "quadratic", "step": ["bp1", 0]},
             ),
@@ -206,7 +206,7 @@ LESSONS = [
             (
                 "The same start with the cross-entropy cost. Its ∂C/∂a is "
                 "(a − y) / (a (1 − a)), and a (1 − a) is σ': in BP1 the two cancel, "
-                "and the error is a − y = 0.98 itself.",
+                "and the error is a − y = 0.99 itself.",
                 "Show BP1 with cross-entropy",
                 {"reset": True, "cost": "cross-entropy", "step": ["bp1", 0]},
             ),

@@ -584,7 +584,7 @@ function draw() {
   fill("written", story().map(({ isNow, left, sign, right }) => make("p", { class: classes("line",
     isNow && "now") }, formula(left), right.map((part, i) => make("span", { class:
     i === right.length - 1 ? "result" : "" }, i ? " = " : sign, formula(part))))));
-  const z = sigmaOf(l) && seen(l, "z")[j];
+  const z = l >= 0 && sigmaOf(l) && seen(l, "z")[j];
   fill("sigma", Number.isFinite(z) && drawSigma(l, z));
   drawNetwork();
   drawTable();

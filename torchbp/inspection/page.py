@@ -91,7 +91,8 @@ def save_page(
         ...     path.read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
-    path = os.fspath(path)  # an integer would be a descriptor
+    if not isinstance(path, (str, os.PathLike)):  # an integer would be a descriptor
+        raise TypeError(f"path: expected a path, got {type(path).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     check_takes(model, cost)
