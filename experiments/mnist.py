@@ -342,8 +342,7 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         else:
             train_and_log(settings, trainer, log)
         accuracy = trainer.score()["test"].accuracy
-    if log is not None and settings.page:
-        write_page(log.folder, trainer)
+    has_page = log is not None and settings.page and write_page(log.folder, trainer)
     metrics = {
         "epoch": trainer.epoch,
         "test_accuracy": accuracy,
@@ -355,14 +354,15 @@ def train(settings: Settings, trainer: Trainer, log: Log | None) -> dict[str, An
         "run": None if log is None else str(log.folder.path),
     }
     if log is not None and settings.output == "text":
-        print(summary(metrics, len(trainer.data.test.labels), settings.page))
+        print(summary(metrics, len(trainer.data.test.labels), has_page))
     elif log is not None and settings.output == "json":
         print(json.dumps({"done": True, **metrics}))
     return metrics
 
 
-def write_page(folder: RunFolder, trainer: Trainer) -> None:
-    """Write the trained network's page, with the first ten images of the test set."""
+def write_page(folder: RunFolder, trainer: Trainer) -> bool:
+    """Write the trained network's page, with the first ten images of the test set;
+    return whether a page can hold it."""
     split = trainer.data.test
     images, labels = data.scale(split.images[:10]), split.labels[:10]
     model, lr = torchbp.from_native(trainer.model), trainer.engine.lr
@@ -370,6 +370,10 @@ def write_page(folder: RunFolder, trainer: Trainer) -> None:
         save_page(folder.path / PAGE, model, trainer.cost, images, labels, lr)
     except OSError as error:
         raise cannot_be_written(folder, error) from error
+    except ValueError as error:
+        note(f"no page: {error}")
+        return False
+    return True
 
 
 def train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:

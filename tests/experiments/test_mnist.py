@@ -19,6 +19,7 @@ import torchbp
 from experiments import mnist
 from experiments.support.settings import COSTS, ENGINES, RECIPES
 from torchbp import data
+from torchbp.inspection import page
 from torchbp.training import checkpoint
 
 SCRIPT = Path(mnist.__file__)
@@ -60,6 +61,31 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(capsys, tmp_path):
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [e.step for e in events.Scalars("accuracy/test")] == [0, 1, 2]
+
+
+def test_the_trained_network_is_a_page(capsys, tmp_path):
+    """Of this session alone: whoever resumes the run asks for it anew."""
+    folder = tmp_path / "runs" / "one"
+    status, out, err = run(capsys, tmp_path, "--name", "one", "--page")
+    assert (status, err) == (0, "")
+    assert f"page            {folder / 'page.html'}" in out
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    assert "MLP [784, 12, 10]" in text
+    (folder / "page.html").unlink()
+    assert mnist.command_line(["--resume", str(folder)]) == 0
+    assert (
+        not (folder / "page.html").exists()
+        and "page.html" not in capsys.readouterr().out
+    )
+    assert mnist.command_line(["--resume", str(folder), "--page"]) == 0
+    assert (folder / "page.html").read_text(encoding="utf-8") == text
+
+
+def test_a_network_too_large_for_a_page_is_a_note(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST_NUMBERS", 1000)
+    status, out, err = run(capsys, tmp_path, "--name", "one", "--page")
+    assert status == 0 and "page.html" not in out
+    assert err.startswith("NOTE: no page: ") and err.count("\n") == 1
 
 
 def test_piped_output_is_a_line_per_epoch(capsys, tmp_path):

@@ -276,9 +276,10 @@ def test_rounding_is_no_warning(shown, sizes, dtype):
         assert tab.inner_text("#warning") == ""
 
 
-def test_norms_of_many_weights_are_no_warning(shown):
-    """A float32 sum of a million squares would be off by more than 8 eps."""
-    model, x, y = example((1000, 1000, 2), 2, torch.float32, activation="relu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_many_weights_are_no_warning(shown, dtype):
+    """A sum of a million squares, one after the other, is off by more than 8 eps."""
+    model, x, y = example((1000, 1000, 2), 2, dtype, activation="relu")
     with shown(model, Q, x, y) as tab:
         assert tab.inner_text("#warning") == ""
 

@@ -91,7 +91,7 @@ def commands(draw: st.DrawFn) -> list[str]:
         arguments += draw(st.sampled_from([[name, value], [f"{name}={value}"]]))
     if draw(st.booleans()):
         arguments += ["--sizes", *draw(st.sampled_from(SIZES))]
-    arguments += draw(st.sampled_from([[], [], ["--json"], ["--quiet"]]))
+    arguments += draw(st.sampled_from([[], [], ["--json"], ["--quiet"], ["--page"]]))
     if draw(st.integers(0, 9)) == 0:
         arguments.insert(draw(st.integers(0, len(arguments))), draw(st.text()))
     return arguments

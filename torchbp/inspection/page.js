@@ -8,7 +8,9 @@
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const sum = (v) => v.reduce((total, value) => total + value, 0);
 const dot = (v, w) => v.reduce((total, value, i) => total + value * w[i], 0);
-const norm = (v) => Math.sqrt(dot(v, v));
+const squares = (v, half = v.length >> 1) => (half < 9 ? dot(v, v) // long sums by halves: exact
+  : squares(v.slice(0, half)) + squares(v.slice(half)));
+const norm = (v) => Math.sqrt(squares(v));
 const sizes = (v) => v.map(Math.abs);
 const column = (M, k) => M.map((row) => row[k]);
 const mean = (M) => M[0].map((_, j) => sum(column(M, j)) / M.length);
