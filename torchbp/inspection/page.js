@@ -140,7 +140,7 @@ function check({ layers, pass, cost, chain, Y, eps, tiny, max }) {
     const isClose = Math.abs(recorded - expected) <= 8 * eps * terms + tiny;
     count += 1;
     if (isClose || Object.is(recorded, expected)) return;
-    misses.push({ equation, l, name, recorded, expected });
+    misses.push({ equation, l, name: `${layers[l].name}: ${name}`, recorded, expected });
   };
   const each = (M, f) => M?.forEach((v, i) => v.forEach((value, j) => f(value, i, j)));
   const at = (symbol, l, i, j) => `${index(symbol, l, j)} of example ${i + 1}`;
@@ -353,8 +353,8 @@ function story() {
   const { layers, pass, chain, n, lr } = net, { W, b, trains } = layers[l], ours = costOf(l);
   const [x, z, a, s, grad_a, delta] = "x z a s grad_a delta".split(" ").map((q) => seen(l, q));
   const line = (kind, left, text, put, value) => isReached(kind, l) && lines.push({ left,
-    sign: kind === "update" ? " ← " : " = ", isNow: stepOf(kind, l) === state.step, right: [text, put && (isMean(l) && kind !== "update"
-      ? "mean over the examples" : put), value].filter(Boolean) });
+    sign: kind === "update" ? " ← " : " = ", isNow: stepOf(kind, l) === state.step, right: [text,
+      put && isMean(l) && kind !== "update" ? "mean over examples" : put, value].filter(Boolean) });
   const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), over = n > 1 ? "1/n Σ_{x} " : "";
   const from = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
   const weighted = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}${b ? ` + ${own("b")}` : ""}`;
@@ -658,8 +658,8 @@ function drawControls() {
   const { net } = state, { misses, count } = net.found, [first] = misses;
   fill("choices", DATA.networks.map(({ title }, i) => make("button", { click: () => open(i),
     "aria-pressed": i === state.which }, i ? `Lesson ${i}: ${title}` : title)));
-  fill("about", [net.title, net.cost_name, `${net.n} example${net.n > 1 ? "s" : ""}`, net.dtype,
-    ...net.notes].join(" · "));
+  fill("about", [net.title, net.isRecorded ? net.cost_name : `${net.cost} cost`,
+    `${net.n} example${net.n > 1 ? "s" : ""}`, net.dtype, ...net.notes].join(" · "));
   const acts = net.acts?.map(([text, label, what]) =>
     make("li", {}, `${text} `, make("button", { click: () => act(what) }, label)));
   fill("lesson", net.text && [make("p", {}, net.text), make("ol", {}, acts)]);
@@ -675,7 +675,7 @@ function drawControls() {
   byId("cost").value = net.cost;
   fill("warning", first && `${misses.length} of ${count} recorded numbers are not what this page `
     + `computes; the first is of ${first.equation} at layer ${first.l + 1}, `
-    + `${net.layers[first.l].name}: ${first.name} was recorded as ${first.recorded}, expected ${first.expected}.`);
+    + `${first.name} was recorded as ${first.recorded}, expected ${first.expected}.`);
   drawKnobs();
 }
 
