@@ -1,9 +1,7 @@
 """Processes that the tests start, and how the tests wait for them.
 
-No test calls `subprocess` or sets a time of its own (tests/package/test_processes.py):
-
 - A shell that starts the tests in the background has SIGINT ignored, and children
-  inherit that. The children here have the default handler.
+  inherit that. `conftest.py` gives this process the default handler, and so theirs.
 - How long a step takes depends on the machine and on what else it does. The tests wait
   for conditions, and give up only where something hangs.
 """

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import bounds
+import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -367,7 +368,7 @@ def run(script: str, *paths: Path) -> "subprocess.CompletedProcess[str]":
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=processes.LIMIT,
     )
 
 

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -417,7 +418,7 @@ def test_a_bomb_in_an_address_space_with_a_limit(
         counts=COUNTS, validation=VALIDATION, resources=resources, room=30_000_000,
         root=str(tmp_path),
     )  # fmt: skip
-    ended = start(script).communicate(timeout=60)
+    ended = start(script).communicate(timeout=processes.LIMIT)
     assert "unpacked, got more" in ended[0] and not ended[1]
 
 
@@ -470,7 +471,7 @@ def check_several_at_once(
         process.stdin.write("\n")
         process.stdin.flush()
     if killed:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + processes.LIMIT
         while server.asked.count(f"{FILES[1]}.gz") < processes:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -481,7 +482,7 @@ def check_several_at_once(
         server.released.set()  # cut short: the others see an unfinished file
     labels = list(family.files["mnist"][FILES[3]][8:])
     for i, process in enumerate(running):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=processes.LIMIT)
         if i < killed:
             continue
         if killed:  # the only mirror broke off: said in one line, and loaded next time

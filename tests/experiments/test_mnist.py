@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import bounds
+import processes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -216,7 +217,7 @@ def test_a_reader_who_leaves_ends_the_run_resumably(tmp_path):
     assert process.stdout is not None and process.stderr is not None
     assert json.loads(process.stdout.readline())["epoch"] == 0
     process.stdout.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=processes.LIMIT) == 141
     assert (
         process.stderr.read() == f"\nstopped; to go on: --resume {tmp_path / 'one'}\n"
     )
@@ -667,7 +668,7 @@ def test_ctrl_c_ends_cleanly_and_can_be_resumed(tmp_path, engine):
             break
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=processes.LIMIT)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert f"--resume {tmp_path / 'one'}" in err

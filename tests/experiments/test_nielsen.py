@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import bounds
+import processes
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -352,6 +353,6 @@ def test_ctrl_c_ends_the_processes(mnist_root, tmp_path, line):
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     # To its end, and so to that of all who hold the other end of the pipes.
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=processes.LIMIT)
     assert process.returncode == 130
     assert err.splitlines() == ["interrupted"]

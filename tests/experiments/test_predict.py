@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from drawings import draw
@@ -471,7 +472,7 @@ def test_as_a_script_whose_reader_leaves(small_run, digit):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=processes.LIMIT) == 141
 
 
 def test_the_checkpoint_before_a_damaged_one_answers(

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import bounds
+import processes
 import pytest
 import torch
 
@@ -283,7 +284,7 @@ class Terminal:
         os.write(self.master, keys)
 
     def end(self):
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=processes.LIMIT)
         os.close(self.master)
         return status
 
