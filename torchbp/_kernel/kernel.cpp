@@ -1,14 +1,11 @@
-// An epoch of mini-batch SGD as compiled loops: the four equations on one example at a
-// time, their sums over a mini-batch, and the update. torchbp/explicit/kernel.py builds
-// and calls it.
+// Mini-batch SGD as compiled loops: feedforward, BP1-BP4 and the update for thousands of
+// mini-batches in one call. torchbp/explicit/kernel.py builds and calls it.
 //
-// W lies transposed for the length of a call, W[k] = the weights from input k to all
-// neurons, padded with zeros to a multiple of LANES. So both passes through a layer read
-// whole rows, and rows of inputs that are zero (four of five MNIST pixels) are skipped:
-//
-//     z      = b + Σ_k x_k W[k]        add_rows
-//     grad_x_k   = W[k] · δ            add_products
-//     grad_W[k] += x_k δ               add_outer
+// The layers' inputs are taken in groups of four. Most groups of an image are zero (three
+// of four in MNIST), and each group has a list of the rows of the batch in which it is
+// not. All work on W follows these lists, so that W is read once for a batch, and
+// W's part for a group stays in registers or the nearest cache. W lies transposed for the
+// length of a call: W[k] are the weights from input k, padded with zeros to whole vectors.
 //
 // Skipping 0 · W is right only while W is finite. A call that meets a number that is not,
 // at its start or later, changes nothing and says so.
@@ -16,15 +13,30 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <new>
+#include <vector>
 
 namespace {
 
-constexpr int LANES = 16;    // floats in 64 bytes: a cache line, the widest vector
-constexpr int WIDEST = 128;  // columns that one pass over a list handles
+// The widest vectors that the processor has; both GCC and Clang know them.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+constexpr int GROUP = 4;   // inputs
+constexpr int WIDEST = 8;  // vectors of a row that one loop handles: they stay in registers
+constexpr int64_t SUMMED = 256;  // rows added one by one before the sum is added to others
 
 enum Activation : int32_t { IDENTITY, SIGMOID, TANH, RELU };
 enum Cost : int32_t { QUADRATIC, CROSS_ENTROPY, LOG_LIKELIHOOD };
+enum Outcome { TRAINED, NOT_FINITE, OUT_OF_MEMORY };
 
 }  // namespace
 
@@ -50,79 +62,45 @@ struct Examples {
 
 namespace {
 
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+// ---------------------------------------------------------------- a layer
 
-// ---------------------------------------------------------------- rows and lists
+int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The inputs of a layer that are not zero: x_k, and where row k of W begins.
-struct List {
-  uint32_t* offset;
-  float* value;
-  int64_t count;
+// Zeros that begin at a multiple of 64 bytes.
+template <class T>
+struct Zeros {
+  std::vector<T> memory;
+  T* first;
+  explicit Zeros(int64_t n) : memory(n + 64 / sizeof(T)) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+    first = memory.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
 };
 
-// out[0..N) += Σ_i value_i M[offset_i ..]. Two sums, so that additions need not wait for
-// one another.
-template <int N>
-void add_rows(float* __restrict__ out, const float* __restrict__ M, const List& list) {
-  float even[N] = {}, odd[N] = {};
-  int64_t i = 0;
-  for (; i + 2 <= list.count; i += 2) {
-    const float *p = M + list.offset[i], *q = M + list.offset[i + 1];
-    const float v = list.value[i], w = list.value[i + 1];
-    for (int j = 0; j < N; ++j) even[j] += v * p[j];
-    for (int j = 0; j < N; ++j) odd[j] += w * q[j];
-  }
-  if (i < list.count) {
-    const float* p = M + list.offset[i];
-    for (int j = 0; j < N; ++j) even[j] += list.value[i] * p[j];
-  }
-  for (int j = 0; j < N; ++j) out[j] += even[j] + odd[j];
-}
+// A layer at work, for batches of m rows.
+struct Unit {
+  Layer layer;
+  int64_t width, groups;  // n_out, padded to whole vectors; groups of inputs
+  Zeros<float> W_memory, b_memory, a_memory, delta_memory, x_memory;
+  Zeros<int32_t> count_memory, list_memory;
+  float *W, *b;      // (groups · GROUP, width), (width)
+  float *a, *delta;  // (m, width)
+  float* x;          // the inputs, (m, x_stride)
+  int64_t x_stride, list_stride;
+  int32_t *count, *list;  // in how many rows a group is not zero, and in which
 
-// M[offset_i ..] += value_i v[0..N)
-template <int N>
-void add_outer(float* __restrict__ M, const List& list, const float* __restrict__ v) {
-  float u[N];
-  for (int j = 0; j < N; ++j) u[j] = v[j];
-  for (int64_t i = 0; i < list.count; ++i) {
-    float* p = M + list.offset[i];
-    const float x = list.value[i];
-    for (int j = 0; j < N; ++j) p[j] += x * u[j];
+  Unit(const Layer& l, int64_t m, const Unit* below)
+      : layer(l), width(padded(l.n_out, LANES)), groups(padded(l.n_in, 2 * GROUP) / GROUP),
+        W_memory(groups * GROUP * width), b_memory(width), a_memory(m * width),
+        delta_memory(m * width), x_memory(below ? 0 : m * groups * GROUP),
+        count_memory(groups), list_memory(below ? m : groups * (m + 1)),
+        W(W_memory.first), b(b_memory.first), a(a_memory.first), delta(delta_memory.first),
+        x(below ? below->a : x_memory.first), x_stride(below ? below->width : groups * GROUP),
+        list_stride(below ? 0 : m + 1), count(count_memory.first), list(list_memory.first) {
+    if (below) groups = padded(l.n_in, GROUP) / GROUP;
+    for (int64_t r = 0; below && r < m; ++r) list[r] = int32_t(r);  // all rows, always
   }
-}
-
-// out[k] += M[k][0..N) · v for `count` rows of M
-template <int N>
-void add_products(float* __restrict__ out, const float* __restrict__ M, int64_t stride,
-                  int64_t count, const float* __restrict__ v) {
-  for (int64_t k = 0; k < count; ++k) {
-    const float* p = M + k * stride;
-    float s[LANES];
-    for (int i = 0; i < LANES; ++i) s[i] = p[i] * v[i];
-    for (int j = LANES; j < N; j += LANES)
-      for (int i = 0; i < LANES; ++i) s[i] += p[j + i] * v[j + i];
-    for (int half = LANES / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) s[i] += s[i + half];
-    out[k] += s[0];
-  }
-}
-
-struct Loops {
-  void (*add_rows)(float*, const float*, const List&);
-  void (*add_outer)(float*, const List&, const float*);
-  void (*add_products)(float*, const float*, int64_t, int64_t, const float*);
 };
-
-template <int N>
-constexpr Loops loops_of = {add_rows<N>, add_outer<N>, add_products<N>};
-
-// The loops for rows of `width`, a multiple of LANES up to WIDEST.
-const Loops& loops_for(int64_t width) {
-  static constexpr Loops table[] = {loops_of<16>, loops_of<32>, loops_of<48>, loops_of<64>,
-                                    loops_of<80>, loops_of<96>, loops_of<112>, loops_of<128>};
-  return table[width / LANES - 1];
-}
 
 // ---------------------------------------------------------------- σ and σ'
 
@@ -164,23 +142,28 @@ inline float hyperbolic_tangent(float z) {
   return std::fabs(z) < 0.625f ? near : (z < 0 ? -far : far);
 }
 
-void apply_sigma(int32_t activation, float* a, int64_t width, int64_t n) {
+// a = σ(z) in place for `rows` rows, whose padding stays 0.
+void apply_sigma(int32_t activation, float* a, int64_t rows, int64_t width, int64_t n) {
+  const int64_t count = rows * width;
   if (activation == SIGMOID)
-    for (int64_t j = 0; j < width; ++j) a[j] = sigmoid(a[j]);
+    for (int64_t i = 0; i < count; ++i) a[i] = sigmoid(a[i]);
   else if (activation == TANH)
-    for (int64_t j = 0; j < width; ++j) a[j] = hyperbolic_tangent(a[j]);
+    for (int64_t i = 0; i < count; ++i) a[i] = hyperbolic_tangent(a[i]);
   else if (activation == RELU)
-    for (int64_t j = 0; j < width; ++j) a[j] = a[j] < 0 ? 0 : a[j];
-  for (int64_t j = n; j < width; ++j) a[j] = 0;
+    for (int64_t i = 0; i < count; ++i) a[i] = a[i] < 0 ? 0 : a[i];
+  if (activation == SIGMOID)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = n; j < width; ++j) a[r * width + j] = 0;
 }
 
-void gate(int32_t activation, float* delta, const float* a, int64_t width) {
+// δ = grad_a ⊙ σ'(z) in place, with σ' in terms of a.
+void multiply_by_slope(int32_t activation, float* delta, const float* a, int64_t count) {
   if (activation == SIGMOID)
-    for (int64_t j = 0; j < width; ++j) delta[j] *= a[j] - a[j] * a[j];
+    for (int64_t i = 0; i < count; ++i) delta[i] *= a[i] - a[i] * a[i];  // BP1, BP2
   else if (activation == TANH)
-    for (int64_t j = 0; j < width; ++j) delta[j] *= 1.0f - a[j] * a[j];
+    for (int64_t i = 0; i < count; ++i) delta[i] *= 1.0f - a[i] * a[i];  // BP1, BP2
   else if (activation == RELU)
-    for (int64_t j = 0; j < width; ++j) delta[j] = a[j] == 0 ? 0 : delta[j];
+    for (int64_t i = 0; i < count; ++i) delta[i] = a[i] == 0 ? 0 : delta[i];  // BP1, BP2
 }
 
 // ---------------------------------------------------------------- costs
@@ -229,235 +212,297 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
   return C;
 }
 
-// ---------------------------------------------------------------- a layer at work
+// ---------------------------------------------------------------- the three products
 
-struct Unit {
-  Layer layer;
-  int64_t width;                        // n_out, padded
-  float *W, *grad_W, *b, *grad_b;       // W (n_in, width)
-  float *a, *delta;                     // (width)
-  List inputs;
-  uint8_t* touched;                     // groups of 8 rows that have a gradient
+// z_r += Σ_k x_rk W_k, for N vectors of a row that begin at column `first`.
+template <int N>
+void add_inputs(const Unit& u, int64_t first) {
+  const int64_t width = u.width, x_stride = u.x_stride;
+  for (int64_t g = 0; g < u.groups; ++g) {
+    const float *W = u.W + g * GROUP * width + first, *inputs = u.x + g * GROUP;
+    float* const out = u.a + first;
+    const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
+    for (; row < end; ++row) {
+      const float* x = inputs + *row * x_stride;
+      Vector* z = reinterpret_cast<Vector*>(out + *row * width);
+      Vector sum[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sum[j] = z[j];
+#pragma GCC unroll 4
+      for (int p = 0; p < GROUP; ++p) {
+        const Vector* W_k = reinterpret_cast<const Vector*>(W + p * width);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[j] += x[p] * W_k[j];
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) z[j] = sum[j];
+    }
+  }
+}
+
+// W_k += decay W_k + rate Σ_r x_rk δ_r, likewise.
+template <int N>
+void add_gradient(const Unit& u, int64_t first, float rate, float decay) {
+  constexpr int ROOM = REGISTERS * 3 / 4;
+  constexpr int AT_ONCE = 4 * N <= ROOM ? 4 : 2 * N <= ROOM ? 2 : 1;  // inputs
+  const int64_t width = u.width, x_stride = u.x_stride;
+  for (int64_t k = 0; k < u.groups * GROUP; k += AT_ONCE) {
+    const int64_t g = k / GROUP;
+    const float *inputs = u.x + k, *errors = u.delta + first;
+    const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
+    if (row == end && decay == 0) continue;
+    Vector total[AT_ONCE][N] = {};
+    while (row < end) {
+      const int32_t* pause = end - row > SUMMED ? row + SUMMED : end;
+      Vector sum[AT_ONCE][N] = {};
+      for (; row < pause; ++row) {
+        const float* x = inputs + *row * x_stride;
+        const Vector* delta = reinterpret_cast<const Vector*>(errors + *row * width);
+#pragma GCC unroll 4
+        for (int p = 0; p < AT_ONCE; ++p)
+#pragma GCC unroll 8
+          for (int j = 0; j < N; ++j) sum[p][j] += x[p] * delta[j];  // BP4
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < AT_ONCE; ++p)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) total[p][j] += sum[p][j];
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < AT_ONCE; ++p) {
+      Vector* W = reinterpret_cast<Vector*>(u.W + (k + p) * width + first);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) W[j] += decay * W[j] + rate * total[p][j];
+    }
+  }
+}
+
+inline float sum_of(const Vector& v) {
+  const Four* quarter = reinterpret_cast<const Four*>(&v);
+  Four s = quarter[0];
+  for (int i = 1; i < LANES / 4; ++i) s += quarter[i];
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+// grad_rk += W_k · δ_r, likewise; `grad` has rows of `stride`.
+template <int N>
+void add_errors(const Unit& u, int64_t first, int64_t rows, float* grad, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vector delta[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j)
+      delta[j] = reinterpret_cast<const Vector*>(u.delta + r * u.width + first)[j];
+    for (int64_t k = 0; k < u.layer.n_in; ++k) {
+      const Vector* W = reinterpret_cast<const Vector*>(u.W + k * u.width + first);
+      Vector sum = W[0] * delta[0];
+#pragma GCC unroll 8
+      for (int j = 1; j < N; ++j) sum += W[j] * delta[j];
+      grad[r * stride + k] += sum_of(sum);
+    }
+  }
+}
+
+struct Loops {
+  void (*add_inputs)(const Unit&, int64_t);
+  void (*add_gradient)(const Unit&, int64_t, float, float);
+  void (*add_errors)(const Unit&, int64_t, int64_t, float*, int64_t);
 };
+
+template <int N>
+constexpr Loops loops_of = {add_inputs<N>, add_gradient<N>, add_errors<N>};
+
+constexpr Loops LOOPS[WIDEST] = {loops_of<1>, loops_of<2>, loops_of<3>, loops_of<4>,
+                                 loops_of<5>, loops_of<6>, loops_of<7>, loops_of<8>};
 
 template <class Visit>
 void for_each_block(int64_t width, Visit visit) {
-  for (int64_t j = 0; j < width; j += WIDEST) {
-    const int64_t n = width - j < WIDEST ? width - j : WIDEST;
-    visit(j, loops_for(n));
+  for (int64_t first = 0; first < width; first += WIDEST * LANES) {
+    const int64_t vectors = (width - first) / LANES;
+    visit(LOOPS[vectors < WIDEST ? vectors - 1 : WIDEST - 1], first);
   }
 }
 
-void list_bytes(Unit& u, const uint8_t* x) {
+// ---------------------------------------------------------------- inputs
+
+// Two groups, eight bytes, of row r of the first layer's inputs.
+inline void take_bytes(Unit& u, int32_t r, int64_t g, const uint8_t* bytes) {
+  float* x = u.x + r * u.x_stride + g * GROUP;
+  for (int i = 0; i < 8; ++i) x[i] = float(bytes[i]) * (1.0f / 255);
+  for (int half = 0; half < 2; ++half) {
+    uint32_t four;
+    std::memcpy(&four, bytes + 4 * half, 4);
+    int32_t& count = u.count[g + half];
+    u.list[(g + half) * u.list_stride + count] = r;
+    count += four != 0;
+  }
+}
+
+void list_bytes(Unit& u, int32_t r, const uint8_t* image, int32_t* found) {
   const int64_t n = u.layer.n_in;
-  uint32_t* found = u.inputs.offset;
-  int64_t count = 0, k = 0;
-  for (; k + 8 <= n; k += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, x + k, 8);
-    if (!eight) continue;
-    u.touched[k / 8] = 1;
-    for (int i = 0; i < 8; ++i) {
-      found[count] = uint32_t(k + i) << 8 | x[k + i];
-      count += x[k + i] != 0;
-    }
-  }
-  for (; k < n; ++k) {
-    u.touched[k / 8] = 1;
-    found[count] = uint32_t(k) << 8 | x[k];
-    count += x[k] != 0;
-  }
-  const uint32_t width = uint32_t(u.width);
-  for (int64_t i = 0; i < count; ++i) {
-    u.inputs.value[i] = float(int32_t(found[i] & 255)) * (1.0f / 255);
-    found[i] = (found[i] >> 8) * width;
-  }
-  u.inputs.count = count;
-}
-
-void list_floats(Unit& u, const float* x) {
-  const uint32_t width = uint32_t(u.width);
   int64_t count = 0;
-  for (int64_t k = 0; k < u.layer.n_in; ++k) {
-    u.inputs.offset[count] = uint32_t(k) * width;
-    u.inputs.value[count] = x[k];
-    u.touched[k / 8] |= x[k] != 0;
-    count += x[k] != 0;
+  for (int64_t k = 0; k + 8 <= n; k += 8) {  // no branch, which would be guessed wrong
+    uint64_t eight;
+    std::memcpy(&eight, image + k, 8);
+    found[count] = int32_t(k);
+    count += eight != 0;
   }
-  u.inputs.count = count;
+  for (int64_t i = 0; i < count; ++i) take_bytes(u, r, found[i] / GROUP, image + found[i]);
+  if (n % 8) {
+    uint8_t rest[8] = {};
+    std::memcpy(rest, image + n / 8 * 8, n % 8);
+    take_bytes(u, r, n / 8 * 8 / GROUP, rest);
+  }
 }
 
-void feed_forward(Unit& u) {
-  std::memcpy(u.a, u.b, u.width * sizeof(float));
-  for_each_block(u.width, [&](int64_t j, const Loops& loops) {
-    loops.add_rows(u.a + j, u.W + j, u.inputs);
+void list_floats(Unit& u, int32_t r, const float* image) {
+  float* x = u.x + r * u.x_stride;
+  std::memcpy(x, image, u.layer.n_in * sizeof(float));
+  for (int64_t g = 0; g < u.groups; ++g) {
+    const float* four = x + g * GROUP;
+    u.list[g * u.list_stride + u.count[g]] = r;
+    u.count[g] += four[0] != 0 || four[1] != 0 || four[2] != 0 || four[3] != 0;
+  }
+}
+
+void take_inputs(Unit& u, const Examples& set, int64_t begin, int64_t rows, int32_t* found) {
+  std::memset(u.count, 0, u.groups * sizeof(int32_t));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = begin + r, at = set.order[i] * set.image_stride;
+    if (!set.images_are_bytes) {
+      list_floats(u, int32_t(r), static_cast<const float*>(set.images) + at);
+      continue;
+    }
+    const uint8_t* images = static_cast<const uint8_t*>(set.images);
+    const int64_t later = i + 8 < set.count ? i + 8 : i;  // what memory is slow to bring
+    for (int64_t k = 0; k < u.layer.n_in; k += 64)
+      __builtin_prefetch(images + set.order[later] * set.image_stride + k);
+    list_bytes(u, int32_t(r), images + at, found);
+  }
+}
+
+// ---------------------------------------------------------------- the algorithm
+
+void feed_forward(Unit& u, int64_t rows) {
+  for (int64_t g = 0; u.list_stride == 0 && g < u.groups; ++g) u.count[g] = int32_t(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(u.a + r * u.width, u.b, u.width * sizeof(float));
+  for_each_block(u.width, [&](const Loops& l, int64_t first) { l.add_inputs(u, first); });
+  apply_sigma(u.layer.activation, u.a, rows, u.width, u.layer.n_out);
+}
+
+// δ^L and the sum of the costs.
+double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, int64_t rows,
+                    float* y) {
+  const int64_t K = u.layer.n_out;
+  double C = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = set.order[begin + r] * set.target_stride;
+    int64_t label = 0;
+    const float* target = y;
+    if (set.targets_are_labels)
+      y[label = static_cast<const int64_t*>(set.targets)[at]] = 1;
+    else
+      target = static_cast<const float*>(set.targets) + at;
+    float *grad = u.delta + r * u.width, *outputs = u.a + r * u.width;
+    C += cost == QUADRATIC       ? quadratic(grad, outputs, target, K)
+         : cost == CROSS_ENTROPY ? cross_entropy(grad, outputs, target, K)
+                                 : log_likelihood(grad, outputs, target, K);
+    y[label] = 0;
+  }
+  multiply_by_slope(u.layer.activation, u.delta, u.a, rows * u.width);  // BP1
+  return C;
+}
+
+// δ of the layer below.
+void propagate(const Unit& u, Unit& below, int64_t rows) {
+  std::memset(below.delta, 0, rows * below.width * sizeof(float));
+  for_each_block(u.width, [&](const Loops& l, int64_t first) {
+    l.add_errors(u, first, rows, below.delta, below.width);  // BP2
   });
-  apply_sigma(u.layer.activation, u.a, u.width, u.layer.n_out);
+  multiply_by_slope(below.layer.activation, below.delta, below.a, rows * below.width);
 }
 
-void accumulate(Unit& u) {
-  if (u.layer.trains_b)
-    for (int64_t j = 0; j < u.width; ++j) u.grad_b[j] += u.delta[j];  // BP3
+void update(Unit& u, int64_t rows, float lr, float weight_decay) {
+  const float rate = -lr / float(rows);
   if (u.layer.trains_W)
-    for_each_block(u.width, [&](int64_t j, const Loops& loops) {
-      loops.add_outer(u.grad_W + j, u.inputs, u.delta + j);  // BP4
+    for_each_block(u.width, [&](const Loops& l, int64_t first) {
+      l.add_gradient(u, first, rate, -lr * weight_decay);
     });
-}
-
-void propagate(const Unit& u, Unit& below) {
-  std::memset(below.delta, 0, below.width * sizeof(float));
-  for_each_block(u.width, [&](int64_t j, const Loops& loops) {
-    loops.add_products(below.delta, u.W + j, u.width, u.layer.n_in, u.delta + j);  // BP2
-  });
-  gate(below.layer.activation, below.delta, below.a, below.width);  // BP2
-}
-
-void update(Unit& u, float rate, float decay) {
-  for (int64_t j = 0; j < u.width; ++j) u.b[j] += rate * u.grad_b[j], u.grad_b[j] = 0;
-  if (!u.layer.trains_W) return;
-  for (int64_t k = 0; k < u.layer.n_in; k += 8) {
-    if (!u.touched[k / 8] && !decay) continue;
-    u.touched[k / 8] = 0;
-    const int64_t end = k + 8 < u.layer.n_in ? k + 8 : u.layer.n_in;
-    float *__restrict__ W = u.W, *__restrict__ G = u.grad_W;
-    for (int64_t i = k * u.width; i < end * u.width; ++i) {
-      W[i] += decay * W[i] + rate * G[i];
-      G[i] = 0;
-    }
+  if (!u.layer.trains_b) return;
+  for (int64_t j = 0; j < u.width; ++j) {
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += u.delta[r * u.width + j];  // BP3
+    u.b[j] += rate * float(sum);
   }
 }
 
-// Memory from one block, each piece at a multiple of 64 bytes.
-struct Arena {
-  char* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next);
-    next += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
-void place(Unit& u, const Layer& layer, Arena& arena) {
-  u.layer = layer;
-  u.width = padded(layer.n_out);
-  u.W = arena.take<float>(layer.n_in * u.width);
-  u.grad_W = arena.take<float>(layer.n_in * u.width);
-  for (float** p : {&u.b, &u.grad_b, &u.a, &u.delta}) *p = arena.take<float>(u.width);
-  u.inputs.offset = arena.take<uint32_t>(layer.n_in + 8);
-  u.inputs.value = arena.take<float>(layer.n_in + 8);
-  u.touched = arena.take<uint8_t>(layer.n_in / 8 + 1);
+// 0 if all are finite, else NaN.
+float zero_times(const float* v, int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += 0 * v[i];
+  return sum;
 }
 
-// Copy the parameters in, transposed; whether all are finite.
-bool load(Unit& u) {
+// Copy the parameters in, W transposed; 0 if all are finite, else NaN.
+float load(Unit& u) {
   const Layer& l = u.layer;
-  float check = 0;
-  std::memset(u.W, 0, l.n_in * u.width * sizeof(float));
-  std::memset(u.grad_W, 0, l.n_in * u.width * sizeof(float));
-  for (float* p : {u.b, u.grad_b, u.delta}) std::memset(p, 0, u.width * sizeof(float));
-  std::memset(u.touched, 0, l.n_in / 8 + 1);
   for (int64_t k = 0; k < l.n_in; ++k)
-    for (int64_t j = 0; j < l.n_out; ++j) {
-      const float w = l.W[j * l.W_row + k * l.W_column];
-      u.W[k * u.width + j] = w;
-      check += 0 * w;
-    }
+    for (int64_t j = 0; j < l.n_out; ++j)
+      u.W[k * u.width + j] = l.W[j * l.W_row + k * l.W_column];
   for (int64_t j = 0; l.b && j < l.n_out; ++j) u.b[j] = l.b[j * l.b_step];
-  for (int64_t j = 0; j < l.n_out; ++j) check += 0 * u.b[j];
-  return check == 0;
-}
-
-bool is_finite(const Unit& u) {
-  float check = 0;
-  for (int64_t i = 0; i < u.layer.n_in * u.width; ++i) check += 0 * u.W[i];
-  for (int64_t j = 0; j < u.width; ++j) check += 0 * u.b[j];
-  return check == 0;
+  return zero_times(u.W, l.n_in * u.width) + zero_times(u.b, u.width);
 }
 
 void store(const Unit& u) {
   const Layer& l = u.layer;
-  if (l.trains_W)
-    for (int64_t k = 0; k < l.n_in; ++k)
-      for (int64_t j = 0; j < l.n_out; ++j)
-        l.W[j * l.W_row + k * l.W_column] = u.W[k * u.width + j];
-  if (l.trains_b)
-    for (int64_t j = 0; j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
+  for (int64_t k = 0; l.trains_W && k < l.n_in; ++k)
+    for (int64_t j = 0; j < l.n_out; ++j)
+      l.W[j * l.W_row + k * l.W_column] = u.W[k * u.width + j];
+  for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
+}
+
+int train(const Layer* layers, int64_t depth, const Examples& set, int32_t cost, float lr,
+          float weight_decay, float* costs) {
+  std::vector<Unit> units;
+  units.reserve(depth);
+  float check = 0;
+  for (int64_t l = 0; l < depth; ++l) {
+    units.emplace_back(layers[l], set.batch_size, l ? &units[l - 1] : nullptr);
+    check += load(units[l]);
+  }
+  if (!(check == 0)) return NOT_FINITE;
+  Unit& last = units.back();
+  Zeros<float> y(last.width);
+  Zeros<int32_t> found(units[0].groups);
+  for (int64_t begin = 0; begin < set.count; begin += set.batch_size) {
+    const int64_t left = set.count - begin;
+    const int64_t rows = left < set.batch_size ? left : set.batch_size;
+    take_inputs(units[0], set, begin, rows, found.first);
+    for (Unit& u : units) feed_forward(u, rows);
+    const double C = output_error(last, set, cost, begin, rows, y.first);
+    for (int64_t l = depth - 1; l >= 0; --l) {
+      if (l) propagate(units[l], units[l - 1], rows);
+      check += zero_times(units[l].delta, rows * units[l].width);
+      update(units[l], rows, lr, weight_decay);
+    }
+    *costs++ = float(C / double(rows));
+  }
+  for (const Unit& u : units)
+    check += zero_times(u.W, u.layer.n_in * u.width) + zero_times(u.b, u.width);
+  if (!(check == 0)) return NOT_FINITE;
+  for (const Unit& u : units) store(u);
+  return TRAINED;
 }
 
 }  // namespace
 
-extern "C" int64_t torchbp_memory(const Layer* layers, int64_t depth) {
-  Arena arena{nullptr};
-  Unit u;
-  for (int64_t l = 0; l < depth; ++l) place(u, layers[l], arena);
-  arena.take<Unit>(depth);
-  arena.take<float>(2 * u.width);
-  return arena.next - static_cast<char*>(nullptr);
-}
-
+// One update of the layers' parameters for each mini-batch; their costs. Whatever is
+// returned but TRAINED, no parameter has changed.
 extern "C" int torchbp_train(const Layer* layers, int64_t depth, const Examples* set,
-                             int32_t cost, float lr, float weight_decay, float* costs,
-                             void* memory) {
-  Arena arena{static_cast<char*>(memory)};
-  Unit* units = arena.take<Unit>(depth);
-  bool finite = true;
-  for (int64_t l = 0; l < depth; ++l) {
-    place(units[l], layers[l], arena);
-    finite = load(units[l]) && finite;
+                             int32_t cost, float lr, float weight_decay, float* costs) {
+  try {
+    return train(layers, depth, *set, cost, lr, weight_decay, costs);
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
   }
-  if (!finite) return 1;
-  Unit &first = units[0], &last = units[depth - 1];
-  const int64_t K = last.layer.n_out;
-  float* y = arena.take<float>(last.width);
-  std::memset(y, 0, last.width * sizeof(float));
-  float check = 0;
-  for (int64_t begin = 0, batch = 0; begin < set->count; begin += set->batch_size, ++batch) {
-    const int64_t end =
-        begin + set->batch_size < set->count ? begin + set->batch_size : set->count;
-    double C = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = set->order[i];
-      if (set->images_are_bytes) {
-        const uint8_t* images = static_cast<const uint8_t*>(set->images);
-        const int64_t ahead = set->order[i + 4 < set->count ? i + 4 : i];
-        for (int64_t k = 0; k < first.layer.n_in; k += 64)
-          __builtin_prefetch(images + ahead * set->image_stride + k);
-        list_bytes(first, images + row * set->image_stride);
-      } else {
-        list_floats(first, static_cast<const float*>(set->images) + row * set->image_stride);
-      }
-      feed_forward(first);
-      for (int64_t l = 1; l < depth; ++l) {
-        list_floats(units[l], units[l - 1].a);
-        feed_forward(units[l]);
-      }
-      const float* target = y;
-      int64_t label = 0;
-      if (set->targets_are_labels) {
-        label = static_cast<const int64_t*>(set->targets)[row * set->target_stride];
-        y[label] = 1;
-      } else {
-        target = static_cast<const float*>(set->targets) + row * set->target_stride;
-      }
-      float* delta = last.delta;
-      C += cost == QUADRATIC       ? quadratic(delta, last.a, target, K)
-           : cost == CROSS_ENTROPY ? cross_entropy(delta, last.a, target, K)
-                                   : log_likelihood(delta, last.a, target, K);
-      y[label] = 0;
-      gate(last.layer.activation, delta, last.a, last.width);  // BP1
-      for (int64_t l = depth - 1; l >= 0; --l) {
-        accumulate(units[l]);
-        if (l) propagate(units[l], units[l - 1]);
-        for (int64_t j = 0; j < units[l].width; ++j) check += 0 * units[l].delta[j];
-      }
-    }
-    const float rate = -lr / float(end - begin);
-    for (int64_t l = 0; l < depth; ++l) update(units[l], rate, -lr * weight_decay);
-    costs[batch] = float(C / double(end - begin));
-  }
-  for (int64_t l = 0; l < depth; ++l) finite = finite && is_finite(units[l]);
-  if (!finite || !(check == 0)) return 1;
-  for (int64_t l = 0; l < depth; ++l) store(units[l]);
-  return 0;
 }
