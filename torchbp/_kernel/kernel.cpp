@@ -83,6 +83,7 @@ struct Unit {
   int64_t width, groups;  // n_out, padded to whole vectors; groups of inputs
   Zeros<float> W_memory, b_memory, a_memory, delta_memory, x_memory;
   Zeros<int32_t> count_memory, list_memory;
+  std::vector<double> error_sum;
   float *W, *b;      // (groups · GROUP, width), (width)
   float *a, *delta;  // (m, width)
   float* x;          // the inputs, (m, x_stride)
@@ -94,11 +95,24 @@ struct Unit {
         W_memory(groups * GROUP * width), b_memory(width), a_memory(m * width),
         delta_memory(m * width), x_memory(below ? 0 : m * groups * GROUP),
         count_memory(groups), list_memory(below ? m : groups * (m + 1)),
+        error_sum(width),
         W(W_memory.first), b(b_memory.first), a(a_memory.first), delta(delta_memory.first),
         x(below ? below->a : x_memory.first), x_stride(below ? below->width : groups * GROUP),
         list_stride(below ? 0 : m + 1), count(count_memory.first), list(list_memory.first) {
     if (below) groups = padded(l.n_in, GROUP) / GROUP;
     for (int64_t r = 0; below && r < m; ++r) list[r] = int32_t(r);  // all rows, always
+  }
+
+  // W from column `first` on, WIDEST vectors or what is left: rows one behind the other.
+  Vector* block(int64_t first) const {
+    return reinterpret_cast<Vector*>(W + first * groups * GROUP);
+  }
+
+  // Where W's entry from input k to neuron j is.
+  float& weight(int64_t k, int64_t j) const {
+    const int64_t first = j / (WIDEST * LANES) * (WIDEST * LANES);
+    const int64_t left = width - first, step = left < WIDEST * LANES ? left : WIDEST * LANES;
+    return W[first * groups * GROUP + k * step + j - first];
   }
 };
 
@@ -214,14 +228,15 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
 
 // ---------------------------------------------------------------- the three products
 
-// z_r += Σ_k x_rk W_k, for N vectors of a row that begin at column `first`.
+// z_r += Σ_k x_rk W_k, for the N vectors of a row that begin at column `first`.
 template <int N>
 void add_inputs(const Unit& u, int64_t first) {
-  const int64_t width = u.width, x_stride = u.x_stride;
-  for (int64_t g = 0; g < u.groups; ++g) {
-    const float *W = u.W + g * GROUP * width + first, *inputs = u.x + g * GROUP;
-    float* const out = u.a + first;
-    const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
+  const int64_t width = u.width, x_stride = u.x_stride, list_stride = u.list_stride;
+  float* const out = u.a + first;
+  const Vector* W = u.block(first);
+  const float* inputs = u.x;
+  for (int64_t g = 0; g < u.groups; ++g, W += GROUP * N, inputs += GROUP) {
+    const int32_t *row = u.list + g * list_stride, *end = row + u.count[g];
     for (; row < end; ++row) {
       const float* x = inputs + *row * x_stride;
       Vector* z = reinterpret_cast<Vector*>(out + *row * width);
@@ -229,14 +244,26 @@ void add_inputs(const Unit& u, int64_t first) {
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) sum[j] = z[j];
 #pragma GCC unroll 4
-      for (int p = 0; p < GROUP; ++p) {
-        const Vector* W_k = reinterpret_cast<const Vector*>(W + p * width);
+      for (int p = 0; p < GROUP; ++p)
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sum[j] += x[p] * W_k[j];
-      }
+        for (int j = 0; j < N; ++j) sum[j] += x[p] * W[p * N + j];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) z[j] = sum[j];
     }
+  }
+}
+
+// sum_p += Σ_r x_rp δ_r over the rows that are listed.
+template <int N, int AT_ONCE>
+inline void add_outer(Vector (&sum)[AT_ONCE][N], const int32_t* row, const int32_t* end,
+                      const float* x, int64_t x_stride, const float* delta, int64_t width) {
+  for (; row < end; ++row) {
+    const float* x_r = x + *row * x_stride;
+    const Vector* delta_r = reinterpret_cast<const Vector*>(delta + *row * width);
+#pragma GCC unroll 8
+    for (int p = 0; p < AT_ONCE; ++p)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * delta_r[j];  // BP4
   }
 }
 
@@ -244,35 +271,28 @@ void add_inputs(const Unit& u, int64_t first) {
 template <int N>
 void add_gradient(const Unit& u, int64_t first, float rate, float decay) {
   constexpr int ROOM = REGISTERS * 3 / 4;
-  constexpr int AT_ONCE = 4 * N <= ROOM ? 4 : 2 * N <= ROOM ? 2 : 1;  // inputs
+  constexpr int AT_ONCE = GROUP * N <= ROOM ? GROUP : 4 * N <= ROOM ? 4 : 2 * N <= ROOM ? 2 : 1;
   const int64_t width = u.width, x_stride = u.x_stride;
   for (int64_t k = 0; k < u.groups * GROUP; k += AT_ONCE) {
     const int64_t g = k / GROUP;
-    const float *inputs = u.x + k, *errors = u.delta + first;
     const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
     if (row == end && decay == 0) continue;
-    Vector total[AT_ONCE][N] = {};
-    while (row < end) {
-      const int32_t* pause = end - row > SUMMED ? row + SUMMED : end;
-      Vector sum[AT_ONCE][N] = {};
-      for (; row < pause; ++row) {
-        const float* x = inputs + *row * x_stride;
-        const Vector* delta = reinterpret_cast<const Vector*>(errors + *row * width);
-#pragma GCC unroll 4
-        for (int p = 0; p < AT_ONCE; ++p)
-#pragma GCC unroll 8
-          for (int j = 0; j < N; ++j) sum[p][j] += x[p] * delta[j];  // BP4
-      }
-#pragma GCC unroll 4
+    const float *x = u.x + k, *delta = u.delta + first;
+    const int32_t* pause = end - row > SUMMED ? row + SUMMED : end;
+    Vector sum[AT_ONCE][N] = {};
+    add_outer<N, AT_ONCE>(sum, row, pause, x, x_stride, delta, width);
+    while (pause < end) {
+      row = pause, pause = end - row > SUMMED ? row + SUMMED : end;
+      Vector more[AT_ONCE][N] = {};
+      add_outer<N, AT_ONCE>(more, row, pause, x, x_stride, delta, width);
       for (int p = 0; p < AT_ONCE; ++p)
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) total[p][j] += sum[p][j];
+        for (int j = 0; j < N; ++j) sum[p][j] += more[p][j];
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < AT_ONCE; ++p) {
-      Vector* W = reinterpret_cast<Vector*>(u.W + (k + p) * width + first);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) W[j] += decay * W[j] + rate * total[p][j];
+    for (int p = 0; p < AT_ONCE; ++p) {
+      Vector* W = u.block(first) + (k + p) * N;
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) W[j] += decay * W[j] + rate * sum[p][j];
     }
   }
 }
@@ -292,8 +312,8 @@ void add_errors(const Unit& u, int64_t first, int64_t rows, float* grad, int64_t
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j)
       delta[j] = reinterpret_cast<const Vector*>(u.delta + r * u.width + first)[j];
-    for (int64_t k = 0; k < u.layer.n_in; ++k) {
-      const Vector* W = reinterpret_cast<const Vector*>(u.W + k * u.width + first);
+    const Vector* W = u.block(first);
+    for (int64_t k = 0; k < u.layer.n_in; ++k, W += N) {
       Vector sum = W[0] * delta[0];
 #pragma GCC unroll 8
       for (int j = 1; j < N; ++j) sum += W[j] * delta[j];
@@ -429,18 +449,20 @@ void update(Unit& u, int64_t rows, float lr, float weight_decay) {
       l.add_gradient(u, first, rate, -lr * weight_decay);
     });
   if (!u.layer.trains_b) return;
-  for (int64_t j = 0; j < u.width; ++j) {
-    double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += u.delta[r * u.width + j];  // BP3
-    u.b[j] += rate * float(sum);
-  }
+  const int64_t width = u.width;
+  double* sum = u.error_sum.data();
+  std::memset(sum, 0, width * sizeof(double));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < width; ++j) sum[j] += u.delta[r * width + j];  // BP3
+  for (int64_t j = 0; j < width; ++j) u.b[j] += rate * float(sum[j]);
 }
 
-// 0 if all are finite, else NaN.
+// 0 if all are finite, else NaN; `count` is a multiple of LANES.
 float zero_times(const float* v, int64_t count) {
-  float sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += 0 * v[i];
-  return sum;
+  Vector sum = {};
+  for (int64_t i = 0; i < count; i += LANES)
+    sum += 0.0f * *reinterpret_cast<const Vector*>(v + i);
+  return sum_of(sum);
 }
 
 // Copy the parameters in, W transposed; 0 if all are finite, else NaN.
@@ -448,16 +470,16 @@ float load(Unit& u) {
   const Layer& l = u.layer;
   for (int64_t k = 0; k < l.n_in; ++k)
     for (int64_t j = 0; j < l.n_out; ++j)
-      u.W[k * u.width + j] = l.W[j * l.W_row + k * l.W_column];
+      u.weight(k, j) = l.W[j * l.W_row + k * l.W_column];
   for (int64_t j = 0; l.b && j < l.n_out; ++j) u.b[j] = l.b[j * l.b_step];
-  return zero_times(u.W, l.n_in * u.width) + zero_times(u.b, u.width);
+  return zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
 }
 
 void store(const Unit& u) {
   const Layer& l = u.layer;
   for (int64_t k = 0; l.trains_W && k < l.n_in; ++k)
     for (int64_t j = 0; j < l.n_out; ++j)
-      l.W[j * l.W_row + k * l.W_column] = u.W[k * u.width + j];
+      l.W[j * l.W_row + k * l.W_column] = u.weight(k, j);
   for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
 }
 
@@ -488,7 +510,7 @@ int train(const Layer* layers, int64_t depth, const Examples& set, int32_t cost,
     *costs++ = float(C / double(rows));
   }
   for (const Unit& u : units)
-    check += zero_times(u.W, u.layer.n_in * u.width) + zero_times(u.b, u.width);
+    check += zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
   if (!(check == 0)) return NOT_FINITE;
   for (const Unit& u : units) store(u);
   return TRAINED;
