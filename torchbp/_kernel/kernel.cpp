@@ -30,6 +30,8 @@ constexpr int LANES = 4, REGISTERS = 16;
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint8_t EightBytes __attribute__((vector_size(8), aligned(1), may_alias));
 constexpr int GROUP = 4;   // inputs
 constexpr int WIDEST = 8;  // vectors of a row that one loop handles: they stay in registers
 constexpr int64_t SUMMED = 256;  // rows added one by one before the sum is added to others
@@ -346,8 +348,9 @@ void for_each_block(int64_t width, Visit visit) {
 
 // Two groups, eight bytes, of row r of the first layer's inputs.
 inline void take_bytes(Unit& u, int32_t r, int64_t g, const uint8_t* bytes) {
-  float* x = u.x + r * u.x_stride + g * GROUP;
-  for (int i = 0; i < 8; ++i) x[i] = float(bytes[i]) * (1.0f / 255);
+  const EightBytes pixels = *reinterpret_cast<const EightBytes*>(bytes);
+  Eight* x = reinterpret_cast<Eight*>(u.x + r * u.x_stride + g * GROUP);
+  *x = __builtin_convertvector(pixels, Eight) * (1.0f / 255);
   for (int half = 0; half < 2; ++half) {
     uint32_t four;
     std::memcpy(&four, bytes + 4 * half, 4);
