@@ -14,16 +14,19 @@ import math
 import numbers
 import operator
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from torchbp import costs
 from torchbp._autograd import autocast_dtype, autocast_off
 from torchbp._checks import explain, explain_memory
 from torchbp.convert import from_native
+from torchbp.explicit import kernel as loops
 from torchbp.explicit.steps import BUILT_IN, FAST, Steps, Unit, padded
 from torchbp.functional import LinearFunction, as_rows
 from torchbp.nn import MLP, BPLinear, check_takes
@@ -338,6 +341,20 @@ def _check_separate(layers: list[BPLinear]) -> None:
         seen.add(p.data_ptr())
 
 
+def _key(
+    units: list[Unit], m: int, count: int, labels: bool, compiled: bool
+) -> tuple[Any, ...]:
+    """What steps are made for."""
+    return (m, count, labels, compiled, *(unit.key for unit in units))
+
+
+def _mark_changed(units: Sequence[Unit]) -> None:
+    """Tell autograd that parameters were written to: the loops have only addresses."""
+    changed = [unit.W for unit in units if unit.updates_weight]
+    changed += [unit.b for unit in units if unit.updates_bias and unit.b is not None]
+    increment_version(changed)
+
+
 class ExplicitSGD:
     """Mini-batch SGD by explicit backpropagation: W ← W - η ∂C/∂W, fast.
 
@@ -348,14 +365,20 @@ class ExplicitSGD:
             ``define_cost``.
         lr: η. May be changed between calls.
         weight_decay: λ/n of the book: on weights, not on biases.
+        kernel: what computes the steps. "torch": torch's own calls on buffers made
+            beforehand. "compiled": C++ loops, for float32 on the CPU with built-in
+            layers and costs. "auto": these where they are faster, which is a fixed rule
+            of sizes and batch size, and where a C++ compiler is at hand; the first long
+            epoch builds them.
 
     Attributes:
-        model, cost, lr, weight_decay: as given.
+        model, cost, lr, weight_decay, kernel: as given.
 
     Raises:
         TypeError: a model or a cost of another kind.
         ValueError: a negative or non-finite lr or weight decay, a cost that takes z on
-            a network that gives a, or a parameter that two layers share.
+            a network that gives a, a parameter that two layers share, or a kernel that
+            cannot be had.
 
     The network's structure is that of the moment of construction; the parameters'
     values, memory, dtype and device may change between calls.
@@ -385,7 +408,12 @@ class ExplicitSGD:
     """
 
     def __init__(
-        self, model: nn.Module, cost: Any, lr: float, weight_decay: float = 0.0
+        self,
+        model: nn.Module,
+        cost: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        kernel: str = "auto",
     ) -> None:
         layers = layers_of(model)
         check_takes(model, cost)
@@ -402,8 +430,14 @@ class ExplicitSGD:
             for layer in layers
         )
         self._is_sweeping = False
+        if kernel not in loops.KERNELS:
+            raise ValueError(f"kernel: expected one of {loops.KERNELS}, got {kernel!r}")
+        self.kernel = kernel
+        self._checked_rates: tuple[Any, ...] = ()
+        if kernel == "compiled":
+            self.choose_kernel(1, 1)
         # Steps by what they were made for; those not used for longest go first.
-        self._made: OrderedDict[Any, Steps] = OrderedDict()
+        self._made: OrderedDict[Any, Steps | loops.CompiledSteps] = OrderedDict()
         self._packed: list[Tensor] = []
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
@@ -424,12 +458,52 @@ class ExplicitSGD:
         x, y = _check_batch(self._layers, input, target)
         if not len(x):
             raise ValueError(f"input: expected an example, got {tuple(input.shape)}")
+        units = self._direct()
+        steps = self._compiled_steps(units, len(x))
+        if steps is not None:
+            C = steps.take_one(x, y)
+            _mark_changed(units)
+            return C
         with self._mode(x):
-            steps = self._steps(self._direct(), len(x), 1, labels=False)
+            steps = self._steps(units, len(x), 1, False, False)
             steps.x.copy_(x)
             steps.y.copy_(y)
             C = steps.run(1)
         return C[0].clone()
+
+    def choose_kernel(self, examples: int, batch_size: int) -> str:
+        """What computes the steps of such epochs: "torch" or "compiled", once built.
+
+        Args:
+            examples: in an epoch; "auto" builds from some 10,000 on.
+            batch_size: m.
+
+        Raises:
+            ValueError: "compiled" was asked for and cannot be had.
+        """
+        return self._choose_kernel(batch_size, examples >= loops.BUILT_FROM)
+
+    def _choose_kernel(self, m: int, may_build: bool) -> str:
+        if self.kernel == "torch":
+            return "torch"
+        functions = [layer.function for layer in self._layers]
+        reason = loops.explain_unsuitable(
+            functions, self._function, [layer.weight for layer in self._layers]
+        )
+        if self.kernel == "auto":
+            widths = [layer.weight.shape[0] for layer in self._layers]
+            suits = reason is None and loops.is_faster(widths, m)
+            return "compiled" if suits and loops.load(may_build) else "torch"
+        if reason is not None:
+            raise ValueError(
+                f"kernel: expected 'auto' or 'torch' for {reason}, got 'compiled'"
+            )
+        if loops.load(build=True) is None:
+            raise ValueError(
+                "kernel: expected 'auto' or 'torch' where the loops cannot be "
+                f"compiled, got 'compiled': {loops.explain_failure()}"
+            )
+        return "compiled"
 
     def epoch(
         self,
@@ -499,6 +573,7 @@ class ExplicitSGD:
         self._check_idle()
         count = max(1, min(EXAMPLES_AT_ONCE // m, len(order) // m))
         labels = not targets.is_floating_point()
+        compiled = self.choose_kernel(len(order), m) == "compiled"
         with self._mode(images):
             units = self._pack()
         whole = len(order) // m * m
@@ -508,29 +583,23 @@ class ExplicitSGD:
             self._is_sweeping = True
             with self._mode(images):
                 made = [
-                    self._steps(units, size, at_once, labels)
+                    self._steps(units, size, at_once, labels, compiled)
                     for size, at_once, _ in parts
                 ]
             for (size, at_once, part), steps in zip(parts, made, strict=True):
                 for rows in part.split(size * at_once * GATHERED_PER_YIELD):
                     with self._mode(images):
-                        C = [
-                            self._take(steps, images, targets, some)
-                            for some in rows.split(size * at_once)
-                        ]
-                    yield torch.cat(C)
+                        C = steps.take(images, targets, rows)
+                    yield C
         finally:
             self._is_sweeping = False
             self._unpack(units)
 
-    @staticmethod
-    def _take(steps: Steps, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        """The steps of the mini-batches `rows`; their costs."""
-        steps.gather(images, targets, rows)
-        return steps.run(len(rows) // steps.m).clone()
-
     def _check_rates(self) -> None:
-        check_rates(self.lr, self.weight_decay, self._layers[0])
+        rates = self.lr, self.weight_decay, self._layers[0].weight.dtype
+        if rates != self._checked_rates:
+            check_rates(self.lr, self.weight_decay, self._layers[0])
+            self._checked_rates = rates
 
     def _check_idle(self) -> None:
         if self._is_sweeping:
@@ -547,14 +616,35 @@ class ExplicitSGD:
         with inference, torch.no_grad(), _without_autocast(like):
             yield
 
-    def _steps(self, units: list[Unit], m: int, count: int, labels: bool) -> Steps:
+    def _compiled_steps(self, units: list[Unit], m: int) -> Any:
+        """The loops for one batch of m, or None where the torch calls take it."""
+        if self.kernel == "torch":
+            return None
+        key = _key(units, m, 1, False, True)
+        if key in self._made:  # so the question has been asked
+            steps = self._made[key]
+            self._made.move_to_end(key)
+            steps.bind(self.lr, self.weight_decay)
+            return steps
+        if self._choose_kernel(m, may_build=False) == "torch":
+            return None
+        return self._steps(units, m, 1, False, True)
+
+    def _steps(
+        self, units: list[Unit], m: int, count: int, labels: bool, compiled: bool
+    ) -> Any:
         """The steps for batches of m, made once and kept."""
-        key = (m, count, labels, *(unit.key for unit in units))
+        key = _key(units, m, count, labels, compiled)
         steps = self._made.pop(key, None)
         if steps is None:
             _check_layers(self._layers)
             _check_separate(self._layers)
-            steps = Steps(units, self._function, m, count, labels)
+            make = partial(Steps, units, self._function, m, count, labels)
+            if compiled:
+                train = loops.load(build=False)
+                steps = loops.CompiledSteps(train, units, self._function, m, make)
+            else:
+                steps = make()
             while len(self._made) >= SIZES_KEPT:
                 self._made.popitem(last=False)
         self._made[key] = steps
@@ -563,16 +653,15 @@ class ExplicitSGD:
 
     def _direct(self) -> list[Unit]:
         """The layers with the parameters themselves."""
-        return [
-            Unit(
-                layer.function,
-                layer.weight.detach(),
-                None if layer.bias is None else layer.bias.detach(),
-                None,
-                *_trains(layer),
-            )
-            for layer in self._layers
-        ]
+        units = []
+        for layer in self._layers:
+            own = layer._parameters  # cheaper than the module's attributes
+            W, b = own["weight"], own["bias"]
+            assert W is not None
+            trains = W.requires_grad, b is not None and b.requires_grad
+            b = None if b is None else b.detach()
+            units.append(Unit(layer.function, W.detach(), b, None, *trains))
+        return units
 
     def _pack(self) -> list[Unit]:
         """The layers with their parameters in matrices whose last column is b."""

@@ -109,13 +109,6 @@ struct Unit {
   Vector* block(int64_t first) const {
     return reinterpret_cast<Vector*>(W + first * groups * GROUP);
   }
-
-  // Where W's entry from input k to neuron j is.
-  float& weight(int64_t k, int64_t j) const {
-    const int64_t first = j / (WIDEST * LANES) * (WIDEST * LANES);
-    const int64_t left = width - first, step = left < WIDEST * LANES ? left : WIDEST * LANES;
-    return W[first * groups * GROUP + k * step + j - first];
-  }
 };
 
 // ---------------------------------------------------------------- σ and σ'
@@ -462,27 +455,43 @@ void update(Unit& u, int64_t rows, float lr, float weight_decay) {
 
 // 0 if all are finite, else NaN; `count` is a multiple of LANES.
 float zero_times(const float* v, int64_t count) {
-  Vector sum = {};
-  for (int64_t i = 0; i < count; i += LANES)
-    sum += 0.0f * *reinterpret_cast<const Vector*>(v + i);
-  return sum_of(sum);
+  const Vector *next = reinterpret_cast<const Vector*>(v), *end = next + count / LANES;
+  Vector sum[4] = {};
+  for (; next + 4 <= end; next += 4)
+    for (int i = 0; i < 4; ++i) sum[i] += 0.0f * next[i];
+  for (; next < end; ++next) sum[0] += 0.0f * *next;
+  return sum_of(sum[0] + sum[1] + (sum[2] + sum[3]));
 }
 
-// Copy the parameters in, W transposed; 0 if all are finite, else NaN.
+// Visit every weight: torch's, and ours in the transposed blocks; some rows at a time,
+// so that neither side leaves the nearest cache.
+template <class Visit>
+void for_each_weight(const Unit& u, Visit visit) {
+  const Layer& l = u.layer;
+  for (int64_t first = 0; first < l.n_out; first += WIDEST * LANES) {
+    const int64_t left = u.width - first, N = left < WIDEST * LANES ? left : WIDEST * LANES;
+    const int64_t columns = l.n_out - first < N ? l.n_out - first : N;
+    float* block = u.W + first * u.groups * GROUP;
+    for (int64_t k = 0; k < l.n_in; k += 16) {
+      const int64_t end = k + 16 < l.n_in ? k + 16 : l.n_in;
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = k; i < end; ++i)
+          visit(l.W[(first + j) * l.W_row + i * l.W_column], block[i * N + j]);
+    }
+  }
+}
+
+// Copy the parameters in; 0 if all are finite, else NaN.
 float load(Unit& u) {
   const Layer& l = u.layer;
-  for (int64_t k = 0; k < l.n_in; ++k)
-    for (int64_t j = 0; j < l.n_out; ++j)
-      u.weight(k, j) = l.W[j * l.W_row + k * l.W_column];
+  for_each_weight(u, [](float torchs, float& ours) { ours = torchs; });
   for (int64_t j = 0; l.b && j < l.n_out; ++j) u.b[j] = l.b[j * l.b_step];
   return zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
 }
 
 void store(const Unit& u) {
   const Layer& l = u.layer;
-  for (int64_t k = 0; l.trains_W && k < l.n_in; ++k)
-    for (int64_t j = 0; j < l.n_out; ++j)
-      l.W[j * l.W_row + k * l.W_column] = u.weight(k, j);
+  if (l.trains_W) for_each_weight(u, [](float& torchs, float ours) { torchs = ours; });
   for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
 }
 

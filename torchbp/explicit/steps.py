@@ -377,6 +377,14 @@ class Steps:
             ]
         return ops + last.gate(delta)
 
+    def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """Take the steps of the mini-batches `rows` of a set; their costs."""
+        costs = []
+        for some in rows.split(self.m * self.count):
+            self.gather(images, targets, some)
+            costs.append(self.run(len(some) // self.m).clone())
+        return torch.cat(costs)
+
     def gather(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
         """Put the examples `rows` of a whole set where the steps read them."""
         n = len(rows)

@@ -1,0 +1,341 @@
+"""The compiled loops of ``kernel.cpp``: built once on each machine, and called.
+
+``torch.utils.cpp_extension`` builds them with the machine's own compiler, in a folder
+that belongs to this build alone; the finished library then gets its name in the cache
+in one step. So two processes may build at once, and an interrupted build leaves nothing
+that a later one could wait for or load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbp import costs, functional
+from torchbp.costs import CostFunction
+from torchbp.explicit.steps import Steps, Unit
+from torchbp.functional import LinearFunction
+
+KERNELS = ("auto", "torch", "compiled")
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+# Not -ffast-math: it removes the rounding in `exponential`, and NaN with it.
+FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno"]
+MACHINE_FLAGS = ["-march=native"]
+SYSTEMS = ("linux", "darwin")
+# Examples in an epoch from which on "auto" builds: the build takes seconds, once.
+BUILT_FROM = 10_000
+# Products of one call at the most, which take less than a second anywhere: an interrupt
+# waits until the call returns.
+PRODUCTS_AT_ONCE = 500_000_000
+# "auto" leaves to BLAS what is wider: measured by experiments/benchmark.py --what sweeps.
+WIDEST, LARGEST_BATCH = 128, 64
+
+# As the enumerations in kernel.cpp.
+ACTIVATIONS: dict[type[LinearFunction], int] = {
+    functional.LinearFunction: 0,
+    functional.LinearSigmoidFunction: 1,
+    functional.LinearTanhFunction: 2,
+    functional.LinearReLUFunction: 3,
+}
+COSTS: dict[type[CostFunction], int] = {
+    costs.QuadraticFunction: 0,
+    costs.CrossEntropyFunction: 1,
+    costs.LogLikelihoodFunction: 2,
+}
+TRAINED, NOT_FINITE = 0, 1
+
+
+class Layer(ctypes.Structure):
+    """``struct Layer`` of kernel.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("W", "b")),
+        *((name, ctypes.c_int64) for name in ("W_row", "W_column", "b_step")),
+        *((name, ctypes.c_int64) for name in ("n_in", "n_out")),
+        *((name, ctypes.c_int32) for name in ("activation", "trains_W", "trains_b")),
+    )
+
+
+class Examples(ctypes.Structure):
+    """``struct Examples`` of kernel.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("images", "targets", "order")),
+        *((name, ctypes.c_int64) for name in ("count", "batch_size")),
+        *((name, ctypes.c_int64) for name in ("image_stride", "target_stride")),
+        *((name, ctypes.c_int32) for name in ("images_are_bytes", "are_labels")),
+    )
+
+
+# ---------------------------------------------------------------- what it can train
+
+
+def explain_unsuitable(
+    functions: Sequence[type[LinearFunction]],
+    cost: type[CostFunction],
+    parameters: Sequence[Tensor],
+) -> str | None:
+    """Say what about a network the compiled loops cannot train, or None."""
+    for function in functions:
+        if function not in ACTIVATIONS:
+            return f"{function.__name__.removesuffix('Function')} layers"
+    if cost not in COSTS:
+        return f"the cost {cost.__name__.removesuffix('Function')}"
+    for p in parameters:
+        if p.dtype != torch.float32 or p.device.type != "cpu":
+            return f"{p.dtype} parameters on {p.device}"
+    return None
+
+
+def is_faster(widths: Sequence[int], batch_size: int) -> bool:
+    """Whether the compiled loops are faster than the torch calls, which leave the
+    products to BLAS: a fixed rule, from measurements."""
+    return max(widths) <= WIDEST and batch_size <= LARGEST_BATCH
+
+
+# ---------------------------------------------------------------- building and loading
+
+_library: Any = None  # the loaded function
+_failure: str | None = None  # why there will be none in this process
+
+
+def load(build: bool) -> Any:
+    """Return the compiled function, from the cache or, if `build`, newly built.
+
+    Returns:
+        None where it is not built and `build` is false, or where it cannot be had;
+        :func:`explain_failure` then says why.
+    """
+    global _library, _failure
+    if _library is None and _failure is None:
+        try:
+            _library = _find_or_build(build)
+        except (OSError, RuntimeError, ImportError) as error:
+            _failure = _last_line(str(error))
+    return _library
+
+
+def explain_failure() -> str | None:
+    """Say why the compiled loops cannot be had, in a line; None if they can."""
+    return _failure
+
+
+def _find_or_build(build: bool) -> Any:
+    if sys.platform not in SYSTEMS:
+        raise OSError(f"expected one of {', '.join(SYSTEMS)}, got {sys.platform}")
+    path = cache_folder() / f"kernel-{_key()}.so"
+    with contextlib.suppress(OSError):  # absent, or damaged: build it
+        return _function(path)
+    return _build(path) if build else None
+
+
+def cache_folder() -> Path:
+    """`$TORCH_EXTENSIONS_DIR`, else `$XDG_CACHE_HOME`, else ~/.cache; then `torchbp`."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "torchbp"
+
+
+def _compiler() -> list[str]:
+    """The command that torch.utils.cpp_extension uses."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def _key() -> str:
+    """A name for source, flags, compiler and processor."""
+    try:
+        version = subprocess.run(
+            [*_compiler(), "--version"], capture_output=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise OSError(f"expected a C++ compiler, got none: {error}") from error
+    parts = [SOURCE.read_bytes(), " ".join([*FLAGS, *MACHINE_FLAGS]).encode(), version]
+    return hashlib.sha256(b"\0".join([*parts, _processor()])).hexdigest()[:16]
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a home folder may be that of several machines."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part")
+        return "\n".join(line for line in first if line.startswith(wanted)).encode()
+    return f"{platform.machine()} {platform.processor()}".encode()
+
+
+def _build(path: Path) -> Any:
+    """Build the library, put it at `path` if the cache can be written, and load it."""
+    print(
+        "torchbp: compiling the explicit engine's loops for this machine, once; "
+        "this takes some seconds",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(
+            dir=path.parent, prefix="building-", ignore_cleanup_errors=True
+        )
+    except OSError:  # a cache that is read-only: for this process alone
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with folder as name:
+        library = _compile(name)
+        function = _function(library)
+        with contextlib.suppress(OSError):
+            os.replace(library, path)
+    return function
+
+
+def _compile(folder: str) -> Path:
+    """Build the library in `folder`, which nobody else uses, and return its path."""
+    with warnings.catch_warnings(), _ninja_on_path():
+        warnings.simplefilter("ignore")
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            "torchbp_kernel",
+            [str(SOURCE)],
+            extra_cflags=[*FLAGS, *MACHINE_FLAGS],
+            # The loops use nothing of torch's, so that they fit any version.
+            extra_ldflags=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+            build_directory=folder,
+            with_cuda=False,
+            is_python_module=False,
+        )
+    (library,) = Path(folder).glob("torchbp_kernel*.so")
+    return library
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let `ninja` be found in this Python's environment, activated or not."""
+    if find_spec("ninja") is None:
+        yield
+        return
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{before}{os.pathsep}{sysconfig.get_path('scripts')}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _last_line(message: str) -> str:
+    """The compiler's last error in what a failed build says, else the last line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return [*lines[-1:], *errors][-1] if lines else "unknown"
+
+
+def _function(path: Path) -> Any:
+    train = ctypes.CDLL(str(path)).torchbp_train
+    train.restype = ctypes.c_int
+    train.argtypes = [
+        ctypes.POINTER(Layer), ctypes.c_int64, ctypes.POINTER(Examples),
+        ctypes.c_int32, ctypes.c_float, ctypes.c_float, ctypes.c_void_p,
+    ]  # fmt: skip
+    return train
+
+
+# ---------------------------------------------------------------- calling
+
+
+class CompiledSteps:
+    """The steps of mini-batches of m rows, by the compiled loops.
+
+    Args:
+        train: the compiled function.
+        units: the layers.
+        cost: the cost's Function.
+        m: rows in a batch.
+        make_steps: the torch calls for the same, for parameters that are not finite.
+
+    The loops pass over inputs that are zero, which is right only while every parameter
+    is finite. They change nothing if one is not, or is not any more in the end; then
+    the torch calls take these steps, and NaN goes where it goes natively.
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        units: Sequence[Unit],
+        cost: type[CostFunction],
+        m: int,
+        make_steps: Callable[[], Steps],
+    ) -> None:
+        self.train, self.cost, self.m = train, COSTS[cost], m
+        self.units, self.make_steps = units, make_steps
+        self.layers = (Layer * len(units))(*map(_describe_layer, units))
+        self.examples = Examples(batch_size=m)
+        self.rates = (0.0, 0.0)
+        self.all_rows = torch.arange(m)
+        products = sum(unit.W.numel() for unit in units) * 3 * m
+        self.rows_at_once = max(1, PRODUCTS_AT_ONCE // max(products, 1)) * m
+
+    def bind(self, lr: float, weight_decay: float) -> None:
+        """Take the steps at these rates from now on."""
+        self.rates = (lr, weight_decay)
+
+    def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """Take the steps of the mini-batches `rows` of a set; their costs."""
+        if images.stride(1) != 1 or (targets.dim() == 2 and targets.stride(1) != 1):
+            images, targets = images[rows].contiguous(), targets[rows].contiguous()
+            rows = torch.arange(len(rows))
+        parts = rows.contiguous().split(self.rows_at_once)
+        return torch.cat([self._take(images, targets, part) for part in parts])
+
+    def take_one(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take the step of one mini-batch; its cost, 0-d."""
+        x, y, C = x.contiguous(), y.contiguous(), torch.empty((), dtype=torch.float32)
+        if self._train(x, y, self.all_rows, C):
+            return C
+        return self._take(x, y, self.all_rows)[0]
+
+    def _take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        C = torch.empty(-(-len(rows) // self.m), dtype=torch.float32)
+        if not self._train(images, targets, rows, C):
+            steps = self.make_steps()
+            steps.bind(*self.rates)
+            return steps.take(images, targets, rows)
+        return C
+
+    def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
+        """Take the steps and put their costs into C, or change nothing."""
+        set_ = self.examples
+        set_.images, set_.targets = images.data_ptr(), targets.data_ptr()
+        set_.order, set_.count = rows.data_ptr(), rows.shape[0]
+        set_.image_stride, set_.target_stride = images.stride(0), targets.stride(0)
+        set_.images_are_bytes = images.dtype is torch.uint8
+        set_.are_labels = targets.dtype is torch.int64
+        outcome = self.train(
+            self.layers, len(self.layers), set_, self.cost, *self.rates, C.data_ptr()
+        )
+        if outcome not in (TRAINED, NOT_FINITE):
+            raise MemoryError("ExplicitSGD: no memory for the buffers of a mini-batch")
+        return bool(outcome == TRAINED)
+
+
+def _describe_layer(unit: Unit) -> Layer:
+    W, b = unit.W, unit.b
+    return Layer(
+        W.data_ptr(), None if b is None else b.data_ptr(),
+        W.stride(0), W.stride(1), 0 if b is None else b.stride(0),
+        W.shape[1], W.shape[0],
+        ACTIVATIONS[unit.function], unit.updates_weight,
+        unit.updates_bias and b is not None,
+    )  # fmt: skip
