@@ -435,7 +435,7 @@ class ExplicitSGD:
         self.kernel = kernel
         self._checked_rates: tuple[Any, ...] = ()
         if kernel == "compiled":
-            self.choose_kernel(1, 1)
+            self._choose_kernel(1, is_bytes=True, may_build=True)
         # Steps by what they were made for; those not used for longest go first.
         self._made: OrderedDict[Any, Steps | loops.CompiledSteps] = OrderedDict()
         self._packed: list[Tensor] = []
@@ -471,28 +471,28 @@ class ExplicitSGD:
             C = steps.run(1)
         return C[0].clone()
 
-    def choose_kernel(self, examples: int, batch_size: int) -> str:
-        """What computes the steps of such epochs: "torch" or "compiled", once built.
+    def choose_kernel(self, images: Tensor, batch_size: int) -> str:
+        """Return what will compute such epochs' steps, "torch" or "compiled", built.
 
         Args:
-            examples: in an epoch; "auto" builds from some 10,000 on.
+            images: those of an epoch; "auto" builds the loops for 10,000 and more.
             batch_size: m.
 
         Raises:
             ValueError: "compiled" was asked for and cannot be had.
         """
-        return self._choose_kernel(batch_size, examples >= loops.BUILT_FROM)
+        may_build = len(images) >= loops.BUILT_FROM
+        m = min(batch_size, len(images))
+        return self._choose_kernel(m, images.dtype == torch.uint8, may_build)
 
-    def _choose_kernel(self, m: int, may_build: bool) -> str:
+    def _choose_kernel(self, m: int, is_bytes: bool, may_build: bool) -> str:
         if self.kernel == "torch":
             return "torch"
+        weights = [layer.weight for layer in self._layers]
         functions = [layer.function for layer in self._layers]
-        reason = loops.explain_unsuitable(
-            functions, self._function, [layer.weight for layer in self._layers]
-        )
+        reason = loops.explain_unsuitable(functions, self._function, weights)
         if self.kernel == "auto":
-            widths = [layer.weight.shape[0] for layer in self._layers]
-            suits = reason is None and loops.is_faster(widths, m)
+            suits = reason is None and loops.is_faster(weights, m, is_bytes)
             return "compiled" if suits and loops.load(may_build) else "torch"
         if reason is not None:
             raise ValueError(
@@ -573,7 +573,9 @@ class ExplicitSGD:
         self._check_idle()
         count = max(1, min(EXAMPLES_AT_ONCE // m, len(order) // m))
         labels = not targets.is_floating_point()
-        compiled = self.choose_kernel(len(order), m) == "compiled"
+        may_build = len(order) >= loops.BUILT_FROM
+        is_bytes = images.dtype == torch.uint8
+        compiled = self._choose_kernel(m, is_bytes, may_build) == "compiled"
         with self._mode(images):
             units = self._pack()
         whole = len(order) // m * m
@@ -626,7 +628,7 @@ class ExplicitSGD:
             self._made.move_to_end(key)
             steps.bind(self.lr, self.weight_decay)
             return steps
-        if self._choose_kernel(m, may_build=False) == "torch":
+        if self._choose_kernel(m, is_bytes=False, may_build=False) == "torch":
             return None
         return self._steps(units, m, 1, False, True)
 
@@ -655,8 +657,7 @@ class ExplicitSGD:
         """The layers with the parameters themselves."""
         units = []
         for layer in self._layers:
-            own = layer._parameters  # cheaper than the module's attributes
-            W, b = own["weight"], own["bias"]
+            W, b = layer.weight, layer.bias
             assert W is not None
             trains = W.requires_grad, b is not None and b.requires_grad
             b = None if b is None else b.detach()
