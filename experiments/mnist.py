@@ -55,6 +55,7 @@ from experiments.support.settings import (
 from torchbp import data
 from torchbp._terminal import reader_left
 from torchbp.data import distort
+from torchbp.explicit import kernel_failure
 from torchbp.inspection import save_page
 from torchbp.training import (
     EVALUATE_AT_ONCE,
@@ -93,7 +94,7 @@ def main(settings: Settings) -> dict[str, Any]:
         try:
             splits, settings = load_data(settings)
             trainer = assemble(settings, splits, world)
-            log = None if folder is None else open_log(folder, settings, world)
+            log = None if folder is None else open_log(folder, settings, world, trainer)
         except BaseException:
             if folder is not None:
                 folder.discard()
@@ -140,6 +141,8 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
                 raise checkpoint.CheckpointError(
                     f"{folder.checkpoint}: expected the state of this run: {reason}"
                 ) from error
+        before = state.get("versions", {}).get("kernel")
+        keep_kernel(trainer, before, "kernel" in changes)
         log = None
         if world.rank == 0:
             if state["trainer"] is not None and settings != old:
@@ -148,8 +151,29 @@ def resume(run: str, **changes: Any) -> dict[str, Any]:
                     folder.save({**state, "settings": dataclasses.asdict(settings)})
                 except OSError as error:
                     raise cannot_be_written(folder, error) from error
-            log = open_log(folder, settings, world, resumed_at=trainer.epoch)
+            log = open_log(folder, settings, world, trainer, resumed_at=trainer.epoch)
         return train(settings, trainer, log)
+
+
+def keep_kernel(trainer: Trainer, before: str | None, is_given: bool) -> None:
+    """Go on with the kernel that the run had `before`, unless another one is given or
+    it cannot be had; say what changes."""
+    engine = trainer.engine
+    if not isinstance(engine, torchbp.ExplicitSGD) or before is None:
+        return
+    if before == "torch" and not is_given:
+        engine.kernel = before
+    now = choose_kernel(trainer)
+    if now != before:
+        reason = "" if kernel_failure() is None else f": {kernel_failure()}"
+        note(f"the run goes on with the kernel {now}, after {before}{reason}")
+
+
+def choose_kernel(trainer: Trainer) -> str | None:
+    """What computes the steps of the explicit engine; None for another engine."""
+    if not isinstance(trainer.engine, torchbp.ExplicitSGD):
+        return None
+    return trainer.engine.choose_kernel(trainer.data.train.images, trainer.batch_size)
 
 
 def find_state(folder: RunFolder) -> dict[str, Any]:
@@ -208,7 +232,7 @@ def assemble(settings: Settings, splits: data.Splits, world: World) -> Trainer:
                 "engine: expected autograd for several processes, got 'explicit' and "
                 f"{world.size} processes"
             )
-        engine = torchbp.ExplicitSGD(model, cost, *rates)
+        engine = torchbp.ExplicitSGD(model, cost, *rates, kernel=settings.kernel)
     elif world.size > 1:
         engine = ParallelSGD(model, cost, *rates, world)
     else:
@@ -294,9 +318,12 @@ def make_folder(settings: Settings) -> RunFolder:
     raise ValueError(f"name: expected a free one, got a thousand called {name}")
 
 
-def describe_versions(settings: Settings, world: World) -> dict[str, str]:
+def describe_versions(
+    settings: Settings, world: World, trainer: Trainer
+) -> dict[str, str]:
     """What a reader needs to know to repeat the run."""
     is_cuda = world.device.type == "cuda"
+    kernel = choose_kernel(trainer)
     return {
         "torchbp": torchbp.__version__,
         "torch": str(torch.__version__),  # a plain str: checkpoints hold no classes
@@ -305,6 +332,7 @@ def describe_versions(settings: Settings, world: World) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if is_cuda else world.device.type,
         "processes": str(world.size),
         "threads": str(number_of_threads(settings)),
+        **({} if kernel is None else {"kernel": kernel}),
     }
 
 
@@ -321,10 +349,12 @@ def open_log(
     folder: RunFolder,
     settings: Settings,
     world: World,
+    trainer: Trainer,
     resumed_at: int | None = None,
 ) -> Log:
     """The run's folder with its settings and versions, and its event file."""
-    record, versions = dataclasses.asdict(settings), describe_versions(settings, world)
+    record = dataclasses.asdict(settings)
+    versions = describe_versions(settings, world, trainer)
     folder.write(settings=record, versions=versions)
     compared = {name: record[name] for name in COMPARED}
     dashboard = Dashboard(
@@ -430,9 +460,13 @@ def _train_and_log(settings: Settings, trainer: Trainer, log: Log) -> None:
         log.dashboard.close(complete=trainer.epoch == settings.epochs)
 
 
+HOW = {None: "", "torch": ", torch calls", "compiled": ", compiled loops"}
+
+
 def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> str:
     n = len(trainer.data.train.labels)
     many = "" if versions["processes"] == "1" else f" x {versions['processes']}"
+    engine = f"{settings.engine} engine{HOW[versions.get('kernel')]}"
     begun = f"\ngoing on after epoch {trainer.epoch}" if trainer.epoch else ""
     if trainer.epoch == settings.epochs:
         begun = (
@@ -442,7 +476,7 @@ def headline(settings: Settings, trainer: Trainer, versions: dict[str, str]) -> 
     return (
         f"{settings.dataset}: {n:,} images   network {list(settings.sizes)}, "
         f"{settings.activation}\n"
-        f"{settings.layers} layers   {settings.engine} engine   seed {settings.seed}   "
+        f"{settings.layers} layers   {engine}   seed {settings.seed}   "
         f"{versions['device']}{many}\n"
         f"{settings.cost} cost   batch {settings.batch_size}   lr {settings.lr:g}   "
         f"below: cost, accuracy{begun}"

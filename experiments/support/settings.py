@@ -15,6 +15,7 @@ import torchbp
 from experiments.support.options import add_options, check_choices, option
 from torchbp import data
 from torchbp._terminal import Parser
+from torchbp.explicit import KERNELS
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 from torchbp.training import LEVELS, SCHEDULES
 
@@ -42,7 +43,7 @@ COMPARED = (
 )  # fmt: skip
 # What --resume may change; the rest decides which weights come out.
 CHANGEABLE = {
-    "checkpoint_every", "data", "device", "engine", "epochs", "log_level",
+    "checkpoint_every", "data", "device", "engine", "epochs", "kernel", "log_level",
     "output", "page", "target_accuracy",
 }  # fmt: skip
 # Settings that go together; what is given beside a recipe wins over it.
@@ -106,6 +107,9 @@ class Settings:
     )
     threads: int = option(0, "0: one for batches below 128, else all cores")
     engine: str = option("autograd", "of the steps; explicit is the fast one", ENGINES)
+    kernel: str = option(
+        "auto", "of the explicit engine's steps; compiled is the fastest", KERNELS
+    )
     layers: str = option("bp", "hand-written, or torch's own", ("bp", "native"))
     logdir: str = option("runs", "where run folders are made")
     log_level: str = option("full", "basic: curves; full: pictures, too", LEVELS)
@@ -127,6 +131,10 @@ class Settings:
             raise ValueError(
                 "engine: expected autograd for native layers, got 'explicit', which "
                 "works on hand-written ones"
+            )
+        if self.kernel == "compiled" and self.engine != "explicit":
+            raise ValueError(
+                "kernel: expected auto or torch for the autograd engine, got 'compiled'"
             )
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
