@@ -40,21 +40,16 @@ struct Examples {
 
 namespace {
 
-// The widest vectors of the processor, by a notation of GCC's and Clang's.
+// The processor's widest vectors, in a notation of GCC's and Clang's.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, REGISTERS = 32;
 #elif defined(__AVX__)
 constexpr int LANES = 8, REGISTERS = 16;
-#elif defined(__aarch64__)
-constexpr int LANES = 4, REGISTERS = 32;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
-#define VECTOR(type, bytes) type __attribute__((vector_size(bytes), aligned(1), may_alias))
-typedef VECTOR(float, 4 * LANES) Vector;
-typedef VECTOR(float, 16) Four;
-typedef VECTOR(float, 32) Eight;
-typedef VECTOR(uint8_t, 8) EightBytes;
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 constexpr int GROUP = 4;         // inputs
 constexpr int WIDEST = 8;        // vectors of a row that one loop keeps in registers
@@ -65,14 +60,14 @@ const Vector* vectors(const float* p) { return reinterpret_cast<const Vector*>(p
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // n zeros that begin at a multiple of 64 bytes.
+struct alignas(64) Line {
+  char bytes[64];
+};
 template <class T>
 struct Zeros {
-  std::vector<T> memory;
-  T* first;
-  explicit Zeros(int64_t n) : memory(n + 64 / sizeof(T)) {
-    first = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(T);
-  }
-  operator T*() const { return first; }
+  std::vector<Line> lines;
+  explicit Zeros(int64_t n) : lines(padded(n * sizeof(T), 64) / 64) {}
+  operator T*() { return reinterpret_cast<T*>(lines.data()); }
 };
 
 // A layer at work on batches of m rows.
@@ -85,18 +80,17 @@ struct Unit {
   float* x;                    // the inputs, (m, x_stride): images, or a of the layer below
   int64_t x_stride, list_stride;
 
-  Unit(const Layer& l, int64_t m, const Unit* below)
-      : layer(l), width(padded(l.n_out, LANES)), groups(padded(l.n_in, 2 * GROUP) / GROUP),
+  Unit(const Layer& l, int64_t m, Unit* below)
+      : layer(l), width(padded(l.n_out, LANES)), groups(padded(l.n_in, GROUP) / GROUP),
         W(groups * GROUP * width), b(width), a(m * width), delta(m * width),
         images(below ? 0 : m * groups * GROUP), error_sum(width), count(groups),
         list(below ? m : groups * (m + 1)), x(below ? below->a : images),
         x_stride(below ? below->width : groups * GROUP), list_stride(below ? 0 : m + 1) {
-    groups = padded(l.n_in, GROUP) / GROUP;
     for (int64_t r = 0; below && r < m; ++r) list[r] = int32_t(r);  // every group, every row
   }
 
   // W from column `first` on, WIDEST vectors or what is left of them, row after row.
-  float* block(int64_t first) const { return W + first * groups * GROUP; }
+  float* block(int64_t first) { return W + first * groups * GROUP; }
 };
 
 // ---------------------------------------------------------------- σ, σ' and the costs
@@ -132,7 +126,7 @@ inline float hyperbolic_tangent(float z) {
 }
 
 // a = σ(z) in place; a row's padding stays 0.
-void apply_sigma(const Unit& u, int64_t rows) {
+void apply_sigma(Unit& u, int64_t rows) {
   float* const a = u.a;
   const int64_t count = rows * u.width;
   if (u.layer.activation == SIGMOID) {
@@ -147,7 +141,7 @@ void apply_sigma(const Unit& u, int64_t rows) {
 }
 
 // δ = grad_a ⊙ σ'(z) in place, σ' in terms of a.
-void multiply_by_slope(const Unit& u, int64_t rows) {
+void multiply_by_slope(Unit& u, int64_t rows) {
   float* const delta = u.delta;
   const float* const a = u.a;
   const int64_t count = rows * u.width;
@@ -205,7 +199,7 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
 
 // z_r += Σ_k x_rk W_k, for the N vectors of a row that begin at column `first`.
 template <int N>
-void add_inputs(const Unit& u, int64_t first) {
+void add_inputs(Unit& u, int64_t first) {
   const int64_t width = u.width, x_stride = u.x_stride;
   float* const out = u.a + first;
   for (int64_t g = 0; g < u.groups; ++g) {
@@ -224,34 +218,29 @@ void add_inputs(const Unit& u, int64_t first) {
   }
 }
 
-// sum_p += Σ_r x_rp δ_r over the listed rows, for SIZE inputs.
-template <int N, int SIZE>
-inline void add_outer(Vector (&sum)[SIZE][N], const int32_t* row, const int32_t* end,
-                      const float* x, int64_t x_stride, const float* delta, int64_t width) {
-  for (; row < end; ++row) {
-    const float* x_r = x + *row * x_stride;
-    const Vector* delta_r = vectors(delta + *row * width);
-    for (int p = 0; p < SIZE; ++p)
-      for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * delta_r[j];  // BP4
-  }
-}
-
-// W_k += decay W_k + rate Σ_r x_rk δ_r, for the same part of a row.
+// W_k += decay W_k + rate Σ_r x_rk δ_r, for the same part of a row and SIZE inputs at once.
 template <int N>
-void add_gradient(const Unit& u, int64_t first, float rate, float decay) {
+void add_gradient(Unit& u, int64_t first, float rate, float decay) {
   constexpr int SIZE = 4 * N < REGISTERS - 4 ? 4 : 2 * N < REGISTERS - 4 ? 2 : 1;
-  const float* const delta = u.delta + first;
+  const int64_t width = u.width, x_stride = u.x_stride;
   for (int64_t k = 0; k < u.groups * GROUP; k += SIZE) {
     const int64_t g = k / GROUP;
     const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
     if (row == end && decay == 0) continue;
-    const int32_t* stop = row + std::min<int64_t>(end - row, SUMMED);
+    const float *x = u.x + k, *delta = u.delta + first;
+    const auto add_rows = [&](Vector(&sum)[SIZE][N]) {  // the next SUMMED at the most
+      for (const int32_t* stop = row + std::min<int64_t>(end - row, SUMMED); row < stop; ++row) {
+        const float* x_r = x + *row * x_stride;
+        const Vector* delta_r = vectors(delta + *row * width);
+        for (int p = 0; p < SIZE; ++p)
+          for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * delta_r[j];  // BP4
+      }
+    };
     Vector sum[SIZE][N] = {};
-    add_outer<N, SIZE>(sum, row, stop, u.x + k, u.x_stride, delta, u.width);
-    while (stop < end) {
-      row = stop, stop = row + std::min<int64_t>(end - row, SUMMED);
+    add_rows(sum);
+    while (row < end) {
       Vector more[SIZE][N] = {};
-      add_outer<N, SIZE>(more, row, stop, u.x + k, u.x_stride, delta, u.width);
+      add_rows(more);
       for (int p = 0; p < SIZE; ++p)
         for (int j = 0; j < N; ++j) sum[p][j] += more[p][j];
     }
@@ -270,7 +259,7 @@ inline float sum_of(const Vector& v) {
 
 // grad_rk += W_k · δ_r, for the same part of a row.
 template <int N>
-void add_errors(const Unit& u, int64_t first, int64_t rows, float* grad, int64_t stride) {
+void add_errors(Unit& u, int64_t first, int64_t rows, float* grad, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     Vector delta[N];
     for (int j = 0; j < N; ++j) delta[j] = vectors(u.delta + r * u.width + first)[j];
@@ -284,9 +273,9 @@ void add_errors(const Unit& u, int64_t first, int64_t rows, float* grad, int64_t
 }
 
 struct Loops {
-  void (*add_inputs)(const Unit&, int64_t);
-  void (*add_gradient)(const Unit&, int64_t, float, float);
-  void (*add_errors)(const Unit&, int64_t, int64_t, float*, int64_t);
+  void (*add_inputs)(Unit&, int64_t);
+  void (*add_gradient)(Unit&, int64_t, float, float);
+  void (*add_errors)(Unit&, int64_t, int64_t, float*, int64_t);
 };
 template <int N>
 constexpr Loops loops_of = {add_inputs<N>, add_gradient<N>, add_errors<N>};
@@ -295,64 +284,40 @@ constexpr Loops LOOPS[WIDEST] = {loops_of<1>, loops_of<2>, loops_of<3>, loops_of
 
 // Call visit(loops for as many vectors, first column) for each part of a row.
 template <class Visit>
-void for_each_part(const Unit& u, Visit visit) {
+void for_each_part(Unit& u, Visit visit) {
   for (int64_t first = 0; first < u.width; first += WIDEST * LANES)
     visit(LOOPS[std::min<int64_t>((u.width - first) / LANES, WIDEST) - 1], first);
 }
 
 // ---------------------------------------------------------------- a mini-batch
 
-// Take eight pixels of row r, groups g and g + 1.
-inline void take_bytes(Unit& u, int64_t r, int64_t g, const uint8_t* bytes) {
-  const EightBytes pixels = *reinterpret_cast<const EightBytes*>(bytes);
-  Eight* x = reinterpret_cast<Eight*>(u.x + r * u.x_stride + g * GROUP);
-  *x = __builtin_convertvector(pixels, Eight) * (1.0f / 255);
-  for (int half = 0; half < 2; ++half) {
-    uint32_t four;
-    std::memcpy(&four, bytes + 4 * half, 4);
-    u.list[(g + half) * u.list_stride + u.count[g + half]] = int32_t(r);
-    u.count[g + half] += four != 0;
-  }
-}
-
-void take_image(Unit& u, int64_t r, const uint8_t* image, int32_t* found) {
-  const int64_t n = u.layer.n_in, rest = n % 8;
-  int64_t count = 0;
-  for (int64_t k = 0; k + 8 <= n; k += 8) {  // without a branch: it would be mispredicted
-    uint64_t eight;
-    std::memcpy(&eight, image + k, 8);
-    found[count] = int32_t(k);
-    count += eight != 0;
-  }
-  for (int64_t i = 0; i < count; ++i) take_bytes(u, r, found[i] / GROUP, image + found[i]);
-  uint8_t last[8] = {};
-  std::memcpy(last, image + n - rest, rest);
-  if (rest) take_bytes(u, r, (n - rest) / GROUP, last);
-}
-
-void take_image(Unit& u, int64_t r, const float* image, int32_t*) {
-  float* x = u.x + r * u.x_stride;
-  std::memcpy(x, image, u.layer.n_in * sizeof(float));
-  for (int64_t g = 0; g < u.groups; ++g, x += GROUP) {
-    u.list[g * u.list_stride + u.count[g]] = int32_t(r);
-    u.count[g] += x[0] != 0 || x[1] != 0 || x[2] != 0 || x[3] != 0;
-  }
-}
-
+// Take the images of a mini-batch, and list the rows in which a group is not zero; without
+// a branch, which would be mispredicted.
 template <class Pixel>
-void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows, int32_t* found) {
+void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
+  const float scale = set.images_are_bytes ? 1.0f / 255 : 1.0f;
   const Pixel* images = static_cast<const Pixel*>(set.images);
-  std::memset(u.count, 0, u.groups * sizeof(int32_t));
-  for (int64_t i = begin; i < begin + rows; ++i) {
-    const int64_t later = set.order[std::min(i + 8, set.count - 1)];  // memory is slow
-    for (int64_t k = 0; k < u.layer.n_in; k += 64 / sizeof(Pixel))
-      __builtin_prefetch(images + later * set.image_stride + k);
-    take_image(u, i - begin, images + set.order[i] * set.image_stride, found);
+  const int64_t n = u.layer.n_in;
+  int32_t *const __restrict__ count = u.count, *const __restrict__ list = u.list;
+  std::memset(count, 0, u.groups * sizeof(int32_t));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = begin + r, later = std::min(i + 8, set.count - 1);
+    for (int64_t k = 0; k < n; k += 64 / sizeof(Pixel))  // memory is slow
+      __builtin_prefetch(images + set.order[later] * set.image_stride + k);
+    const Pixel* const __restrict__ image = images + set.order[i] * set.image_stride;
+    float* const __restrict__ x = u.x + r * u.x_stride;
+    for (int64_t k = 0; k < n; ++k) x[k] = scale * float(image[k]);
+    for (int64_t g = 0; g < u.groups; ++g) {
+      uint64_t bits[2];
+      std::memcpy(bits, x + g * GROUP, sizeof bits);
+      list[g * u.list_stride + count[g]] = int32_t(r);
+      count[g] += (bits[0] | bits[1]) != 0;
+    }
   }
 }
 
 void feed_forward(Unit& u, int64_t rows) {
-  if (u.list_stride == 0) std::fill(u.count + 0, u.count + u.groups, int32_t(rows));
+  if (u.list_stride == 0) std::fill_n(+u.count, u.groups, int32_t(rows));
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(u.a + r * u.width, u.b, u.width * sizeof(float));
   for_each_part(u, [&](const Loops& l, int64_t first) { l.add_inputs(u, first); });
@@ -379,7 +344,7 @@ double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, i
 }
 
 // Make δ of the layer below.
-void propagate(const Unit& u, Unit& below, int64_t rows) {
+void propagate(Unit& u, Unit& below, int64_t rows) {
   std::memset(below.delta, 0, rows * below.width * sizeof(float));
   for_each_part(u, [&](const Loops& l, int64_t first) {
     l.add_errors(u, first, rows, below.delta, below.width);
@@ -408,13 +373,13 @@ float zero_times(const float* v, int64_t count) {
   return sum_of(sum[0] + sum[1]);
 }
 
-float check_parameters(const Unit& u) {
+float check_parameters(Unit& u) {
   return zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
 }
 
 // Visit every parameter of torch's with ours, in tiles that the nearest cache holds.
 template <class Visit>
-void for_each_parameter(const Unit& u, bool W, bool b, Visit visit) {
+void for_each_parameter(Unit& u, bool W, bool b, Visit visit) {
   const Layer& l = u.layer;
   for (int64_t first = 0; W && first < l.n_out; first += WIDEST * LANES) {
     const int64_t step = std::min<int64_t>(u.width - first, WIDEST * LANES);
@@ -439,12 +404,11 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
     check += check_parameters(u);
   }
   if (!(check == 0)) return NOT_FINITE;
-  const Zeros<float> one_hot(units.back().width);
-  const Zeros<int32_t> found(units[0].groups + 2);
+  Zeros<float> one_hot(units.back().width);
   const auto take = set.images_are_bytes ? take_images<uint8_t> : take_images<float>;
   for (int64_t begin = 0; begin < set.count; begin += set.batch_size) {
     const int64_t rows = std::min(set.batch_size, set.count - begin);
-    take(units[0], set, begin, rows, found);
+    take(units[0], set, begin, rows);
     for (Unit& u : units) feed_forward(u, rows);
     const double C = output_error(units.back(), set, cost, begin, rows, one_hot);
     for (int64_t l = depth - 1; l >= 0; --l) {
@@ -454,9 +418,9 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
     }
     *costs++ = float(C / double(rows));
   }
-  for (const Unit& u : units) check += check_parameters(u);
+  for (Unit& u : units) check += check_parameters(u);
   if (!(check == 0)) return NOT_FINITE;
-  for (const Unit& u : units)
+  for (Unit& u : units)
     for_each_parameter(u, u.layer.trains_W, u.layer.trains_b,
                        [](float& theirs, float& ours) { theirs = ours; });
   return TRAINED;
