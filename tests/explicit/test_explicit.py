@@ -22,6 +22,7 @@ from torchbp import ExplicitSGD, backprop
 from torchbp.explicit.engine import EXAMPLES_AT_ONCE
 from torchbp.training.trainer import AutogradSGD
 
+pytestmark = pytest.mark.usefixtures("kernel_in_use")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -730,7 +731,7 @@ def test_an_interrupt_while_the_calls_are_made_leaves_no_old_rate(monkeypatch):
 
     a, b = twins([5, 4, 3])
     cost, x, y = torchbp.QuadraticCost(), torch.rand(6, 5), torch.rand(6, 3)
-    engine = ExplicitSGD(a, cost, 1.0)
+    engine = ExplicitSGD(a, cost, 1.0, kernel="torch")
     engine.step(x, y)
     AutogradSGD(b, cost, 1.0).step(x, y)
     engine.lr = 1e-3
