@@ -48,8 +48,8 @@ constexpr int LANES = 8, REGISTERS = 16;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(4 * LANES), may_alias));
+typedef float Four __attribute__((vector_size(16), may_alias));
 
 constexpr int GROUP = 4;         // inputs
 constexpr int WIDEST = 8;        // vectors of a row that one loop keeps in registers
