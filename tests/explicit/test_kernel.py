@@ -1,0 +1,502 @@
+"""The compiled loops: the torch calls' numbers, no NaN hidden, and builds that harm
+nobody."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torchbp
+from tests.cases import COSTS, SiLU, Softplus
+from torchbp import ExplicitSGD
+from torchbp.explicit import kernel
+
+BUILT_IN = ["sigmoid", "tanh", "relu", "identity"]
+KERNELS = ["auto", "torch", "compiled"]
+ROOT = Path(__file__).parents[2]
+LIMIT = 300  # seconds that a child process may take, on any machine
+
+
+def network_of(sizes, activation="sigmoid", output=None, bias=True):
+    torch.manual_seed(0)
+    model = torchbp.MLP(sizes, activation, output)
+    if not bias:
+        for layer in model.layers:
+            layer.bias = None
+    return model
+
+
+def weights_of(model):
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+def rounding(sizes, rows, steps):
+    """By how much float32 may be off float64, relative to what the parameters moved or
+    are, as in DESIGN: a sum of k products has at most min(k, 6 √k) roundings that
+    matter, σ and σ' have some eight, and terms that cancel cost up to 2^4."""
+    longest = max(*sizes, rows)
+    k = steps * len(sizes) * (min(longest, 6 * math.sqrt(longest)) + 8)
+    return 2**4 * k * torch.finfo(torch.float32).eps
+
+
+WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64, 97, 127, 131, 257]))
+
+
+@st.composite
+def problems(draw):
+    sizes = draw(st.lists(WIDTHS, min_size=2, max_size=5))
+    name = draw(st.sampled_from(["quadratic", "cross-entropy", "log-likelihood"]))
+    takes_z = name != "quadratic"
+    output = "identity" if takes_z else draw(st.sampled_from(BUILT_IN))
+    model = network_of(
+        sizes, draw(st.sampled_from(BUILT_IN)), output, draw(st.booleans())
+    )
+    for p in model.parameters():
+        p.requires_grad_(draw(st.sampled_from([True, True, True, False])))
+    n, m = draw(st.integers(1, 30)), draw(st.integers(1, 31))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    images = torch.randint(1, 256, (n, sizes[0]), generator=generator)
+    density = draw(st.sampled_from([0.0, 0.2, 1.0]))
+    images = images * (torch.rand(images.shape, generator=generator) < density)
+    if draw(st.booleans()):
+        images = images.to(torch.uint8)
+    else:
+        images = images / 255 - 0.5 * (images > 0)
+    if draw(st.booleans()):
+        images = images.t().contiguous().t()  # columns of rows
+    if draw(st.booleans()):
+        y = torch.randint(0, sizes[-1], (n,), generator=generator)
+    else:
+        y = torch.rand(n, sizes[-1], generator=generator)
+    decay = draw(st.sampled_from([0.0, 0.1]))
+    return sizes, model, COSTS[name].module(), images, y, m, decay
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_the_numbers_are_those_of_the_torch_calls(built, problem):
+    """Beside the torch calls in float64, by `.steps` and by `.step`."""
+    sizes, model, cost, images, y, m, decay = problem
+    n, lr = len(images), 0.01
+    exact, stepped = copy.deepcopy(model).double(), copy.deepcopy(model)
+    as_double = (
+        images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    )
+    y_double = y.double() if y.is_floating_point() else y
+    engine = ExplicitSGD(model, cost, lr, decay, kernel="compiled")
+    by_step = ExplicitSGD(stepped, cost, lr, decay, kernel="compiled")
+    reference = ExplicitSGD(exact, cost, lr, decay, kernel="torch")
+    start, frozen = weights_of(model), [not p.requires_grad for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    order = torch.arange(n)
+    costs = torch.cat(list(engine.steps(images, y, order, m)))
+    expected = torch.cat(list(reference.steps(as_double, y_double, order, m)))
+    for rows in order.split(m):
+        by_step.step(as_double[rows].float(), y[rows])
+    bound = rounding(sizes, min(m, n), len(expected))
+    torch.testing.assert_close(
+        costs.double(), expected, rtol=bound, atol=bound * sizes[-1]
+    )
+    size = (weights_of(exact) - start).norm() + start.norm()
+    for trained in (model, stepped):
+        assert (weights_of(trained) - weights_of(exact)).norm() <= bound * size
+    for p, was, is_frozen in zip(model.parameters(), before, frozen, strict=True):
+        assert not is_frozen or torch.equal(p, was)
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "log-likelihood"])
+def test_saturated_outputs_keep_their_costs_and_errors(built, name):
+    """C and δ are 1e-9 and 1e9 apart; σ(z) - y would have neither."""
+    z = torch.tensor([[20.0, -20.0], [-30.0, 40.0]])
+    models = [torchbp.BPLinear(2, 2) for _ in range(2)]
+    for model, dtype in zip(models, (torch.float32, torch.float64), strict=True):
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(2))
+            model.bias.zero_()
+        model.to(dtype)
+    labels = torch.tensor([0, 0])
+    costs = []
+    for model, which in zip(models, ("compiled", "torch"), strict=True):
+        engine = ExplicitSGD(model, COSTS[name].module(), 1.0, kernel=which)
+        x = z.to(model.weight.dtype)
+        costs.append([engine.step(x[i : i + 1], labels[i : i + 1]) for i in (0, 1)])
+    for ours, exact in zip(*costs, strict=True):
+        assert ours.item() == pytest.approx(exact.item(), rel=64 * 2**-24)
+    # What the biases moved, from 0: the errors themselves.
+    ours, exact = (model.bias.detach().double() for model in models)
+    torch.testing.assert_close(ours, exact, rtol=64 * 2**-24, atol=1e-30)
+
+
+@pytest.mark.parametrize("activation", BUILT_IN[:3])
+def test_sigma_and_its_slope_are_exact_to_a_few_units(built, activation):
+    """One neuron, W = 1, b = 0, all z from saturation to saturation: its output and,
+    by BP3, its error."""
+    z = torch.cat([torch.linspace(-90, 90, 7001), torch.linspace(-1, 1, 7001)])
+    module = torchbp.nn.ACTIVATIONS[activation]
+    layer, exact = module(1, 1), module(1, 1).double()
+    for model in (layer, exact):
+        torch.nn.init.ones_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+    layer.weight.requires_grad_(False)
+    exact.weight.requires_grad_(False)
+    engine = ExplicitSGD(layer, torchbp.QuadraticCost(), 1.0, kernel="compiled")
+    a = exact(z.double()[:, None]).detach()
+    slope = exact.function.gate(torch.ones_like(a), a)
+    # C = ½ a² with y = 0, and b moves by -a σ'(z).
+    for i in range(0, len(z), 61):
+        torch.nn.init.zeros_(layer.bias)
+        C = engine.step(z[i : i + 1, None], torch.zeros(1, 1)).item()
+        unit = 2**-23
+        assert C == pytest.approx(a[i].item() ** 2 / 2, rel=16 * unit, abs=1e-36)
+        moved = (a[i] * slope[i]).item()
+        # 1 - a in float32 is wrong by an ulp of a.
+        error = 16 * unit * (abs(moved) + abs(a[i].item()))
+        assert abs(-layer.bias.item() - moved) <= error
+
+
+# ---------------------------------------------------------------- nothing is hidden
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_pixel_that_is_zero_does_not_hide_a_broken_weight(built, which, value):
+    images = torch.zeros(20, 6, dtype=torch.uint8)
+    images[:, :5] = torch.arange(100, dtype=torch.uint8).view(20, 5)
+    y = torch.arange(20) % 3
+    for take in (
+        lambda e: e.epoch(images, y, 4),
+        lambda e: e.step(images / 255, y),
+        lambda e: torch.cat(list(e.steps(images, y, torch.arange(20), 4))),
+    ):
+        model = network_of([6, 4, 3])
+        with torch.no_grad():
+            model.layers[0].weight[2, 5] = value  # behind the pixel that is always 0
+        engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel=which)
+        assert take(engine).isnan().all()
+        assert not weights_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_parameters_that_become_infinite_surface(built, activation):
+    """With a rate this large they overflow within the call; then nothing is finite any
+    more, by either kernel."""
+    images = torch.randint(0, 2, (60, 9), dtype=torch.uint8) * 255
+    y = torch.rand(60, 3)
+    for which in KERNELS:
+        model = network_of([9, 5, 3], activation, "identity")
+        engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1e30, kernel=which)
+        (costs,) = engine.steps(images, y, torch.arange(60), 5)
+        assert costs[0].isfinite() and not costs[-1].isfinite()
+        assert not weights_of(model).isfinite().all()
+
+
+def test_a_call_that_fails_leaves_the_parameters(built, monkeypatch):
+    """No memory, say: parameters are those of the last call that returned."""
+    monkeypatch.setattr(kernel.CompiledSteps, "_train", _no_memory)
+    model = network_of([6, 4, 3])
+    before = weights_of(model)
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel="compiled")
+    images, y = torch.ones(20, 6), torch.arange(20) % 3
+    with pytest.raises(MemoryError):
+        engine.epoch(images, y, 4)
+    assert torch.equal(weights_of(model), before)
+
+
+def _no_memory(*_):
+    raise MemoryError
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_auto_is_a_rule_of_sizes_and_batch(built):
+    bytes_, numbers = torch.zeros(50_000, 784, dtype=torch.uint8), torch.zeros(9, 784)
+
+    def choice(sizes, m, images=bytes_, **changes):
+        cost = torchbp.QuadraticCost()
+        return ExplicitSGD(network_of(sizes), cost, 1.0, **changes).choose_kernel(
+            images, m
+        )
+
+    assert choice([784, 30, 10], 10) == choice([784, 100, 10], 10) == "compiled"
+    assert choice([784, 30, 30, 30, 10], 10) == "compiled"
+    assert choice([784, 30, 10], 9, numbers) == "compiled"
+    assert choice([784, 512, 512, 10], 128) == "torch"
+    assert choice([784, 512, 512, 10], 128, kernel="compiled") == "compiled"
+    assert choice([784, 30, 10], 10, kernel="torch") == "torch"
+
+
+def test_an_epoch_and_its_steps_use_what_was_chosen(built, monkeypatch):
+    used = []
+    train = kernel.CompiledSteps._train
+
+    def noting(self, *arguments):
+        used.append(self.m)
+        return train(self, *arguments)
+
+    monkeypatch.setattr(kernel.CompiledSteps, "_train", noting)
+    images, y = torch.zeros(10, 6, dtype=torch.uint8), torch.arange(10) % 3
+    for which, expected in (("auto", [4, 2, 10]), ("torch", [])):
+        used.clear()
+        model = network_of([6, 4, 3])
+        engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel=which)
+        engine.epoch(images, y, 4)
+        engine.step(images / 255, y)
+        assert used == expected  # the whole batches, the ragged last, the step
+
+
+@pytest.mark.parametrize(
+    ("model", "cost", "reason"),
+    [
+        (network_of([4, 3]).double(), "quadratic", "torch.float64 parameters on cpu"),
+        (network_of([4, 5, 3], Softplus), "quadratic", "Softplus layers"),
+        (network_of([4, 5, 3], SiLU), "quadratic", "SiLU layers"),
+    ],
+)
+def test_compiled_is_refused_where_it_cannot_be_had(model, cost, reason):
+    message = f"kernel: expected 'auto' or 'torch' for .*{reason}.*, got 'compiled'"
+    with pytest.raises(ValueError, match=message):
+        ExplicitSGD(model, COSTS[cost].module(), 1.0, kernel="compiled")
+    engine = ExplicitSGD(model, COSTS[cost].module(), 1.0)
+    assert engine.choose_kernel(torch.zeros(5, 4), 2) == "torch"
+
+
+def test_own_costs_stay_with_the_torch_calls():
+    own = torchbp.define_cost(
+        "Own", lambda a, y: (a - y).sum(-1), lambda a, y: 0 * a + 1
+    )
+    with pytest.raises(ValueError, match="for the cost Own, got 'compiled'"):
+        ExplicitSGD(network_of([4, 3]), own(), 1.0, kernel="compiled")
+
+
+def test_a_dtype_that_changes_later_is_refused(built):
+    model = network_of([4, 3])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel="compiled")
+    model.double()
+    for call in (
+        lambda: engine.step(torch.zeros(2, 4).double(), torch.tensor([0, 1])),
+        lambda: engine.epoch(torch.zeros(2, 4).double(), torch.tensor([0, 1]), 2),
+    ):
+        with pytest.raises(ValueError, match="torch.float64 parameters"):
+            call()
+
+
+def test_other_kernels_are_refused():
+    with pytest.raises(ValueError, match=r"kernel: expected one of .*, got 'fast'"):
+        ExplicitSGD(network_of([4, 3]), torchbp.QuadraticCost(), 1.0, kernel="fast")
+
+
+def test_import_steps_and_short_epochs_build_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    forget(monkeypatch)
+
+    def build(path):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(kernel, "_build", build)
+    engine = ExplicitSGD(network_of([4, 3]), torchbp.QuadraticCost(), 1.0)
+    images, y = torch.rand(kernel.BUILT_FROM, 4), torch.arange(kernel.BUILT_FROM) % 3
+    engine.step(images[:5], y[:5])
+    engine.epoch(images[:-1], y[:-1], 500)
+    with pytest.raises(AssertionError, match="built"):
+        engine.epoch(images, y, 500)
+
+
+def test_one_call_is_short_enough_for_an_interrupt(built):
+    """Python sees it once the call has returned."""
+    for sizes, m in (([784, 30, 10], 10), ([784, 800, 10], 10), ([784, 800, 10], 500)):
+        model = network_of(sizes)
+        engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel="compiled")
+        steps = engine._steps(engine._direct(), m, 1, True, True)
+        products = 3 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        assert steps.rows_at_once % m == 0
+        one_batch = steps.rows_at_once == m
+        assert one_batch or steps.rows_at_once * products <= kernel.PRODUCTS_AT_ONCE
+
+
+# ---------------------------------------------------------------- builds
+
+
+def forget(monkeypatch):
+    """Let the next call look for the library anew."""
+    monkeypatch.setattr(kernel, "_library", None)
+    monkeypatch.setattr(kernel, "_failure", None)
+
+
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torch, torchbp
+from torchbp.explicit import kernel
+model = torchbp.MLP([4, 3])
+engine = torchbp.ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel=KERNEL)
+images, y = torch.rand(kernel.BUILT_FROM, 4), torch.arange(kernel.BUILT_FROM) % 3
+engine.epoch(images, y, 10)
+print(engine.choose_kernel(images, 10), kernel.explain_failure())
+"""
+
+
+def start(tmp_path, which="auto", **environment):
+    """A process that trains an epoch, with its cache in tmp_path."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), **environment}
+    program = PROGRAM.replace("KERNEL", repr(which))
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=variables,
+    )
+
+
+def finish(process):
+    out, error = process.communicate(timeout=LIMIT)
+    return process.returncode, out.strip(), error.strip()
+
+
+def compiler(tmp_path, script):
+    """A compiler that says its version and then does what `script` says."""
+    path = tmp_path / "compiler"
+    path.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec c++ --version\n{script}\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def cached(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache" / "torchbp").glob("*"))
+
+
+def test_two_processes_build_at_once(built, tmp_path):
+    both = [start(tmp_path) for _ in range(2)]
+    for code, out, error in map(finish, both):
+        assert (code, out) == (0, "compiled None")
+        assert error.count("\n") == 0 and "compiling" in error
+    (name,) = cached(tmp_path)
+    assert name.startswith("kernel-") and name.endswith(".so")
+    code, out, error = finish(start(tmp_path))  # and the next one builds nothing
+    assert (code, out, error) == (0, "compiled None", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_stopped_does_no_harm(built, tmp_path, number):
+    begun = tmp_path / "begun"
+    slow = compiler(tmp_path, f"touch {begun}; exec sleep {LIMIT}")
+    process = start(tmp_path, CXX=slow)
+    deadline = time.monotonic() + LIMIT
+    while not begun.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    code, _, error = finish(process)
+    assert code != 0
+    assert number == signal.SIGKILL or "KeyboardInterrupt" in error
+    assert not any(name.endswith(".so") for name in cached(tmp_path))
+    assert finish(start(tmp_path))[:2] == (0, "compiled None")
+
+
+def test_a_library_that_is_damaged_is_built_again(built, tmp_path):
+    assert finish(start(tmp_path))[0] == 0
+    (name,) = cached(tmp_path)
+    library = tmp_path / "cache" / "torchbp" / name
+    library.write_bytes(library.read_bytes()[:100])
+    assert finish(start(tmp_path))[:2] == (0, "compiled None")
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(built, tmp_path):
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    code, out, _ = finish(start(tmp_path))
+    assert (code, out) == (0, "compiled None")
+
+
+def test_without_a_compiler_the_torch_calls_run(tmp_path):
+    code, out, error = finish(start(tmp_path, CXX="no-such-compiler"))
+    assert code == 0 and error == ""
+    assert out.startswith("torch expected a C++ compiler, got none")
+    code, _, error = finish(start(tmp_path, "compiled", CXX="no-such-compiler"))
+    assert code == 1
+    assert "ValueError: kernel: expected 'auto' or 'torch' where the loops" in error
+    assert "no-such-compiler" in error.splitlines()[-1]
+
+
+def test_a_compiler_that_fails_is_quoted(built, tmp_path):
+    script = "echo 'a.cpp:1:2: error: no room for a vector' >&2; exit 1"
+    failing = compiler(tmp_path, script)
+    code, out, error = finish(start(tmp_path, CXX=failing))
+    assert (code, out) == (0, "torch a.cpp:1:2: error: no room for a vector")
+    code, _, error = finish(start(tmp_path, "compiled", CXX=failing))
+    assert code == 1
+    assert error.endswith("got 'compiled': a.cpp:1:2: error: no room for a vector")
+
+
+def test_another_system_has_the_torch_calls(monkeypatch):
+    forget(monkeypatch)
+    monkeypatch.setattr(kernel.sys, "platform", "plan9")
+    engine = ExplicitSGD(network_of([4, 3]), torchbp.QuadraticCost(), 1.0)
+    images = torch.zeros(kernel.BUILT_FROM, 4)
+    assert engine.choose_kernel(images, 2) == "torch"
+    assert "got plan9" in kernel.explain_failure()
+
+
+@pytest.mark.skipif(
+    kernel.platform.machine() not in ("x86_64", "AMD64"),
+    reason="needs an x86 processor",
+)
+@pytest.mark.parametrize("flag", ["-march=x86-64", "-march=haswell"])
+def test_it_is_right_without_wide_vectors(built, monkeypatch, tmp_path, flag):
+    if (
+        flag == "-march=haswell"
+        and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    ):
+        pytest.skip("needs AVX2")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel, "MACHINE_FLAGS", [flag])
+    forget(monkeypatch)
+    for n in (1, 3, 5, 16, 33, 63, 64, 65, 130, 300):
+        model = network_of([n, n, 7], "tanh")
+        exact = copy.deepcopy(model).double()
+        images = torch.randint(0, 3, (50, n)).clamp_(max=1).to(torch.uint8) * 200
+        y, order = torch.arange(50) % 7, torch.arange(50)
+        for trained, which in ((model, "compiled"), (exact, "torch")):
+            engine = ExplicitSGD(
+                trained, torchbp.QuadraticCost(), 0.1, 0.01, kernel=which
+            )
+            list(engine.steps(images, y, order, 8))
+        size = weights_of(exact).norm()
+        off = (weights_of(model) - weights_of(exact)).norm()
+        assert off <= rounding([n, n, 7], 8, 7) * size
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("flags", [["-O2", "-march=native"], ["-O2"], ["-O0"]])
+def test_the_sanitizers_find_nothing(tmp_path, flags):
+    """AddressSanitizer and UBSan over the C interface, without torch and Python."""
+    driver, program = Path(__file__).with_name("kernel_driver.cpp"), tmp_path / "driver"
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = ["c++", "-std=c++17", "-g", *kernel.FLAGS[1:], *flags, *sanitize]
+    built = subprocess.run(
+        [*command, str(driver), "-o", str(program)], capture_output=True, text=True
+    )
+    if built.returncode and "asan" in built.stderr:
+        pytest.skip("the compiler has no AddressSanitizer")
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([program], capture_output=True, text=True, timeout=LIMIT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith(" calls\n")
