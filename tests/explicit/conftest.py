@@ -1,4 +1,4 @@
-"""The explicit engine's tests run twice: by the torch calls and by the compiled loops."""
+"""The explicit engine's tests run by the torch calls and by the compiled loops."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _find_or_build(build: bool) -> Any:
 
 
 def cache_folder() -> Path:
-    """`$TORCH_EXTENSIONS_DIR`, else `$XDG_CACHE_HOME`, else ~/.cache; then `torchbp`."""
+    """`torchbp` in `$TORCH_EXTENSIONS_DIR`, `$XDG_CACHE_HOME` or ~/.cache."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "torchbp"
 
