@@ -51,7 +51,9 @@ from torchbp.training import RunFolder, choose_device, cpu_threads, event_writer
 
 WORKLOADS = (
     Workload("nielsen", (784, 30, 10), 10, 3.0),
-    Workload("h100", (784, 100, 10), 10, 3.0),
+    Workload("hidden-100", (784, 100, 10), 10, 3.0),
+    Workload("deep", (784, 30, 30, 30, 10), 10, 3.0),
+    Workload("half-dense, synthetic", (784, 30, 10), 10, 3.0, is_synthetic=True),
     Workload("wide-128", (784, 512, 512, 10), 128, 0.5),
     Workload("wide-1024", (784, 512, 512, 10), 1024, 0.5),
 )
@@ -158,24 +160,48 @@ def networks(
 ) -> list[dict[str, Any]]:
     """The table of training loops."""
     repeats = 3 if settings.quick else settings.repeats
-    peak = measured_peak(device)
-    print(f"\n{peak / 1e9:.0f} GFLOP/s in a product of large matrices, float32")
+    peak, bandwidth = measured_peak(device), measured_bandwidth(device)
+    print(
+        f"\n{peak / 1e9:.0f} GFLOP/s in a product of large matrices, float32; "
+        f"{bandwidth / 1e9:.0f} GB/s in a copy of memory"
+    )
     results = []
     for workload in WORKLOADS[:1] if settings.quick else WORKLOADS:
         torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
-        task = on_device(workload, split, device, settings.threads)
-        floor = workload.flops / peak * 1e6
+        images = half_dense(split) if workload.is_synthetic else split
+        task = on_device(workload, images, device, settings.threads)
         print(
             f"\n{workload.name}: {list(workload.sizes)}, batch {workload.batch_size}, "
-            f"lr {workload.lr:g}; {workload.flops / 1e6:.2f} MFLOP a step, "
-            f"{floor:.1f} µs at that speed\n"
-            f"{'':24}{'µs/step':>10}{'min':>10}{'x native':>10}{'min':>8}  agrees"
+            f"lr {workload.lr:g}\n{floor(task, peak, bandwidth)}\n"
+            f"{'':26}{'µs/step':>10}{'min':>10}{'x native':>10}{'min':>8}  agrees"
         )
         loops = available(settings, task)
         for result in compare(task, loops, repeats):
             results.append(result)
             print(line(result), flush=True)
     return [asdict(r) | {"is_wrong": r.is_wrong} for r in results]
+
+
+def half_dense(split: data.Split) -> data.Split:
+    """As many seeded random images, in which half of the pixels are zero."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = split.images.shape
+    images = torch.randint(1, 256, shape, generator=generator, device="cpu")
+    images *= torch.randint(0, 2, shape, generator=generator, device="cpu")
+    return data.Split(images.to(torch.uint8), split.labels)
+
+
+def floor(task: Task, peak: float, bandwidth: float) -> str:
+    """What a step cannot do without, and how long that takes at these speeds."""
+    images, workload = task.data.images, task.workload
+    density = images.count_nonzero().item() / images.numel()
+    flops = workload.flops(density)
+    read = workload.batch_size * images[0].nbytes
+    return (
+        f"floor: {flops / 1e6:.2f} MFLOP of the {density:.0%} of pixels that are not 0 "
+        f"(all: {workload.flops() / 1e6:.2f}), {flops / peak * 1e6:.1f} µs; "
+        f"{read / 1e3:.0f} kB of images, {read / bandwidth * 1e6:.1f} µs"
+    )
 
 
 def on_device(
@@ -196,7 +222,7 @@ def available(settings: Settings, task: Task) -> dict[str, Loop]:
         try:
             loops[name] = make(task)
         except UnavailableError as reason:
-            print(f"{name:24}skipped: {reason}")
+            print(f"{name:26}skipped: {reason}")
     return loops
 
 
@@ -239,12 +265,12 @@ def distance(actual: list[Tensor] | None, expected: list[Tensor]) -> float | Non
 
 def line(result: Result) -> str:
     if result.is_wrong:
-        return f"{result.loop:24}WRONG: its weights are off by {result.agrees:.0e}"
+        return f"{result.loop:26}WRONG: its weights are off by {result.agrees:.0e}"
     agrees = "other cost" if result.agrees is None else f"{result.agrees:.0e}"
     if result.loop == NATIVE:
         agrees = ""
     return (
-        f"{result.loop:24}{result.median:10.1f}{result.shortest:10.1f}"
+        f"{result.loop:26}{result.median:10.1f}{result.shortest:10.1f}"
         f"{result.median_ratio:10.3f}{result.min_ratio:8.3f}  {agrees}"
     )
 
@@ -262,6 +288,20 @@ def measured_peak(device: torch.device) -> float:
         synchronize(device)
         shortest = min(shortest, time.perf_counter() - started)
     return 2 * n**3 / shortest
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes read a second, while they are copied."""
+    source = torch.zeros(64_000_000, device=device, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    shortest = math.inf
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        shortest = min(shortest, time.perf_counter() - started)
+    return source.nbytes / shortest
 
 
 def layers(settings: Settings, device: torch.device) -> list[dict[str, Any]]:

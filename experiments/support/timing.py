@@ -43,8 +43,9 @@ def take_turns(
     slowest = 0.0
     for run in steps.values():
         run()  # compiles, allocates
-        slowest = max(slowest, min(timed(run, 1) for _ in range(3)))
-    calls = max(1, round(seconds / slowest))
+        if seconds:
+            slowest = max(slowest, min(timed(run, 1) for _ in range(3)))
+    calls = max(1, round(seconds / slowest)) if seconds else 1
     times: dict[str, list[float]] = {key: [] for key in steps}
     for turn in range(repeats):
         # The order changes every turn: whoever comes second finds warm caches.

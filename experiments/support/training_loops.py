@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,19 +26,28 @@ from torchbp.data import Split, scale
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, its mini-batches and its learning rate; sigmoid, quadratic cost."""
+    """A network, its mini-batches and its learning rate; sigmoid, quadratic cost.
+
+    Attributes:
+        is_synthetic: whether the images are random bytes, half of which are zero,
+            instead of MNIST's, of which four of five are.
+    """
 
     name: str
     sizes: tuple[int, ...]
     batch_size: int
     lr: float
+    is_synthetic: bool = False
 
-    @property
-    def flops(self) -> int:
+    def flops(self, density: float = 1.0) -> float:
         """Additions and multiplications of a step's matrix products: forward, BP4, and
-        BP2 but for the first layer, which passes nothing on."""
-        products = [a * b for a, b in zip(self.sizes, self.sizes[1:], strict=False)]
-        return 2 * self.batch_size * (3 * sum(products) - products[0])
+        BP2 but for the first layer, which passes nothing on.
+
+        Args:
+            density: the share of inputs that are not zero; only their products count.
+        """
+        first, *others = (a * b for a, b in itertools.pairwise(self.sizes))
+        return 2 * self.batch_size * (2 * density * first + 3 * sum(others))
 
 
 class Loop(Protocol):
@@ -151,11 +161,13 @@ class _Pictures(torch.utils.data.Dataset[Any]):
 class ExplicitEpochs:
     """:meth:`torchbp.ExplicitSGD.epoch`, on batches of a given order."""
 
+    kernel = "auto"
+
     def __init__(self, task: Task) -> None:
         self.model, self.data = task.network(), task.data
         self.batch_size = task.workload.batch_size
         self.engine = torchbp.ExplicitSGD(
-            self.model, torchbp.QuadraticCost(), task.workload.lr
+            self.model, torchbp.QuadraticCost(), task.workload.lr, kernel=self.kernel
         )
 
     def run(self, order: Tensor) -> None:
@@ -164,6 +176,12 @@ class ExplicitEpochs:
 
     def weights(self) -> list[Tensor] | None:
         return [p.detach() for p in self.model.parameters()]
+
+
+class ExplicitTorchCalls(ExplicitEpochs):
+    """The same without the compiled loops."""
+
+    kernel = "torch"
 
 
 class ExplicitSteps(ExplicitEpochs):
@@ -355,6 +373,7 @@ LOOPS: dict[str, Callable[[Task], Loop]] = {
     "BP layers, compiled": _ours_compiled,
     "ExplicitSGD.step": ExplicitSteps,
     EXPLICIT: ExplicitEpochs,
+    f"{EXPLICIT}, torch": ExplicitTorchCalls,
     "NumPy": NumPy,
     "JAX, jit + scan": JAX,
     "scikit-learn": SklearnMLP,
@@ -362,5 +381,5 @@ LOOPS: dict[str, Callable[[Task], Loop]] = {
 COMPILED = {name for name in LOOPS if name.endswith("compiled")}
 ON_ANY_DEVICE = {
     NATIVE, "native, compiled", "BP layers", "BP layers, compiled",
-    "ExplicitSGD.step", EXPLICIT,
+    "ExplicitSGD.step", EXPLICIT, f"{EXPLICIT}, torch",
 }  # fmt: skip

@@ -167,7 +167,9 @@ def test_slopes_are_exponents():
 def test_flops_are_those_of_the_products():
     nielsen = training_loops.Workload("nielsen", (784, 30, 10), 10, 3.0)
     forward = 2 * 10 * (784 * 30 + 30 * 10)
-    assert nielsen.flops == forward + forward + 2 * 10 * (30 * 10)
+    assert nielsen.flops() == forward + forward + 2 * 10 * (30 * 10)
+    first = 2 * 10 * 784 * 30
+    assert nielsen.flops(0.25) == nielsen.flops() - 0.75 * 2 * first
 
 
 def test_variants_take_turns():

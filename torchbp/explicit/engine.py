@@ -657,10 +657,9 @@ class ExplicitSGD:
         """The layers with the parameters themselves."""
         units = []
         for layer in self._layers:
-            W, b = layer.weight, layer.bias
-            assert W is not None
-            trains = W.requires_grad, b is not None and b.requires_grad
-            b = None if b is None else b.detach()
+            W, bias = layer.weight, layer.bias
+            trains = W.requires_grad, bias is not None and bias.requires_grad
+            b = None if bias is None else bias.detach()
             units.append(Unit(layer.function, W.detach(), b, None, *trains))
         return units
 

@@ -118,6 +118,7 @@ def is_faster(weights: Sequence[Tensor], batch_size: int, is_bytes: bool) -> boo
 
 _library: Any = None  # the loaded function
 _failure: str | None = None  # why there will be none in this process
+_is_absent = False  # from the cache, when it was last asked
 
 
 def load(build: bool) -> Any:
@@ -127,10 +128,11 @@ def load(build: bool) -> Any:
         None where it is not built and `build` is false, or where it cannot be had;
         :func:`explain_failure` then says why.
     """
-    global _library, _failure
-    if _library is None and _failure is None:
+    global _library, _failure, _is_absent
+    if _library is None and _failure is None and (build or not _is_absent):
         try:
             _library = _find_or_build(build)
+            _is_absent = _library is None
         except (OSError, RuntimeError, ImportError) as error:
             _failure = _last_line(str(error))
     return _library
