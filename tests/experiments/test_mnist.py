@@ -20,6 +20,7 @@ import torchbp
 from experiments import mnist
 from experiments.support.settings import COSTS, ENGINES, RECIPES
 from torchbp import data
+from torchbp.explicit import kernel
 from torchbp.inspection import page
 from torchbp.training import checkpoint
 
@@ -368,6 +369,68 @@ def test_native_layers_have_no_explicit_engine(capsys, tmp_path):
     assert not list((tmp_path / "runs").glob("*"))
     native = mnist.main(settings(tmp_path, layers="native", epochs=1))
     assert mnist.command_line(["--resume", native["run"], "--engine", "explicit"]) == 2
+
+
+def kernel_of(tmp_path, name):
+    versions = json.loads((tmp_path / "runs" / name / "versions.json").read_text())
+    return versions.get("kernel")
+
+
+@pytest.fixture
+def compiled():
+    if kernel.load(build=True) is None:
+        pytest.skip(f"needs the compiled loops: {kernel.explain_failure()}")
+
+
+def test_the_kernel_is_said_recorded_kept_and_changed(capsys, tmp_path, compiled):
+    explicit = ["--engine", "explicit", "--kernel", "torch", "--name", "one"]
+    _, out, err = run(capsys, tmp_path, *explicit)
+    assert "explicit engine, torch calls" in out and err == ""
+    assert kernel_of(tmp_path, "one") == "torch"
+    resume = ["--resume", str(tmp_path / "runs" / "one")]
+    _, out, err = run(capsys, tmp_path, *resume, "--epochs", "3", small=[])
+    assert "explicit engine, torch calls" in out and err == ""
+    status, out, err = run(
+        capsys, tmp_path, *resume, "--epochs", "4", "--kernel", "compiled", small=[]
+    )
+    assert status == 0 and "explicit engine, compiled loops" in out
+    assert err == "NOTE: the run goes on with the kernel compiled, after torch\n"
+    assert kernel_of(tmp_path, "one") == "compiled"
+    _, out, err = run(capsys, tmp_path, *resume, "--epochs", "5", small=[])
+    assert "explicit engine, compiled loops" in out and err == ""
+
+
+def test_a_run_keeps_the_kernel_that_auto_chose(
+    capsys, tmp_path, compiled, monkeypatch
+):
+    run(capsys, tmp_path, "--engine", "explicit", "--name", "one")
+    assert kernel_of(tmp_path, "one") == "compiled"
+    with monkeypatch.context() as patch:  # another machine, which has no compiler
+        patch.setattr(kernel, "load", lambda build: None)
+        patch.setattr(kernel, "_failure", "no compiler")
+        run(capsys, tmp_path, "--engine", "explicit", "--name", "two")
+        assert kernel_of(tmp_path, "two") == "torch"
+        one = ["--resume", str(tmp_path / "runs" / "one"), "--epochs", "3"]
+        status, out, err = run(capsys, tmp_path, *one, small=[])
+    assert status == 0 and "torch calls" in out
+    assert "with the kernel torch, after compiled: no compiler" in err
+    two = ["--resume", str(tmp_path / "runs" / "two"), "--epochs", "3"]
+    _, out, err = run(capsys, tmp_path, *two, small=[])
+    assert "explicit engine, torch calls" in out and err == ""
+
+
+def test_compiled_needs_the_explicit_engine_and_a_compiler(
+    capsys, tmp_path, monkeypatch
+):
+    status, _, err = run(capsys, tmp_path, "--kernel", "compiled")
+    assert status == 2
+    assert "kernel: expected auto or torch for the autograd engine" in err
+    monkeypatch.setattr(kernel, "load", lambda build: None)
+    monkeypatch.setattr(kernel, "_failure", "no compiler")
+    explicit = ["--engine", "explicit", "--kernel", "compiled"]
+    status, _, err = run(capsys, tmp_path, *explicit)
+    assert status == 2 and err.endswith("got 'compiled': no compiler\n")
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_resuming_a_complete_run_only_says_its_results(capsys, tmp_path):
