@@ -210,6 +210,37 @@ def test_parameters_that_become_infinite_surface(built, activation):
         assert not weights_of(model).isfinite().all()
 
 
+def linear_network(*weights):
+    """Layers without σ and bias."""
+    layers = []
+    for W in weights:
+        layers.append(torchbp.BPLinear(len(W[0]), len(W), bias=False))
+        layers[-1].weight.data = torch.tensor(W)
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("which", KERNELS)
+def test_a_weight_that_overflows_is_not_hidden_by_zeros_later(built, which):
+    """The first example makes the weight of its pixel infinite and nothing else; in the
+    second one that pixel is 0."""
+    model = linear_network([[1.0] * 40])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1e25, kernel=which)
+    x, y = torch.eye(40)[[0, -1]], torch.tensor([[-1e18], [1.0]])
+    (costs,) = engine.steps(x, y, torch.arange(2), 1)
+    assert costs[0].isfinite() and costs[1].isnan()
+
+
+@pytest.mark.parametrize("which", KERNELS)
+def test_an_error_that_overflows_is_not_hidden_by_zeros(built, which):
+    """δ of the hidden layer is infinite and its inputs are 0: a gradient of NaN."""
+    model = linear_network([[1.0, 1.0]], [[1e30]])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel=which)
+    (costs,) = engine.steps(
+        torch.zeros(1, 2), torch.tensor([[1e15]]), torch.arange(1), 1
+    )
+    assert costs.isfinite().all() and model[0].weight.isnan().all()
+
+
 def test_a_call_that_fails_leaves_the_parameters(built, monkeypatch):
     """No memory, say: parameters are those of the last call that returned."""
     monkeypatch.setattr(kernel.CompiledSteps, "_train", _no_memory)
