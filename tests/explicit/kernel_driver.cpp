@@ -27,12 +27,12 @@ struct Network {
   Network(const std::vector<int64_t>& sizes, int32_t activation, int32_t output, int variant) {
     for (size_t l = 0; l + 1 < sizes.size(); ++l) {
       const int64_t n_in = sizes[l], n_out = sizes[l + 1];
-      const bool is_transposed = variant & 1, has_bias = !(variant & 2);
+      const bool has_bias = !(variant & 2);
       W.push_back(numbers(n_in * n_out, 1 / std::sqrt(float(n_in))));
       b.push_back(numbers(has_bias ? n_out : 0));
       const bool is_frozen = (variant & 4) && l == 0;
       layers.push_back({W[l].data(), has_bias ? b[l].data() : nullptr,
-                        is_transposed ? 1 : n_in, is_transposed ? n_out : 1, 1, n_in, n_out,
+                        n_in, 1, n_in, n_out,
                         l + 2 == sizes.size() ? output : activation, !is_frozen, has_bias});
     }
   }

@@ -25,7 +25,7 @@ enum Outcome : int32_t { TRAINED, NOT_FINITE, OUT_OF_MEMORY };
 
 struct Layer {
   float *W, *b;                     // (n_out, n_in) and (n_out), or null
-  int64_t W_row, W_column, b_step;  // strides, here and below in items
+  int64_t W_row, b_step;            // strides, here and below in items
   int64_t n_in, n_out;
   int32_t activation, trains_W, trains_b;
 };
@@ -377,19 +377,31 @@ float check_parameters(Unit& u) {
   return zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
 }
 
-// Visit every parameter of torch's with ours, in tiles that the nearest cache holds.
-template <class Visit>
-void for_each_parameter(Unit& u, bool W, bool b, Visit visit) {
-  const Layer& l = u.layer;
-  for (int64_t first = 0; W && first < l.n_out; first += WIDEST * LANES) {
+// Copy W from torch's memory (INTO_OURS) or back, in tiles of 4 x 4 that are transposed.
+template <bool INTO_OURS>
+void copy_weights(Unit& u) {
+  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out, stride = u.layer.W_row;
+  for (int64_t j = 0; j < n_out; j += 4) {
+    const int64_t first = j - j % (WIDEST * LANES);
     const int64_t step = std::min<int64_t>(u.width - first, WIDEST * LANES);
-    const int64_t end = std::min(first + step, l.n_out);
-    for (int64_t tile = 0; tile < l.n_in; tile += 16)
-      for (int64_t j = first; j < end; ++j)
-        for (int64_t k = tile; k < std::min(tile + 16, l.n_in); ++k)
-          visit(l.W[j * l.W_row + k * l.W_column], u.block(first)[k * step + j - first]);
+    for (int64_t k = 0; k < n_in; k += 4) {
+      float* __restrict__ theirs = u.layer.W + j * stride + k;
+      float* __restrict__ ours = u.block(first) + k * step + j - first;
+      const auto copy = [=](int64_t rows, int64_t columns) {
+        float tile[4][4];
+        for (int p = 0; p < rows; ++p)
+          for (int q = 0; q < columns; ++q)
+            tile[q][p] = INTO_OURS ? theirs[p * stride + q] : ours[q * step + p];
+        for (int q = 0; q < columns; ++q)
+          for (int p = 0; p < rows; ++p)
+            (INTO_OURS ? ours[q * step + p] : theirs[p * stride + q]) = tile[q][p];
+      };
+      if (j + 4 <= n_out && k + 4 <= n_in)
+        copy(4, 4);  // as vectors
+      else
+        copy(std::min<int64_t>(n_out - j, 4), std::min<int64_t>(n_in - k, 4));
+    }
   }
-  for (int64_t j = 0; b && j < l.n_out; ++j) visit(l.b[j * l.b_step], u.b[j]);
 }
 
 Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t cost, float lr,
@@ -400,7 +412,9 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
   for (int64_t l = 0; l < depth; ++l) {
     units.emplace_back(layers[l], set.batch_size, l ? &units[l - 1] : nullptr);
     Unit& u = units[l];
-    for_each_parameter(u, true, u.layer.b, [](float& theirs, float& ours) { ours = theirs; });
+    copy_weights<true>(u);
+    for (int64_t j = 0; u.layer.b && j < u.layer.n_out; ++j)
+      u.b[j] = u.layer.b[j * u.layer.b_step];
     check += check_parameters(u);
   }
   if (!(check == 0)) return NOT_FINITE;
@@ -420,9 +434,11 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
   }
   for (Unit& u : units) check += check_parameters(u);
   if (!(check == 0)) return NOT_FINITE;
-  for (Unit& u : units)
-    for_each_parameter(u, u.layer.trains_W, u.layer.trains_b,
-                       [](float& theirs, float& ours) { theirs = ours; });
+  for (Unit& u : units) {
+    const Layer& l = u.layer;
+    if (l.trains_W) copy_weights<false>(u);
+    for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
+  }
   return TRAINED;
 }
 

@@ -70,7 +70,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("W", "b")),
-        *((name, ctypes.c_int64) for name in ("W_row", "W_column", "b_step")),
+        *((name, ctypes.c_int64) for name in ("W_row", "b_step")),
         *((name, ctypes.c_int64) for name in ("n_in", "n_out")),
         *((name, ctypes.c_int32) for name in ("activation", "trains_W", "trains_b")),
     )
@@ -290,6 +290,7 @@ class CompiledSteps:
         self.units, self.make_steps = units, make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
         self.examples = Examples(batch_size=m)
+        self.can_read = all(unit.W.stride(1) == 1 for unit in units)
         self.rates = (0.0, 0.0)
         self.all_rows = torch.arange(m)
         products = sum(unit.W.numel() for unit in units) * 3 * m
@@ -324,6 +325,8 @@ class CompiledSteps:
 
     def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
         """Take the steps and put their costs into C, or change nothing."""
+        if not self.can_read:
+            return False
         set_ = self.examples
         set_.images, set_.targets = images.data_ptr(), targets.data_ptr()
         set_.order, set_.count = rows.data_ptr(), rows.shape[0]
@@ -342,7 +345,7 @@ def _describe_layer(unit: Unit) -> Layer:
     W, b = unit.W, unit.b
     return Layer(
         W.data_ptr(), None if b is None else b.data_ptr(),
-        W.stride(0), W.stride(1), 0 if b is None else b.stride(0),
+        W.stride(0), 0 if b is None else b.stride(0),
         W.shape[1], W.shape[0],
         ACTIVATIONS[unit.function], unit.updates_weight,
         unit.updates_bias and b is not None,
