@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <vector>
 
 // The interface, which kernel.py repeats.
@@ -25,8 +24,7 @@ enum Outcome : int32_t { TRAINED, NOT_FINITE, OUT_OF_MEMORY };
 
 struct Layer {
   float *W, *b;                     // (n_out, n_in) and (n_out), or null
-  int64_t W_row, b_step;            // strides, here and below in items
-  int64_t n_in, n_out;
+  int64_t W_row, b_step, n_in, n_out;  // strides are in items, below too
   int32_t activation, trains_W, trains_b;
 };
 
@@ -56,13 +54,10 @@ constexpr int WIDEST = 8;        // vectors of a row that one loop keeps in regi
 constexpr int64_t SUMMED = 256;  // rows that are summed before their sum is added to others
 
 Vector* vectors(float* p) { return reinterpret_cast<Vector*>(p); }
-const Vector* vectors(const float* p) { return reinterpret_cast<const Vector*>(p); }
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // n zeros that begin at a multiple of 64 bytes.
-struct alignas(64) Line {
-  char bytes[64];
-};
+struct alignas(64) Line { char bytes[64]; };
 template <class T>
 struct Zeros {
   std::vector<Line> lines;
@@ -127,40 +122,29 @@ inline float hyperbolic_tangent(float z) {
 
 // a = σ(z) in place; a row's padding stays 0.
 void apply_sigma(Unit& u, int64_t rows) {
-  float* const a = u.a;
-  const int64_t count = rows * u.width;
-  if (u.layer.activation == SIGMOID) {
-    for (int64_t i = 0; i < count; ++i) a[i] = sigmoid(a[i]);
-    for (int64_t r = 0; r < rows; ++r)
-      std::fill(a + r * u.width + u.layer.n_out, a + (r + 1) * u.width, 0.0f);
-  } else if (u.layer.activation == TANH) {
-    for (int64_t i = 0; i < count; ++i) a[i] = hyperbolic_tangent(a[i]);
-  } else if (u.layer.activation == RELU) {
-    for (int64_t i = 0; i < count; ++i) a[i] = a[i] < 0 ? 0 : a[i];
-  }
+  float *const a = u.a, *const end = a + rows * u.width;
+  if (u.layer.activation == TANH) std::transform(a, end, a, hyperbolic_tangent);
+  if (u.layer.activation == RELU) std::transform(a, end, a, [](float z) { return z < 0 ? 0 : z; });
+  if (u.layer.activation != SIGMOID) return;
+  std::transform(a, end, a, sigmoid);
+  for (float* row = a; row < end; row += u.width)
+    std::fill(row + u.layer.n_out, row + u.width, 0.0f);
 }
 
 // δ = grad_a ⊙ σ'(z) in place, σ' in terms of a.
 void multiply_by_slope(Unit& u, int64_t rows) {
-  float* const delta = u.delta;
-  const float* const a = u.a;
-  const int64_t count = rows * u.width;
-  if (u.layer.activation == SIGMOID)
-    for (int64_t i = 0; i < count; ++i) delta[i] *= a[i] - a[i] * a[i];
-  else if (u.layer.activation == TANH)
-    for (int64_t i = 0; i < count; ++i) delta[i] *= 1.0f - a[i] * a[i];
-  else if (u.layer.activation == RELU)
-    for (int64_t i = 0; i < count; ++i) delta[i] = a[i] == 0 ? 0 : delta[i];
+  float *const delta = u.delta, *const end = delta + rows * u.width;
+  const auto apply = [=, &u](auto product) { std::transform(delta, end, u.a + 0, delta, product); };
+  if (u.layer.activation == SIGMOID) apply([](float d, float a) { return d * (a - a * a); });
+  if (u.layer.activation == TANH) apply([](float d, float a) { return d * (1 - a * a); });
+  if (u.layer.activation == RELU) apply([](float d, float a) { return a == 0 ? 0 : d; });
 }
 
 // Each cost writes the gradient by a row of outputs, with target y, and returns C_x.
 
 double quadratic(float* grad, const float* a, const float* y, int64_t K) {
   double C = 0;
-  for (int64_t j = 0; j < K; ++j) {
-    grad[j] = a[j] - y[j];
-    C += 0.5 * grad[j] * grad[j];
-  }
+  for (int64_t j = 0; j < K; ++j) grad[j] = a[j] - y[j], C += 0.5 * grad[j] * grad[j];
   return C;
 }
 
@@ -227,7 +211,7 @@ void add_gradient(Unit& u, int64_t first, float rate, float decay) {
     const int64_t g = k / GROUP;
     const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
     if (row == end && decay == 0) continue;
-    const float *x = u.x + k, *delta = u.delta + first;
+    float *x = u.x + k, *delta = u.delta + first;
     const auto add_rows = [&](Vector(&sum)[SIZE][N]) {  // the next SUMMED at the most
       for (const int32_t* stop = row + std::min<int64_t>(end - row, SUMMED); row < stop; ++row) {
         const float* x_r = x + *row * x_stride;
@@ -327,8 +311,7 @@ void feed_forward(Unit& u, int64_t rows) {
 // Make δ^L; return the sum of the costs.
 double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, int64_t rows,
                     float* one_hot) {
-  const auto of = cost == QUADRATIC ? quadratic : cost == CROSS_ENTROPY ? cross_entropy
-                                                                        : log_likelihood;
+  constexpr decltype(&quadratic) of[] = {quadratic, cross_entropy, log_likelihood};
   double C = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = set.order[begin + r] * set.target_stride;
@@ -336,7 +319,7 @@ double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, i
     float* hot = one_hot;
     if (set.targets_are_labels) hot += static_cast<const int64_t*>(set.targets)[at], y = one_hot;
     *hot = 1;
-    C += of(u.delta + r * u.width, u.a + r * u.width, y, u.layer.n_out);
+    C += of[cost](u.delta + r * u.width, u.a + r * u.width, y, u.layer.n_out);
     *hot = 0;
   }
   multiply_by_slope(u, rows);  // BP1
@@ -366,15 +349,11 @@ void update(Unit& u, int64_t rows, float lr, float weight_decay) {
 
 // ---------------------------------------------------------------- a call
 
-// 0 if all are finite, else NaN; `count` is a multiple of LANES.
-float zero_times(const float* v, int64_t count) {
+// 0 if all are finite, else NaN.
+float zero_times(Zeros<float>& v) {
   Vector sum[2] = {};
-  for (int64_t i = 0; i < count / LANES; ++i) sum[i % 2] += 0.0f * vectors(v)[i];
+  for (size_t i = 0; i < v.lines.size() * 16 / LANES; ++i) sum[i % 2] += 0.0f * vectors(v)[i];
   return sum_of(sum[0] + sum[1]);
-}
-
-float check_parameters(Unit& u) {
-  return zero_times(u.W, u.groups * GROUP * u.width) + zero_times(u.b, u.width);
 }
 
 // Copy W from torch's memory (INTO_OURS) or back, in tiles of 4 x 4 that are transposed.
@@ -396,16 +375,19 @@ void copy_weights(Unit& u) {
           for (int p = 0; p < rows; ++p)
             (INTO_OURS ? ours[q * step + p] : theirs[p * stride + q]) = tile[q][p];
       };
-      if (j + 4 <= n_out && k + 4 <= n_in)
-        copy(4, 4);  // as vectors
-      else
-        copy(std::min<int64_t>(n_out - j, 4), std::min<int64_t>(n_in - k, 4));
+      const int64_t rows = std::min<int64_t>(n_out - j, 4), columns = std::min<int64_t>(n_in - k, 4);
+      rows == 4 && columns == 4 ? copy(4, 4) : copy(rows, columns);  // as vectors, or singly
     }
   }
 }
 
-Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t cost, float lr,
-              float weight_decay, float* costs) {
+}  // namespace
+
+// Update the parameters once for each mini-batch, and write the mini-batches' costs. Unless
+// TRAINED is returned, no parameter has changed.
+extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examples* examples,
+                                 int32_t cost, float lr, float weight_decay, float* costs) try {
+  const Examples& set = *examples;
   std::vector<Unit> units;
   units.reserve(depth);
   float check = 0;
@@ -415,7 +397,7 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
     copy_weights<true>(u);
     for (int64_t j = 0; u.layer.b && j < u.layer.n_out; ++j)
       u.b[j] = u.layer.b[j * u.layer.b_step];
-    check += check_parameters(u);
+    check += zero_times(u.W) + zero_times(u.b);
   }
   if (!(check == 0)) return NOT_FINITE;
   Zeros<float> one_hot(units.back().width);
@@ -427,12 +409,12 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
     const double C = output_error(units.back(), set, cost, begin, rows, one_hot);
     for (int64_t l = depth - 1; l >= 0; --l) {
       if (l) propagate(units[l], units[l - 1], rows);
-      check += zero_times(units[l].delta, rows * units[l].width);
+      check += zero_times(units[l].delta);
       update(units[l], rows, lr, weight_decay);
     }
     *costs++ = float(C / double(rows));
   }
-  for (Unit& u : units) check += check_parameters(u);
+  for (Unit& u : units) check += zero_times(u.W) + zero_times(u.b);
   if (!(check == 0)) return NOT_FINITE;
   for (Unit& u : units) {
     const Layer& l = u.layer;
@@ -440,17 +422,6 @@ Outcome train(const Layer* layers, int64_t depth, const Examples& set, int32_t c
     for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
   }
   return TRAINED;
-}
-
-}  // namespace
-
-// Update the parameters once for each mini-batch, and write the mini-batches' costs. Unless
-// TRAINED is returned, no parameter has changed.
-extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examples* set,
-                                 int32_t cost, float lr, float weight_decay, float* costs) {
-  try {
-    return train(layers, depth, *set, cost, lr, weight_decay, costs);
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
 }
