@@ -55,7 +55,6 @@ WORKLOADS = (
     Workload("deep", (784, 30, 30, 30, 10), 10, 3.0),
     Workload("half-dense, synthetic", (784, 30, 10), 10, 3.0, is_synthetic=True),
     Workload("wide-128", (784, 512, 512, 10), 128, 0.5),
-    Workload("wide-1024", (784, 512, 512, 10), 1024, 0.5),
 )
 EXAMPLES = 10_240  # in a turn: ten to a thousand steps
 # Beside native after a short run; float32 runs part by some 1e-6 of their weights then.

@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import torchbp
+from tests import bounds
 from tests.cases import COSTS, SiLU, Softplus
 from torchbp import ExplicitSGD
 from torchbp.explicit import kernel
@@ -46,12 +47,8 @@ def weights_of(model):
 
 
 def rounding(sizes, rows, steps):
-    """By how much float32 may be off float64, relative to what is computed: a sum of k
-    products has at most min(k, 6 √k) roundings that matter, σ and σ' have some eight,
-    and terms that cancel cost up to 2^4."""
     longest = max(*sizes, rows)
-    k = steps * len(sizes) * (min(longest, 6 * math.sqrt(longest)) + 8)
-    return 2**4 * k * torch.finfo(torch.float32).eps
+    return bounds.network(torch.float32, longest, len(sizes), steps)
 
 
 WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64, 97, 127, 131, 257]))
@@ -111,15 +108,13 @@ def test_the_numbers_are_those_of_the_torch_calls(built, problem):
     costs = torch.cat(list(engine.steps(images, y, order, m)))
     for rows in order.split(m):
         by_step.step(x[rows].float(), y[rows])
-    bound = rounding(sizes, min(m, len(images)), len(expected))
-    rtol, atol = bound, bound * sizes[-1]
-    torch.testing.assert_close(
-        costs.double(), torch.stack(expected), rtol=rtol, atol=atol
-    )
-    of_parameters = len(expected) * torch.finfo(torch.float32).eps * start.norm()
+    off = rounding(sizes, min(m, len(images)), len(expected))
+    size = torch.stack(expected).abs() + sizes[-1]
+    bounds.assert_within(costs, torch.stack(expected), off * size)
+    of_parameters = bounds.trained(len(expected)) * start.norm()
     for trained in (model, stepped):
-        off = (weights_of(trained) - weights_of(exact)).norm()
-        assert off <= bound * way + of_parameters
+        apart = (weights_of(trained) - weights_of(exact)).norm()
+        assert apart <= off * way + of_parameters
     for p, was, is_frozen in zip(model.parameters(), before, frozen, strict=True):
         assert not is_frozen or torch.equal(p, was)
 
@@ -140,11 +135,13 @@ def test_saturated_outputs_keep_their_costs_and_errors(built, name):
         engine = ExplicitSGD(model, COSTS[name].module(), 1.0, kernel=which)
         x = z.to(model.weight.dtype)
         costs.append([engine.step(x[i : i + 1], labels[i : i + 1]) for i in (0, 1)])
+    # e^z rounds in z ln 2, which is up to 64 units of e^z where |z| is.
+    bound = bounds.close(64, torch.float32)
     for ours, exact in zip(*costs, strict=True):
-        assert ours.item() == pytest.approx(exact.item(), rel=64 * 2**-24)
+        assert ours.item() == pytest.approx(exact.item(), **bounds.approx(bound))
     # What the biases moved, from 0: the errors themselves.
     ours, exact = (model.bias.detach().double() for model in models)
-    torch.testing.assert_close(ours, exact, rtol=64 * 2**-24, atol=1e-30)
+    torch.testing.assert_close(ours, exact, **bound)
 
 
 @pytest.mark.parametrize("activation", BUILT_IN[:3])
@@ -163,15 +160,19 @@ def test_sigma_and_its_slope_are_exact_to_a_few_units(built, activation):
     a = exact(z.double()[:, None]).detach()
     slope = exact.function.gate(torch.ones_like(a), a)
     # C = ½ a² with y = 0, and b moves by -a σ'(z).
+    F32 = torch.float32
     for i in range(0, len(z), 61):
         torch.nn.init.zeros_(layer.bias)
-        cost = engine.step(z[i : i + 1, None], torch.zeros(1, 1)).item()
-        unit = 2**-23
-        assert cost == pytest.approx(a[i].item() ** 2 / 2, rel=16 * unit, abs=1e-36)
-        moved = (a[i] * slope[i]).item()
-        # 1 - a in float32 is wrong by an ulp of a.
-        error = 16 * unit * (abs(moved) + abs(a[i].item()))
-        assert abs(-layer.bias.item() - moved) <= error
+        cost = engine.step(z[i : i + 1, None], torch.zeros(1, 1))
+        # Twice the error of a, and the square's own.
+        k = 2 * bounds.OPERATIONS + 2
+        bounds.assert_within(cost, a[i, 0] ** 2 / 2, bounds.units(k, F32, a[i, 0] ** 2))
+        moved = -a[i] * slope[i]
+        # 1 - a and 1 - a² lose what a is rounded by.
+        size = a[i].abs() * (slope[i].abs() + a[i].abs())
+        bounds.assert_within(
+            layer.bias, moved, bounds.units(bounds.OPERATIONS, F32, size)
+        )
 
 
 # ---------------------------------------------------------------- nothing is hidden
