@@ -139,7 +139,15 @@ def load(build: bool) -> Any:
 
 
 def explain_failure() -> str | None:
-    """Say why the compiled loops cannot be had, in a line; None if they can."""
+    """Say in a line why the compiled loops cannot be had here.
+
+    Returns:
+        None if they can be had, or nobody has asked for them yet.
+
+    Examples:
+        >>> isinstance(explain_failure(), str | None)
+        True
+    """
     return _failure
 
 
@@ -292,7 +300,7 @@ class CompiledSteps:
         self.examples = Examples(batch_size=m)
         self.can_read = all(unit.W.stride(1) == 1 for unit in units)
         self.rates = (0.0, 0.0)
-        self.all_rows = torch.arange(m)
+        self.all_rows = torch.arange(m, device="cpu")
         products = sum(unit.W.numel() for unit in units) * 3 * m
         self.rows_at_once = max(1, PRODUCTS_AT_ONCE // max(products, 1)) * m
 
@@ -304,19 +312,23 @@ class CompiledSteps:
         """Take the steps of the mini-batches `rows` of a set; their costs."""
         if images.stride(1) != 1 or (targets.dim() == 2 and targets.stride(1) != 1):
             images, targets = images[rows].contiguous(), targets[rows].contiguous()
-            rows = torch.arange(len(rows))
+            rows = torch.arange(len(rows), device="cpu")
         parts = rows.contiguous().split(self.rows_at_once)
         return torch.cat([self._take(images, targets, part) for part in parts])
 
     def take_one(self, x: Tensor, y: Tensor) -> Tensor:
         """Take the step of one mini-batch; its cost, 0-d."""
-        x, y, C = x.contiguous(), y.contiguous(), torch.empty((), dtype=torch.float32)
+        x, y, C = (
+            x.contiguous(),
+            y.contiguous(),
+            torch.empty((), dtype=torch.float32, device="cpu"),
+        )
         if self._train(x, y, self.all_rows, C):
             return C
         return self._take(x, y, self.all_rows)[0]
 
     def _take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        C = torch.empty(-(-len(rows) // self.m), dtype=torch.float32)
+        C = torch.empty(-(-len(rows) // self.m), dtype=torch.float32, device="cpu")
         if not self._train(images, targets, rows, C):
             steps = self.make_steps()
             steps.bind(*self.rates)
