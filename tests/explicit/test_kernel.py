@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchbp
 from tests import bounds
@@ -256,6 +258,149 @@ def test_a_call_that_fails_leaves_the_parameters(built, monkeypatch):
 
 def _no_memory(*_):
     raise MemoryError
+
+
+# ---------------------------------------------------------------- memory
+
+INPUTS = torch.linspace(-1, 1, 77).view(11, 7)
+LABELS = torch.arange(11) % 3
+
+
+def results(which, change=lambda model: None, x=INPUTS, y=LABELS, context=nullcontext):
+    """The costs and the parameters of a step and an epoch."""
+    model = network_of([7, 5, 3])
+    change(model)
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel=which)
+    with context():
+        costs = [engine.step(x, y)]
+        costs.append(engine.epoch(x, y, 4, torch.Generator("cpu").manual_seed(0)))
+    return torch.stack(costs), weights_of(model)
+
+
+def assert_as_usual(costs, weights, expected):
+    """To the rounding of the four steps, once as products and once in another order."""
+    off = 2 * rounding([7, 5, 3], 11, 4)
+    bounds.assert_within(costs, expected[0].double(), off * (1 + expected[0]))
+    assert (weights - expected[1]).norm() <= off * expected[1].norm()
+
+
+def in_memory(lay_out):
+    """Let each parameter lie where `lay_out` puts it."""
+
+    def change(model):
+        for layer in model.layers:
+            for name, p in list(layer.named_parameters()):
+                setattr(layer, name, torch.nn.Parameter(lay_out(p.detach())))
+
+    return change
+
+
+def offset(t):
+    """Behind an odd number of others, and padded."""
+    padded = torch.zeros(t.numel() // t.shape[-1], t.shape[-1] + 4)
+    padded[:, 3:-1] = t.reshape(padded.shape[0], -1)
+    return padded.view(*t.shape[:-1], -1)[..., 3:-1]
+
+
+def every_second(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def columns(t):
+    return t.t().contiguous().t()
+
+
+def misaligned(t):
+    """At an address that is not a multiple of 4."""
+    memory = torch.frombuffer(
+        bytearray(t.numel() * 4 + 1), dtype=t.dtype, count=t.numel(), offset=1
+    )
+    return memory.view(t.shape).copy_(t)
+
+
+def negated(t):
+    """A view of -t, whose memory has the opposite of its numbers."""
+    return torch._neg_view(-t)
+
+
+LAYOUTS = [offset, every_second, columns, misaligned, negated]
+
+
+@pytest.mark.parametrize("lay_out", LAYOUTS)
+def test_parameters_may_lie_anywhere(built, lay_out):
+    found = results("compiled", in_memory(lay_out))
+    assert_as_usual(*found, results("torch"))
+
+
+@pytest.mark.parametrize("lay_out", LAYOUTS)
+def test_examples_may_lie_anywhere(built, lay_out):
+    y = torch.linspace(0, 1, 33).view(11, 3)
+    found = results("compiled", x=lay_out(INPUTS), y=lay_out(y))
+    assert_as_usual(*found, results("torch", y=y))
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "context", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)]
+)
+def test_the_defaults_for_new_tensors_change_nothing(built, context):
+    usual = results("compiled")
+    for found, expected in zip(
+        results("compiled", context=context), usual, strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("which", KERNELS)
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_parameter_without_its_memory_is_an_error(built, which, size):
+    model = network_of([7, 5, 3])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel=which)
+    engine.step(INPUTS, LABELS)
+    model.layers[0].weight.untyped_storage().resize_(size)
+    with pytest.raises(RuntimeError, match="storage"):
+        engine.step(INPUTS, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("which", KERNELS)
+def test_fake_tensors_are_an_error(built, which):
+    model = network_of([7, 5, 3])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel=which)
+    x, y = INPUTS, torch.zeros(11, 3)
+    before = weights_of(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Exception) as error:
+        engine.step(x, y).item()
+    assert "DataDependent" in error.typename
+    assert torch.equal(weights_of(model), before)
+
+
+def test_each_call_has_a_description_of_its_examples(built):
+    """Other threads run, and may make a step, while the loops read theirs."""
+    model = network_of([7, 5, 3])
+    engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel="compiled")
+    engine.step(INPUTS, LABELS)
+    (steps,) = engine._made.values()
+    seen = []
+
+    def train(layers, depth, examples, *rest):
+        seen.append(examples)
+        return built(layers, depth, examples, *rest)
+
+    steps.train = train
+    both = [INPUTS, INPUTS.clone()]
+    for x in both:
+        engine.step(x, LABELS)
+    assert [examples.images for examples in seen] == [x.data_ptr() for x in both]
 
 
 # ---------------------------------------------------------------- the choice

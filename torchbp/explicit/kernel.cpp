@@ -422,6 +422,6 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
     for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
   }
   return TRAINED;
-} catch (const std::bad_alloc&) {
+} catch (...) {  // std::bad_alloc, or std::length_error
   return OUT_OF_MEMORY;
 }

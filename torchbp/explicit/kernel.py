@@ -186,9 +186,9 @@ def _key() -> str:
 def _processor() -> bytes:
     """What -march=native depends on: a home folder may be that of several machines."""
     with contextlib.suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-        wanted = ("model name", "flags", "Features", "CPU part")
-        return "\n".join(line for line in first if line.startswith(wanted)).encode()
+        first = Path("/proc/cpuinfo").read_bytes().partition(b"\n\n")[0].splitlines()
+        wanted = (b"model name", b"flags", b"Features", b"CPU part")
+        return b"\n".join(line for line in first if line.startswith(wanted))
     return f"{platform.machine()} {platform.processor()}".encode()
 
 
@@ -297,8 +297,7 @@ class CompiledSteps:
         self.train, self.cost, self.m = train, COSTS[cost], m
         self.units, self.make_steps = units, make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
-        self.examples = Examples(batch_size=m)
-        self.can_read = all(unit.W.stride(1) == 1 for unit in units)
+        self.can_read = all(map(_can_read, units))
         self.rates = (0.0, 0.0)
         self.all_rows = torch.arange(m, device="cpu")
         products = sum(unit.W.numel() for unit in units) * 3 * m
@@ -310,6 +309,7 @@ class CompiledSteps:
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """Take the steps of the mini-batches `rows` of a set; their costs."""
+        images, targets = images.resolve_neg(), targets.resolve_neg()
         if images.stride(1) != 1 or (targets.dim() == 2 and targets.stride(1) != 1):
             images, targets = images[rows].contiguous(), targets[rows].contiguous()
             rows = torch.arange(len(rows), device="cpu")
@@ -318,11 +318,8 @@ class CompiledSteps:
 
     def take_one(self, x: Tensor, y: Tensor) -> Tensor:
         """Take the step of one mini-batch; its cost, 0-d."""
-        x, y, C = (
-            x.contiguous(),
-            y.contiguous(),
-            torch.empty((), dtype=torch.float32, device="cpu"),
-        )
+        x, y = x.contiguous().resolve_neg(), y.contiguous().resolve_neg()
+        C = torch.empty((), dtype=torch.float32, device="cpu")
         if self._train(x, y, self.all_rows, C):
             return C
         return self._take(x, y, self.all_rows)[0]
@@ -337,20 +334,39 @@ class CompiledSteps:
 
     def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
         """Take the steps and put their costs into C, or change nothing."""
-        if not self.can_read:
+        tensors = images, targets, rows, C
+        # A fake tensor has no memory: the torch calls say what is wrong with it.
+        if not (self.can_read and all(t.data_ptr() for t in tensors)):
             return False
-        set_ = self.examples
-        set_.images, set_.targets = images.data_ptr(), targets.data_ptr()
-        set_.order, set_.count = rows.data_ptr(), rows.shape[0]
-        set_.image_stride, set_.target_stride = images.stride(0), targets.stride(0)
-        set_.images_are_bytes = images.dtype is torch.uint8
-        set_.are_labels = targets.dtype is torch.int64
+        # Made for each call, during which other threads run.
+        examples = Examples(
+            *(t.data_ptr() for t in tensors[:3]), rows.shape[0], self.m,
+            images.stride(0), targets.stride(0),
+            images.dtype is torch.uint8, targets.dtype is torch.int64,
+        )  # fmt: skip
         outcome = self.train(
-            self.layers, len(self.layers), set_, self.cost, *self.rates, C.data_ptr()
-        )
+            self.layers, len(self.layers), examples, self.cost, *self.rates,
+            C.data_ptr(),
+        )  # fmt: skip
         if outcome not in (TRAINED, NOT_FINITE):
             raise MemoryError("ExplicitSGD: no memory for the buffers of a mini-batch")
         return bool(outcome == TRAINED)
+
+
+def _can_read(unit: Unit) -> bool:
+    """Whether the numbers of W and b lie where their addresses and strides say."""
+    return unit.W.stride(1) == 1 and not any(
+        t.is_neg() or _bytes_spanned(t) > t.untyped_storage().nbytes()
+        for t in (unit.W, unit.b)
+        if t is not None
+    )
+
+
+def _bytes_spanned(t: Tensor) -> int:
+    """The size that the storage must have: a storage may have been freed or cut."""
+    steps = zip(t.shape, t.stride(), strict=True)
+    last = t.storage_offset() + sum((n - 1) * step for n, step in steps)
+    return (last + 1) * t.element_size()
 
 
 def _describe_layer(unit: Unit) -> Layer:
