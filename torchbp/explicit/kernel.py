@@ -366,7 +366,7 @@ def _bytes_spanned(t: Tensor) -> int:
     """The size that the storage must have: a storage may have been freed or cut."""
     steps = zip(t.shape, t.stride(), strict=True)
     last = t.storage_offset() + sum((n - 1) * step for n, step in steps)
-    return (last + 1) * t.element_size()
+    return int(last + 1) * t.element_size()
 
 
 def _describe_layer(unit: Unit) -> Layer:
