@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_torch_calls(built, problem):
         target = y[rows].double() if y.is_floating_point() else y[rows]
         expected.append(reference.step(x[rows], target))
         way += float((weights_of(exact) - last).norm())
-    assume(way < 0.1 * start.norm())  # else it diverges, and float32 does elsewhere
+    assume(10 * way < start.norm())  # else it diverges, and float32 does elsewhere
     costs = torch.cat(list(engine.steps(images, y, order, m)))
     for rows in order.split(m):
         by_step.step(x[rows].float(), y[rows])
