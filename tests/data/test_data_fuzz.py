@@ -452,17 +452,17 @@ print(json.dumps(data.load("mnist", {root!r}).test.labels.tolist()), flush=True)
 
 
 def check_several_at_once(
-    family: Family, server: Server, root: Path, processes: int, killed: int
+    family: Family, server: Server, root: Path, count: int, killed: int
 ) -> None:
-    """`processes` begin together; `killed` of them are killed while a download is on
-    its way. The others load what the files hold, and what stands in the folder
+    """`count` processes begin together, of which `killed` are killed while a download
+    is on its way. The others load what the files hold, and what stands in the folder
     afterwards is whole."""
     resources = [(f"{file}.gz", md5(family.gz["mnist"][file])) for file in FILES]
     script = LOADING.format(
         resources=resources, url=server.url, root=str(root), counts=COUNTS,
         validation=VALIDATION,
     )  # fmt: skip
-    running = [start(script) for _ in range(processes)]
+    running = [start(script) for _ in range(count)]
     if killed:
         server.stalled = {f"{FILES[1]}.gz"}  # its beginning, and no end for now
     for process in running:
@@ -472,7 +472,7 @@ def check_several_at_once(
         process.stdin.flush()
     if killed:
         deadline = time.monotonic() + processes.LIMIT
-        while server.asked.count(f"{FILES[1]}.gz") < processes:
+        while server.asked.count(f"{FILES[1]}.gz") < count:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         for process in running[:killed]:

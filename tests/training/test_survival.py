@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = "--dataset digits --sizes 784 12 10 --batch-size 100 --log-level basic".split()
 SAVING = ["open", "fsync", "link", "replace", "unlink"]
 NOBODY = 65534
+TORCH_CALLS = "--kernel", "torch"  # another user has no compiled loops
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 
@@ -61,10 +62,10 @@ def undisturbed(driver, tmp_path_factory):
     return give
 
 
-def prepared(undisturbed, tmp_path, engine, name="run"):
+def prepared(undisturbed, tmp_path, engine, *options):
     """A copy of a finished run of two epochs."""
-    folder = tmp_path / "runs" / name
-    shutil.copytree(undisturbed(engine, 2), folder)
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(undisturbed(engine, 2, *options), folder)
     return folder
 
 
@@ -352,7 +353,7 @@ def open_folder():
 
 def test_a_run_folder_that_is_read_only(driver, undisturbed, open_folder):
     place, user = open_folder
-    folder = prepared(undisturbed, place, "explicit")
+    folder = prepared(undisturbed, place, "explicit", *TORCH_CALLS)
     for path in [*folder.iterdir(), folder]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -366,7 +367,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     folder = place / "runs" / "run"
     folder.parent.mkdir()
     folder.parent.chmod(0o777)
-    first = start(driver, folder, "explicit", 2, user=user)
+    first = start(driver, folder, "explicit", 2, *TORCH_CALLS, user=user)
     assert first["status"] == 0, first
     resume = ["--epochs", 3, "--resume", folder]
     order = {"happening": "read-only", "at": 30, "user": user}
@@ -374,7 +375,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     for path in [folder, *folder.iterdir()]:
         path.chmod(0o777)
     assert driver.run(*resume, user=user)["status"] == 0
-    assert_undisturbed(folder, undisturbed("explicit", 3))
+    assert_undisturbed(folder, undisturbed("explicit", 3, *TORCH_CALLS))
 
 
 @pytest.mark.parametrize("at", [28, 30, 38])
