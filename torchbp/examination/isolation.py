@@ -21,7 +21,8 @@ def in_a_child(run: Callable[[], Iterator[Any]], checks: Sequence[str]) -> list[
     are not applicable.
 
     Raises:
-        ValueError: processes cannot be forked here.
+        ValueError: this process cannot be forked, or autograd could not run in a fork
+            of it.
         Exception: what `run` raises.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -55,12 +56,26 @@ def in_a_child(run: Callable[[], Iterator[Any]], checks: Sequence[str]) -> list[
 def _send(run: Callable[[], Iterator[Any]], sender: Any) -> None:
     torch.set_num_threads(1)  # threads of the parent are not there
     try:
+        _check_autograd()
         for item in run():
             sender.send(item)
     except Exception as error:
         sender.send(error)
     sender.close()
     os._exit(0)  # what the parent registered for its exit is the parent's
+
+
+def _check_autograd() -> None:
+    """Refuse to examine where torch's autograd refuses to run: in a fork of a process
+    in which it has started threads, for a GPU or for a backward inside a backward."""
+    x = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    try:
+        x.neg().backward()
+    except RuntimeError:
+        raise ValueError(
+            "isolate: expected a process in which autograd has started no threads; "
+            "examine in a fresh one: python -m torchbp examine ... --isolate"
+        ) from None
 
 
 def _completed(received: list[Any], checks: Sequence[str], status: int) -> list[Any]:
