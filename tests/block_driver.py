@@ -2,9 +2,9 @@
 
     python block_driver.py FILE
 
-FILE has a JSON list of programs. Each runs in a fork of this process, which has imported
-torch, with an empty namespace, an empty working directory, and warnings as errors. Prints
-a JSON list of [exit status, what was printed], errors included.
+FILE has a JSON list of programs. Each runs in a fork of this process, which has
+imported torch, with an empty namespace, an empty working directory, and warnings as
+errors. Prints a JSON list of [exit status, what was printed], error messages included.
 """
 
 from __future__ import annotations
