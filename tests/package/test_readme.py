@@ -16,6 +16,7 @@ from pathlib import Path
 import processes
 import pytest
 
+import torchbp
 from torchbp.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,12 @@ def test_each_row_of_the_tests_tables_names_a_test_that_exists():
         assert named, row
         code = (ROOT / named[1]).read_text(encoding="utf-8")
         assert re.search(rf"^def {named[2]}\(", code, re.MULTILINE), named[0]
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"version {torchbp.__version__}" in README
+    versions = re.findall(r"^## (\d\S*)$", TEXTS[".github/CHANGELOG.md"], re.MULTILINE)
+    assert versions[0] == torchbp.__version__
 
 
 def test_names_that_stay_exist():
