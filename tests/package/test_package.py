@@ -320,7 +320,8 @@ needs_hatchling = pytest.mark.skipif(
 def built(tmp_path_factory):
     """The sdist and the wheel, as pip has them made, from a copy."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
-    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    hidden = (".[!g]*", ".git", ".gitignore")  # all but .github
+    skip = shutil.ignore_patterns(*hidden, "__pycache__", "*.egg-info", "build", "runs")
     shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
     (source / "secret.txt").write_text("not to be packed")
     subprocess.run(
@@ -367,7 +368,7 @@ def test_the_sdist_has_what_the_tests_need_and_nothing_else(built):
     source, sdist, _ = built
     with tarfile.open(sdist) as archive:
         files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-    code = files_below(source, "torchbp", "experiments", "tests")
+    code = files_below(source, "torchbp", "experiments", "tests", ".github")
     assert {"tests/cases.py", "experiments/mnist.py", "torchbp/py.typed"} <= code
     # hatchling adds .gitignore: what is built from the sdist leaves out the same.
     expected = set(".gitignore LICENSE PKG-INFO README.md pyproject.toml".split())
