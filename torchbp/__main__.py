@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchbp._terminal import Parser, reader_left
-from torchbp.costs import COSTS, QuadraticCost
+from torchbp.costs import COSTS, COUNTERPARTS, QuadraticCost
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -175,7 +175,7 @@ def add_observe(commands: Any) -> None:
         "--cost",
         choices=COSTS,
         default="quadratic",
-        help=", ".join(f"{name}: {c.native} in torch" for name, c in COSTS.items()),
+        help=COUNTERPARTS,
     )
     parser.add_argument("--lr", type=float, default=3.0, help="η (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")

@@ -22,6 +22,7 @@ from experiments.support.settings import COSTS, ENGINES, RECIPES
 from torchbp import data
 from torchbp.explicit import kernel
 from torchbp.inspection import page
+from torchbp.nn import ACTIVATIONS
 from torchbp.training import checkpoint
 
 SCRIPT = Path(mnist.__file__)
@@ -286,7 +287,7 @@ def stop_after(epochs, train):
 
 @engines
 @pytest.mark.parametrize("cost", list(COSTS))
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize("activation", [n for n in ACTIVATIONS if n != "identity"])
 def test_every_cost_and_activation_learns(tmp_path, cost, activation, engine):
     lr = {"quadratic": 1.0, "cross-entropy": 0.1, "log-likelihood": 0.1}[cost]
     chosen = {"cost": cost, "activation": activation, "lr": lr, "init": "torch"}

@@ -136,6 +136,20 @@ def test_no_native_backward_stands_behind_a_hand_written_one():
                 assert called not in ("grad", "vjp", "jacrev"), called
 
 
+@pytest.mark.parametrize("name", ["functional.py", "costs.py"])
+def test_the_files_of_equations_are_short(name):
+    """At most 250 lines besides docstrings and blank ones."""
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            documented |= set(range(first.lineno, first.end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    assert sum(bool(line.strip()) and i not in documented for i, line in lines) <= 250
+
+
 # What makes a tensor without another tensor to take the device and the dtype from; a
 # torch.Generator() is on the CPU wherever torch's default device is.
 FACTORIES = {function.__name__ for function in _device_constructors()}

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from torchbp import costs, functional
-from torchbp.costs import CostFunction
+from torchbp.costs import COSTS, CostFunction
 from torchbp.functional import LinearFunction
+from torchbp.nn import ACTIVATIONS
 
 Op = Callable[[], Any]
 
@@ -63,46 +64,12 @@ class Unit(NamedTuple):
         return (*place_of_W, W.dtype, W.device, place_of_b, *trains)
 
 
-class Fast(NamedTuple):
-    """σ and σ' of a layer as calls that allocate nothing. `one` is a z with σ(z) = 1
-    exactly, for the column of ones behind a hidden layer's activations."""
-
-    sigma: Callable[[Tensor, Tensor], Op]
-    slope: Callable[[Tensor, Tensor], Op]
-    one: float
-
-
-def _tanh_slope(a: Tensor, out: Tensor) -> Op:
-    return partial(torch.addcmul, a.new_ones(()), a, a, value=-1, out=out)
-
-
-# The same formulas as in the layers' own `gate`, and for ReLU the product instead of a
-# choice: a² and 1 - a² are not rounded twice, and [a > 0] is the sign of an a >= 0.
-FAST: dict[type[LinearFunction], Fast] = {
-    functional.LinearSigmoidFunction: Fast(
-        lambda z, a: partial(torch.sigmoid, z, out=a),
-        lambda a, out: partial(torch.addcmul, a, a, a, value=-1, out=out),
-        40.0,
-    ),
-    functional.LinearTanhFunction: Fast(
-        lambda z, a: partial(torch.tanh, z, out=a), _tanh_slope, 20.0
-    ),
-    functional.LinearReLUFunction: Fast(
-        lambda z, a: partial(torch.clamp_min, z, 0, out=a),
-        lambda a, out: partial(torch.sign, a, out=out),
-        1.0,
-    ),
+# The layers whose σ and σ' write into given memory. A user's subclass of one of them is
+# not among them, since its σ or σ' may be another.
+FAST = {
+    layer.function for layer in ACTIVATIONS.values() if layer.function.slope is not None
 }
-BUILT_IN = (
-    costs.QuadraticFunction,
-    costs.CrossEntropyFunction,
-    costs.LogLikelihoodFunction,
-)
-# What the error of one-hot rows y is written with: 1 - 2y, 1 - y.
-_FACTOR: dict[type[CostFunction], int] = {
-    costs.CrossEntropyFunction: 2,
-    costs.LogLikelihoodFunction: 1,
-}
+BUILT_IN = {cost.function for cost in COSTS.values()}
 
 
 def _alike(t: Tensor, value: float) -> Tensor:
@@ -151,13 +118,14 @@ class Layer:
 
     def __init__(self, unit: Unit, m: int, is_last: bool) -> None:
         self.unit, self.m, self.is_last = unit, m, is_last
-        self.fast = FAST.get(unit.function)
+        self.is_fast = unit.function in FAST
         self.is_identity = unit.function is functional.LinearFunction
         n = unit.W.shape[0]
         # The last layer has no ones to carry, and costs reduce over its rows.
         self.width = n if is_last else padded(n + 1, unit.W.dtype)
         self.wide_z, self.wide_delta = self._wide(), self._wide()
         self.z, self.delta = self.wide_z[:, :n], self.wide_delta[:, :n]
+        self.writes_ones = False
         self.adds_once: bool | None = None  # not asked yet
         self.sum: Tensor | None = None  # of δᵀ x, where it cannot be added as it grows
 
@@ -172,9 +140,12 @@ class Layer:
         self.a = self.wide_a[:, :n]
         self.x = self.a
         if self.unit.folded is not None and not self.is_last:
-            # Where σ is no single call, only the column of a counts.
-            self.wide_z[:, n] = self.fast.one if self.fast else 1
-            self.wide_a[:, n] = 1
+            # σ is one call over z and this column: it keeps the ones of a where it is
+            # given a z for them.
+            one = self.unit.function.one if self.is_fast else None
+            self.wide_z[:, n] = 1 if one is None else one
+            self.ones = self.wide_a[:, n].fill_(1)
+            self.writes_ones = self.is_fast and one is None
             self.x = self.wide_a[:, : n + 1]
 
     def forward(self, x: Tensor, z: Tensor) -> list[Op]:
@@ -188,8 +159,11 @@ class Layer:
             product = partial(torch.addmm, unit.b, x, unit.W.t(), out=z)
         if self.is_identity:
             return [product]
-        if self.fast:
-            return [product, self.fast.sigma(self.wide_z, self.wide_a)]
+        if self.is_fast:
+            f: Any = unit.function.sigma
+            sigma = partial(f, self.wide_z, out=self.wide_a)
+            ones = [partial(self.ones.fill_, 1)] if self.writes_ones else []
+            return [product, sigma, *ones]
         return [product, lambda: self.a.copy_(unit.function.sigma(z))]
 
     def gate(self, grad_a: Tensor) -> list[Op]:
@@ -277,7 +251,7 @@ class Steps:
         self.outputs = self.kept.view(count, m, K).unbind(0)
         self.costs = first.new_zeros(count)
         self.factors: Tensor | None = None
-        if labels and cost in _FACTOR:
+        if labels and cost in BUILT_IN and cost.one_hot_nabla is not None:
             self.factors, self.one = torch.ones_like(self.y), first.new_ones(())
         self.layers = [Layer(u, m, i == len(units) - 1) for i, u in enumerate(units)]
         self.keeps_z = self.layers[-1].is_identity
@@ -291,25 +265,21 @@ class Steps:
     def _place(self) -> list[Op]:
         """Lay the activations of all layers one behind the other, their σ' likewise;
         the calls that compute σ'."""
-        fast = [layer for layer in self.layers if layer.fast]
+        fast = [layer for layer in self.layers if layer.is_fast]
         sizes = [layer.m * layer.width for layer in fast]
         new = self.units[0].W.new_zeros
         a, slope = new(sum(sizes)), new(sum(sizes))
         shares = zip(a.split(sizes), slope.split(sizes), strict=True)
         for layer in self.layers:
-            if layer.fast:
+            if layer.is_fast:
                 layer.place(*next(shares))
             else:
                 own = None if layer.is_identity else layer._wide().view(-1)
                 layer.place(own, None)
+        memory: list[Any] = [(x.unit.function, x.wide_a, x.wide_slope) for x in fast]
         if len({layer.unit.function for layer in fast}) == 1:
-            assert fast[0].fast is not None
-            return [fast[0].fast.slope(a, slope)]
-        return [
-            layer.fast.slope(layer.wide_a, layer.wide_slope)
-            for layer in fast
-            if layer.fast and layer.wide_slope is not None
-        ]
+            memory = [(fast[0].unit.function, a, slope)]
+        return [partial(function.slope, a, out=out) for function, a, out in memory]
 
     def bind(self, lr: float, weight_decay: float) -> None:
         """Make the calls for these rates, unless they are made."""
@@ -355,26 +325,12 @@ class Steps:
             # ∇_a C_x = a - y is kept instead of a: C_x = ½ ‖a - y‖².
             return [partial(torch.sub, last.a, y, out=kept), *last.gate(kept)]  # BP1
         ops: list[Op] = [] if self.keeps_z else [partial(kept.copy_, last.a)]
-        if self.factors is None:
+        one_hot_nabla = self.cost.one_hot_nabla
+        if self.factors is None or one_hot_nabla is None:
             nabla = self.cost.nabla
             return [*ops, lambda: delta.copy_(nabla(kept, y)), *last.gate(delta)]
         factor = self.factors.view(self.count, self.m, -1)[k]
-        if self.cost is costs.CrossEntropyFunction:
-            # σ(z) - y = s σ(s z) with s = 1 - 2y, without loss where σ(z) is near y.
-            ops += [
-                partial(torch.mul, kept, factor, out=delta),
-                delta.sigmoid_,
-                partial(delta.mul_, factor),
-            ]
-        else:
-            # softmax(z) - y, at y as minus the sum of the others, likewise.
-            others = delta.new_zeros(self.m, 1)
-            ops += [
-                partial(torch.softmax, kept, 1, out=delta),
-                partial(delta.mul_, factor),
-                partial(torch.sum, delta, 1, True, out=others),
-                partial(delta.addcmul_, y, others, value=-1),
-            ]
+        ops.append(partial(one_hot_nabla, kept, y, factor, out=delta))
         return ops + last.gate(delta)
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -400,7 +356,7 @@ class Steps:
         y.zero_().scatter_(1, labels, 1)
         if self.factors is not None:
             factors = _first(n, self.factors)
-            torch.sub(self.one, y, alpha=_FACTOR[self.cost], out=factors)
+            torch.sub(self.one, y, alpha=self.cost.multiple, out=factors)
 
     def _selected(self, source: Tensor, rows: Tensor) -> Tensor:
         """source[rows], in memory that the next call overwrites."""
