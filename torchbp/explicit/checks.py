@@ -8,7 +8,6 @@ looks for the reason.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import numbers
 from collections.abc import Iterator
@@ -154,11 +153,13 @@ def check_layers(layers: list[BPLinear]) -> None:
                 f"{type(layer).__name__} whose parameters are computed (a "
                 "parametrization, pruning)"
             )
-    for before, layer in itertools.pairwise(layers):
-        a = before.weight.new_empty(()).expand(1, before.weight.shape[0])
-        reason = explain(a, layer.weight, layer.bias)
-        if reason is not None:
-            raise type(reason)(f"{type(layer).__name__} behind another layer: {reason}")
+    width = layers[0].in_features
+    for i, layer in enumerate(layers):
+        a = layers[max(i - 1, 0)].weight.new_empty(()).expand(1, width)
+        if (reason := explain(a, layer.weight, layer.bias)) is not None:
+            where = " behind another layer" if i else ""
+            raise type(reason)(f"{type(layer).__name__}{where}: {reason}")
+        width = layer.weight.shape[0]
 
 
 def check_separate(layers: list[BPLinear]) -> None:
@@ -184,13 +185,29 @@ def check_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return the rows of the input (examples, n_in) and of the target (examples, K), or
     raise what the first layer and the cost raise for these arguments."""
-    reason = explain(input, layers[0].weight, layers[0].bias)
-    if reason is not None:
-        raise reason
-    costs.check_tensors(input, target)
-    shape = (*input.shape[:-1], layers[-1].out_features)
-    output = torch.empty((), dtype=input.dtype, device=input.device).expand(shape)
-    return as_rows(input.detach()), as_rows(costs.target_rows(output, target))
+    W, K = layers[0].weight, layers[-1].out_features
+    if not _fit(input, target, W, K):
+        if (reason := explain(input, W, layers[0].bias)) is not None:
+            raise reason
+        costs.check_tensors(input, target)
+        output = input.new_empty(()).expand(*input.shape[:-1], K)
+        target = costs.target_rows(output, target)
+    return as_rows(input.detach()), as_rows(target)
+
+
+def _fit(input: Any, target: Any, W: Tensor, K: int) -> bool:
+    """Whether these are plain tensors that fit W (*, n_in) and K outputs, the target
+    (*, K). If not, they may still be right: labels, or a subclass of Tensor."""
+    return (
+        type(input) is type(target) is Tensor
+        and input.dtype is target.dtype is W.dtype
+        and input.device == target.device == W.device
+        and input.layout is target.layout is torch.strided
+        and not (input.is_nested or target.is_nested or target.requires_grad)
+        and input.shape[-1:] == W.shape[1:]
+        and target.shape == (*input.shape[:-1], K)
+        and K > 0
+    )
 
 
 # ---------------------------------------------------------------- a set of examples

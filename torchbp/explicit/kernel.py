@@ -366,14 +366,13 @@ class CompiledSteps:
 
     def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
         """Take the steps and put their costs into C, or change nothing."""
-        tensors = images, targets, rows, C
-        # A fake tensor has no memory: the torch calls say what is wrong with it.
-        if not (self.can_read and all(t.data_ptr() for t in tensors)):
+        pointers = images.data_ptr(), targets.data_ptr(), rows.data_ptr()
+        # A fake tensor has no memory: the torch calls raise the right error for it.
+        if not (self.can_read and all(pointers) and C.data_ptr()):
             return False
         # Made for each call, during which other threads run.
         examples = Examples(
-            *(t.data_ptr() for t in tensors[:3]), rows.shape[0], self.m,
-            images.stride(0), targets.stride(0),
+            *pointers, rows.shape[0], self.m, images.stride(0), targets.stride(0),
             images.dtype is torch.uint8, targets.dtype is torch.int64,
         )  # fmt: skip
         outcome = self.train(

@@ -19,8 +19,12 @@ from torchbp.nn import BPLinear
 
 
 def place_of(layer: BPLinear) -> tuple[Any, ...]:
-    """Return the cache key of a layer's own parameters."""
-    W, b = layer.weight, layer.bias
+    """Return the cache key of a layer's own parameters; (None,), which is the key of
+    nothing, where they are computed from others."""
+    parameters = layer._parameters  # looked up in a third of the time of layer.weight
+    W, b = parameters.get("weight"), parameters.get("bias")
+    if W is None:
+        return (None,)
     return memory_key(W, b, W.requires_grad, b is not None and b.requires_grad)
 
 
