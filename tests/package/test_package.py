@@ -410,7 +410,7 @@ def test_the_wheel_works_where_there_is_nothing_but_it(built, tmp_path):
         check=True,
     )
     assert result.stdout.startswith(str(tmp_path / "torchbp"))
-    assert "torchbp/explicit/engine.py:" in result.stdout
+    assert "torchbp/explicit/algorithm.py:" in result.stdout
     assert "Every gradient is right." in result.stdout
 
 

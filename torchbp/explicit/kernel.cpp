@@ -5,7 +5,9 @@
 // list of the rows of the batch in which it is not zero: a quarter of them in MNIST. All
 // work on W follows these lists, group by group, so that W is read once for a whole batch
 // and the part in use stays in registers. For the length of a call W lies transposed: W_k
-// are the weights from input k to all neurons, padded with zeros to whole vectors.
+// are the weights from input k to all neurons, padded with zeros to whole vectors. A call
+// of one small mini-batch takes less time than to transpose the first layer's W: it works
+// on that W in place, zeros included.
 //
 // Passing over 0 · W is right only while W is finite. A call that meets a number that is
 // not, in its parameters or in δ, changes nothing and returns NOT_FINITE.
@@ -48,10 +50,12 @@ constexpr int LANES = 4, REGISTERS = 16;
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES), may_alias));
 typedef float Four __attribute__((vector_size(16), may_alias));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int GROUP = 4;         // inputs
 constexpr int WIDEST = 8;        // vectors of a row that one loop keeps in registers
 constexpr int64_t SUMMED = 256;  // rows that are summed before their sum is added to others
+constexpr int64_t IN_PLACE = 32;  // rows of a single mini-batch that works on W in place
 
 Vector* vectors(float* p) { return reinterpret_cast<Vector*>(p); }
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -65,9 +69,11 @@ struct Zeros {
   operator T*() { return reinterpret_cast<T*>(lines.data()); }
 };
 
-// A layer at work on batches of m rows.
+// A layer at work on batches of m rows. Behind these, a and the images have a row of zeros,
+// and another one where their number is odd.
 struct Unit {
   Layer layer;
+  bool is_in_place;                     // whether W is the layer's own
   int64_t width, groups;                // n_out, padded to whole vectors; groups of inputs
   Zeros<float> W, b, a, delta, images;  // W by `block`, a and delta (m, width)
   Zeros<double> error_sum;
@@ -75,12 +81,14 @@ struct Unit {
   float* x;                    // the inputs, (m, x_stride): images, or a of the layer below
   int64_t x_stride, list_stride;
 
-  Unit(const Layer& l, int64_t m, Unit* below)
-      : layer(l), width(padded(l.n_out, LANES)), groups(padded(l.n_in, GROUP) / GROUP),
-        W(groups * GROUP * width), b(width), a(m * width), delta(m * width),
-        images(below ? 0 : m * groups * GROUP), error_sum(width), count(groups),
-        list(below ? m : groups * (m + 1)), x(below ? below->a : images),
-        x_stride(below ? below->width : groups * GROUP), list_stride(below ? 0 : m + 1) {
+  Unit(const Layer& l, int64_t m, Unit* below, bool in_place)
+      : layer(l), is_in_place(in_place), width(padded(l.n_out, LANES)),
+        groups(padded(l.n_in, GROUP) / GROUP), W(in_place ? 0 : groups * GROUP * width),
+        b(width), a(padded(m + 1, 2) * width), delta(m * width),
+        images(below ? 0 : padded(m + 1, 2) * padded(l.n_in, LANES)), error_sum(width),
+        count(groups), list(below ? m : groups * (m + 1)), x(below ? below->a : images),
+        x_stride(below ? below->width : padded(l.n_in, LANES)),
+        list_stride(below ? 0 : m + 1) {
     for (int64_t r = 0; below && r < m; ++r) list[r] = int32_t(r);  // every group, every row
   }
 
@@ -256,6 +264,71 @@ void add_errors(Unit& u, int64_t first, int64_t rows, float* grad, int64_t strid
   }
 }
 
+// The first n numbers of a vector that may begin and end anywhere, and zeros.
+inline Vector load(const float* p, int64_t n) {
+  if (n >= LANES) return *reinterpret_cast<const Unaligned*>(p);
+  Vector v = {};
+  if (n > 0) std::memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+inline void store(float* p, const Vector& v, int64_t n) {
+  if (n >= LANES) *reinterpret_cast<Unaligned*>(p) = v;
+  else if (n > 0) std::memcpy(p, &v, n * sizeof(float));
+}
+
+// z_r += W x_r with W in place, four rows of W and two of the batch at once. The row of
+// zeros behind the batch gets z = 0, or NaN if a weight is not finite; return its sum.
+float add_inputs_in_place(Unit& u, int64_t rows) {
+  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out;
+  for (int64_t j = 0; j < n_out; j += 4) {
+    const float* W[4];
+    for (int p = 0; p < 4; ++p) W[p] = u.layer.W + std::min(j + p, n_out - 1) * u.layer.W_row;
+    for (int64_t r = 0; r <= rows; r += 2) {
+      float *const x = u.x + r * u.x_stride, *const next = x + u.x_stride;
+      Vector sum[4][2] = {};
+      const auto add = [&](int64_t k, int64_t n) {
+        for (int p = 0; p < 4; ++p) {
+          const Vector W_k = load(W[p] + k, n);
+          sum[p][0] += W_k * *vectors(x + k);
+          sum[p][1] += W_k * *vectors(next + k);
+        }
+      };
+      int64_t k = 0;
+      for (; k + LANES <= n_in; k += LANES) add(k, LANES);
+      if (k < n_in) add(k, n_in - k);
+      for (int q = 0; q < 2; ++q)
+        for (int p = 0; p < 4 && j + p < n_out; ++p)
+          u.a[(r + q) * u.width + j + p] += sum_of(sum[p][q]);
+    }
+  }
+  float check = 0;
+  for (int64_t j = 0; j < n_out; ++j) check += u.a[rows * u.width + j];
+  return check;
+}
+
+// W += decay W + rate δᵀx with W in place, four of its rows and two vectors at once.
+void add_gradient_in_place(Unit& u, int64_t rows, float rate, float decay) {
+  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out;
+  for (int64_t j = 0; j < n_out; j += 4)
+    for (int64_t k = 0; k < n_in; k += 2 * LANES) {
+      Vector sum[4][2] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* delta = u.delta + r * u.width + j;
+        const Vector* x = vectors(u.x + r * u.x_stride + k);
+        for (int p = 0; p < 4; ++p)
+          for (int q = 0; q < 2; ++q) sum[p][q] += delta[p] * x[q];  // BP4
+      }
+      for (int p = 0; p < 4 && j + p < n_out; ++p)
+        for (int q = 0; q < 2; ++q) {
+          float* W = u.layer.W + (j + p) * u.layer.W_row + k + q * LANES;
+          const int64_t n = n_in - k - q * LANES;
+          const Vector before = load(W, n);
+          store(W, before + decay * before + rate * sum[p][q], n);
+        }
+    }
+}
+
 struct Loops {
   void (*add_inputs)(Unit&, int64_t);
   void (*add_gradient)(Unit&, int64_t, float, float);
@@ -291,6 +364,7 @@ void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
     const Pixel* const __restrict__ image = images + set.order[i] * set.image_stride;
     float* const __restrict__ x = u.x + r * u.x_stride;
     for (int64_t k = 0; k < n; ++k) x[k] = scale * float(image[k]);
+    if (u.is_in_place) continue;
     for (int64_t g = 0; g < u.groups; ++g) {
       uint64_t bits[2];
       std::memcpy(bits, x + g * GROUP, sizeof bits);
@@ -300,12 +374,16 @@ void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
   }
 }
 
-void feed_forward(Unit& u, int64_t rows) {
+// Return 0, or NaN if a number of a W in place is not finite.
+float feed_forward(Unit& u, int64_t rows) {
+  float check = 0;
   if (u.list_stride == 0) std::fill_n(+u.count, u.groups, int32_t(rows));
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(u.a + r * u.width, u.b, u.width * sizeof(float));
-  for_each_part(u, [&](const Loops& l, int64_t first) { l.add_inputs(u, first); });
+  if (u.is_in_place) check = add_inputs_in_place(u, rows);
+  else for_each_part(u, [&](const Loops& l, int64_t first) { l.add_inputs(u, first); });
   apply_sigma(u, rows);
+  return check;
 }
 
 // Make δ^L; return the sum of the costs.
@@ -337,7 +415,7 @@ void propagate(Unit& u, Unit& below, int64_t rows) {
 
 void update(Unit& u, int64_t rows, float lr, float weight_decay) {
   const float rate = -lr / float(rows), decay = -lr * weight_decay;
-  if (u.layer.trains_W)
+  if (u.layer.trains_W && !u.is_in_place)
     for_each_part(u, [&](const Loops& l, int64_t first) { l.add_gradient(u, first, rate, decay); });
   if (!u.layer.trains_b) return;
   double* const sum = u.error_sum;
@@ -391,10 +469,11 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
   std::vector<Unit> units;
   units.reserve(depth);
   float check = 0;
+  const bool in_place = set.count <= std::min(set.batch_size, IN_PLACE);
   for (int64_t l = 0; l < depth; ++l) {
-    units.emplace_back(layers[l], set.batch_size, l ? &units[l - 1] : nullptr);
+    units.emplace_back(layers[l], set.batch_size, l ? &units[l - 1] : nullptr, !l && in_place);
     Unit& u = units[l];
-    copy_weights<true>(u);
+    if (!u.is_in_place) copy_weights<true>(u);
     for (int64_t j = 0; u.layer.b && j < u.layer.n_out; ++j)
       u.b[j] = u.layer.b[j * u.layer.b_step];
     check += zero_times(u.W) + zero_times(u.b);
@@ -405,7 +484,7 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
   for (int64_t begin = 0; begin < set.count; begin += set.batch_size) {
     const int64_t rows = std::min(set.batch_size, set.count - begin);
     take(units[0], set, begin, rows);
-    for (Unit& u : units) feed_forward(u, rows);
+    for (Unit& u : units) check += feed_forward(u, rows);
     const double C = output_error(units.back(), set, cost, begin, rows, one_hot);
     for (int64_t l = depth - 1; l >= 0; --l) {
       if (l) propagate(units[l], units[l - 1], rows);
@@ -418,7 +497,9 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
   if (!(check == 0)) return NOT_FINITE;
   for (Unit& u : units) {
     const Layer& l = u.layer;
-    if (l.trains_W) copy_weights<false>(u);
+    if (l.trains_W && u.is_in_place)
+      add_gradient_in_place(u, set.count, -lr / float(set.count), -lr * weight_decay);
+    else if (l.trains_W) copy_weights<false>(u);
     for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
   }
   return TRAINED;

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from torchbp import costs, nn
 from torchbp.costs import CostFunction
+from torchbp.explicit.checks import Rates
 from torchbp.explicit.steps import Steps, Unit
 from torchbp.functional import LinearFunction
 
@@ -115,6 +116,37 @@ def is_faster(weights: Sequence[Tensor], batch_size: int, is_bytes: bool) -> boo
     products to BLAS: a fixed rule, so that a run is the same on every machine."""
     products = batch_size * sum(W.numel() for W in weights)
     return products <= (SKIPPED_PRODUCTS if is_bytes else PRODUCTS)
+
+
+def choose(
+    kernel: str,
+    functions: Sequence[type[LinearFunction]],
+    cost: type[CostFunction],
+    weights: Sequence[Tensor],
+    batch_size: int,
+    is_bytes: bool,
+    may_build: bool,
+) -> str:
+    """Return "torch" or "compiled", whichever the option `kernel` means for these
+    steps; raise ValueError if it asks for loops that are not available."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    if kernel == "torch":
+        return "torch"
+    reason = explain_unsuitable(functions, cost, weights)
+    if kernel == "auto":
+        suits = reason is None and is_faster(weights, batch_size, is_bytes)
+        return "compiled" if suits and load(may_build) else "torch"
+    if reason is not None:
+        raise ValueError(
+            f"kernel: expected 'auto' or 'torch' for {reason}, got 'compiled'"
+        )
+    if load(build=True) is None:
+        raise ValueError(
+            "kernel: expected 'auto' or 'torch' where the loops cannot be "
+            f"compiled, got 'compiled': {explain_failure()}"
+        )
+    return "compiled"
 
 
 # ---------------------------------------------------------------- building and loading
@@ -301,14 +333,14 @@ class CompiledSteps:
         self.units, self.make_steps = units, make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
         self.can_read = all(map(_can_read, units))
-        self.rates = (0.0, 0.0)
+        self.rates = Rates(0.0)
         self.all_rows = torch.arange(m, device="cpu")
         products = sum(unit.W.numel() for unit in units) * 3 * m
         self.rows_at_once = max(1, PRODUCTS_AT_ONCE // max(products, 1)) * m
 
-    def bind(self, lr: float, weight_decay: float) -> None:
+    def bind(self, rates: Rates) -> None:
         """Take the steps at these rates from now on."""
-        self.rates = (lr, weight_decay)
+        self.rates = rates
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """Take the steps of the mini-batches `rows` of a set; their costs."""
@@ -331,25 +363,24 @@ class CompiledSteps:
         C = torch.empty(-(-len(rows) // self.m), dtype=torch.float32, device="cpu")
         if not self._train(images, targets, rows, C):
             steps = self.make_steps()
-            steps.bind(*self.rates)
+            steps.bind(self.rates)
             return steps.take(images, targets, rows)
         return C
 
     def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
         """Take the steps and put their costs into C, or change nothing."""
-        tensors = images, targets, rows, C
-        # A fake tensor has no memory: the torch calls say what is wrong with it.
-        if not (self.can_read and all(t.data_ptr() for t in tensors)):
+        pointers = images.data_ptr(), targets.data_ptr(), rows.data_ptr()
+        # A fake tensor has no memory: the torch calls raise the right error for it.
+        if not (self.can_read and all(pointers) and C.data_ptr()):
             return False
         # Made for each call, during which other threads run.
         examples = Examples(
-            *(t.data_ptr() for t in tensors[:3]), rows.shape[0], self.m,
-            images.stride(0), targets.stride(0),
+            *pointers, rows.shape[0], self.m, images.stride(0), targets.stride(0),
             images.dtype is torch.uint8, targets.dtype is torch.int64,
         )  # fmt: skip
         outcome = self.train(
-            self.layers, len(self.layers), examples, self.cost, *self.rates,
-            C.data_ptr(),
+            self.layers, len(self.layers), examples, self.cost,
+            self.rates.lr, self.rates.weight_decay, C.data_ptr(),
         )  # fmt: skip
         if outcome not in (TRAINED, NOT_FINITE):
             raise MemoryError("ExplicitSGD: no memory for the buffers of a mini-batch")

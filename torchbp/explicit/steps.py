@@ -34,6 +34,7 @@ from torch import Tensor
 
 from torchbp import costs, functional
 from torchbp.costs import COSTS, CostFunction
+from torchbp.explicit.checks import Rates
 from torchbp.functional import LinearFunction
 from torchbp.nn import ACTIVATIONS
 
@@ -55,13 +56,20 @@ class Unit(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Whatever the calls are bound to. Memory that calls are bound to is theirs,
-        so that no other tensor can have its address."""
-        W, b = self.W, self.b
-        trains = self.updates_weight, self.updates_bias
-        place_of_b = None if b is None else (b.data_ptr(), b.stride())
-        place_of_W = (W.data_ptr(), W.stride(), tuple(W.shape))
-        return (*place_of_W, W.dtype, W.device, place_of_b, *trains)
+        """The :func:`memory_key` of the layer."""
+        return memory_key(self.W, self.b, self.updates_weight, self.updates_bias)
+
+
+def memory_key(
+    W: Tensor, b: Tensor | None, updates_weight: bool, updates_bias: bool
+) -> tuple[Any, ...]:
+    """Cache key of what is bound to W and b: addresses, strides, shapes, dtypes and
+    devices, and which of them are trained. Bound calls keep this memory alive, so an
+    address in a key is never used again for other tensors."""
+    key = W.data_ptr(), W.stride(), W.shape, W.dtype, W.device, updates_weight
+    if b is None:
+        return key
+    return *key, b.data_ptr(), b.stride(), b.shape, b.dtype, b.device, updates_bias
 
 
 # The layers whose σ and σ' write into given memory. A user's subclass of one of them is
@@ -179,15 +187,17 @@ class Layer:
         s = functional.saved_of(function, self.a, self.z)
         return [lambda: self.delta.copy_(function.gate(grad_a, s))]  # BP2
 
-    def update(self, x: Tensor, lr: float, decay: float) -> list[Op]:
-        """W ← W - η (δᵀ x / m + decay W), b ← b - η δᵀ 1 / m; δ is without the 1/m."""
+    def update(self, x: Tensor, rates: Rates) -> list[Op]:
+        """W ← W - η (δᵀ x / m + λ/n W), b ← b - η δᵀ 1 / m. The 1/m of A1 is here, in
+        the rate: δ is without it."""
         unit, delta = self.unit, self.delta.t()
-        rate = -lr / self.m
+        rate = -rates.lr / self.m
         ops: list[Op] = []
-        if decay and unit.updates_weight:
+        if rates.weight_decay and unit.updates_weight:
             # Not as the factor 1 - ηλ of the product below: at ηλ = 1e-6 its rounding
             # would be 3 % of the decay, the same way at every step.
-            ops.append(partial(unit.W.add_, unit.W, alpha=-lr * decay))
+            decay = -rates.lr * rates.weight_decay
+            ops.append(partial(unit.W.add_, unit.W, alpha=decay))
         whole = unit.folded is not None and unit.updates_weight and unit.updates_bias
         if whole:
             assert unit.folded is not None
@@ -237,7 +247,7 @@ class Steps:
         labels: bool,
     ) -> None:
         self.units, self.cost, self.m, self.count = units, cost, m, count
-        self.rate = (0.0, 0.0)
+        self.rates = Rates(0.0)
         first = units[0].W
         n_in, K = first.shape[1], units[-1].W.shape[0]
         rows = m * count
@@ -281,13 +291,13 @@ class Steps:
             memory = [(fast[0].unit.function, a, slope)]
         return [partial(function.slope, a, out=out) for function, a, out in memory]
 
-    def bind(self, lr: float, weight_decay: float) -> None:
+    def bind(self, rates: Rates) -> None:
         """Make the calls for these rates, unless they are made."""
-        if self.ops and self.rate == (lr, weight_decay):
+        if self.ops and self.rates == rates:
             return
         # In this order: an interrupt must not leave the old calls under the new rates.
         self.ops, self.graph, self.warm = [], None, False
-        self.rate = (lr, weight_decay)
+        self.rates = rates
         self.ops = [self._step(k) for k in range(self.count)]
 
     def _step(self, k: int) -> list[Op]:
@@ -307,7 +317,7 @@ class Steps:
                 ops.append(
                     partial(torch.mm, layer.delta, layer.unit.W, out=below.delta)
                 )  # BP2: (W)ᵀδ
-            ops += layer.update(inputs[i], *self.rate)
+            ops += layer.update(inputs[i], self.rates)
             if i:
                 ops += below.gate(below.wide_delta)
         return ops

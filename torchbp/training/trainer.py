@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchbp._checks import explain_memory
 from torchbp.costs import check, target_rows
 from torchbp.data import Split, Splits, scale
-from torchbp.explicit import check_rates, summing_dtype
+from torchbp.explicit import Rates, summing_dtype
 from torchbp.inspection import evaluating
 from torchbp.nn import check_takes
 from torchbp.training.state import (
@@ -154,20 +154,20 @@ class AutogradSGD:
     ) -> None:
         check_takes(model, cost)
         self.model, self.cost = model, cost
-        self._set_rates(lr, weight_decay)
+        self._set_rates(Rates(lr, weight_decay))
 
-    def _set_rates(self, lr: float, weight_decay: float) -> None:
-        check_rates(lr, weight_decay, self.model)
-        self.weight_decay = weight_decay
+    def _set_rates(self, rates: Rates) -> None:
+        rates.check_dtype(self.model)
+        self.weight_decay = rates.weight_decay
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        if weight_decay:
+        if rates.weight_decay:
             weights = [p for p in self.model.parameters() if p.dim() > 1]
             biases = [p for p in self.model.parameters() if p.dim() <= 1]
             groups = [
-                {"params": weights, "weight_decay": weight_decay},
+                {"params": weights, "weight_decay": rates.weight_decay},
                 {"params": biases},
             ]
-        self.optimizer = torch.optim.SGD(groups, lr=lr)
+        self.optimizer = torch.optim.SGD(groups, lr=rates.lr)
 
     @property
     def lr(self) -> float:
@@ -176,7 +176,7 @@ class AutogradSGD:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        check_rates(value, self.weight_decay, self.model)
+        Rates(value, self.weight_decay).check_dtype(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
@@ -224,7 +224,7 @@ class AutogradSGD:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The rates from the `state` of :meth:`state_dict`."""
-        self._set_rates(state["lr"], state["weight_decay"])
+        self._set_rates(Rates(state["lr"], state["weight_decay"]))
 
 
 def count_outputs(model: nn.Module, images: Tensor) -> int:
