@@ -358,7 +358,14 @@ def open_log(
     folder.write(settings=record, versions=versions)
     compared = {name: record[name] for name in COMPARED}
     dashboard = Dashboard(
-        folder.path, record, compared, versions, resumed_at, settings.log_level
+        folder.path,
+        record,
+        compared,
+        versions,
+        resumed_at,
+        settings.log_level,
+        settings.epochs,
+        trainer.steps_per_epoch,
     )
     return Log(folder, dashboard, versions)
 

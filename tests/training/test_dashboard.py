@@ -30,6 +30,7 @@ from torchbp.training.dashboard import pictures as _pictures
 from torchbp.training.dashboard.dashboard import Dashboard, is_pictured
 from torchbp.training.trainer import AutogradSGD, EpochResult, Score, Trainer
 
+STEPS = 4  # mini-batches in an epoch
 SPLITS = ("train", "validation", "test")
 LAYERS = ("layer_1", "layer_2")
 # Sums over 784 pixels, in float32, through a few layers.
@@ -58,7 +59,14 @@ def seen(sizes=(36, 5, 3), native=False, **options):
 
 def result(epoch, cost=0.5, splits=SPLITS):
     scores = {name: Score(cost, 0.25 * i) for i, name in enumerate(splits, start=1)}
-    return EpochResult(epoch, scores, cost if epoch else None, 1.0, 1000.0)
+    if not epoch:
+        return EpochResult(epoch, scores, None, 0.0, 0.0)
+    return EpochResult(epoch, scores, cost, 1.0, 1000.0, [cost] * STEPS)
+
+
+def ends(*epochs):
+    """The steps of the ends of epochs."""
+    return [STEPS * epoch for epoch in epochs]
 
 
 def read(folder):
@@ -71,7 +79,15 @@ def read(folder):
 def write(folder, split, epochs, resumed_at=None, cost=0.5, level="full", model=None):
     model = seen() if model is None else model
     hyperparameters = {"sizes": (36, 5, 3), "lr": 3.0}
-    board = Dashboard(folder, {"lr": 3.0}, hyperparameters, {}, resumed_at, level)
+    board = Dashboard(
+        folder,
+        {"lr": 3.0},
+        hyperparameters,
+        {},
+        resumed_at,
+        level,
+        steps_per_epoch=STEPS,
+    )
     board.watch(model, torchbp.QuadraticCost(), split, split)
     for epoch in epochs:
         board.log(result(epoch, cost), 3.0, last=epoch == epochs[-1])
@@ -102,7 +118,7 @@ def test_every_curve_is_there(tmp_path, split):
     }
     assert set(tags["images"]) == {
         f"pictures/{name}"
-        for name in ("weights", "misclassified", "confusion", "journey")
+        for name in ("weights", "misclassified", "confusion", "journey", "learning")
     }
     assert tags["graph"]
     assert {"settings/text_summary", "versions/text_summary"} <= set(tags["tensors"])
@@ -170,7 +186,8 @@ def test_every_tag_has_a_caption_in_the_form_that_both_readers_take(tmp_path, sp
     for value in values(tmp_path):
         first.setdefault(value.tag, value.metadata)
     for tag in shown:
-        assert first[tag].summary_description == _captions.caption(tag, 2)
+        expected = f"{_captions.caption(tag, 2)} Step: mini-batches."
+        assert first[tag].summary_description == expected
         assert first[tag].data_class, tag
         assert "{" not in first[tag].summary_description
     about = {tag: md.summary_description for tag, md in first.items()}
@@ -196,6 +213,7 @@ def test_the_first_page_shows_what_the_run_has(tmp_path, split):
         for chart in category.chart
     }
     assert {title: len(tags) for title, tags in found.items()} == {
+        "running cost of the mini-batches": 1,
         "cost C": 3,
         "accuracy": 3,
         "how fast each layer learns": 2,
@@ -213,7 +231,8 @@ def hparams(folder):
 
 def test_hyperparameters_make_no_second_run(tmp_path, split):
     write(tmp_path, split, range(2))
-    assert [p.name.split(".")[0] for p in tmp_path.iterdir()] == ["events"]
+    names = sorted(p.name.split(".")[0] for p in tmp_path.iterdir())
+    assert names == ["events", "learning"]
     row = hparams(tmp_path)
     assert row["session_start_info"].hparams["lr"].number_value == 3.0
     assert row["session_end_info"].status == api_pb2.STATUS_SUCCESS
@@ -232,21 +251,24 @@ def test_an_interrupted_run_shows_what_there_is_until_it_is_complete(tmp_path, s
     assert read(tmp_path).Scalars("accuracy/test")[-1].step == 0
     write(tmp_path, split, range(3), resumed_at=0)
     assert hparams(tmp_path)["session_end_info"].status == api_pb2.STATUS_SUCCESS
-    assert read(tmp_path).Scalars("accuracy/test")[-1].step == 2
+    assert [e.step for e in read(tmp_path).Scalars("accuracy/test")] == ends(0, 1, 2)
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path, split):
-    """The first sitting died after logging epoch 3 and before its checkpoint."""
+    """The first session died after logging epoch 3 and before its checkpoint."""
     write(tmp_path, split, range(4), cost=0.5)
     write(tmp_path, split, range(3, 6), resumed_at=2, cost=0.25)
     events = read(tmp_path)
     curve = events.Scalars("cost/test")
-    assert [e.step for e in curve] == [0, 1, 2, 3, 4, 5]
+    assert [e.step for e in curve] == ends(0, 1, 2, 3, 4, 5)
     assert [e.value for e in curve] == [0.5] * 3 + [0.25] * 3
     distribution = events.Histograms("distributions/z_layer_1")
-    assert [e.step for e in distribution] == [0, 1, 2, 3, 4, 5]
-    # 3 was the last of the first sitting.
-    assert [e.step for e in events.Images("pictures/weights")] == [0, 1, 2, 5]
+    assert [e.step for e in distribution] == ends(0, 1, 2, 3, 4, 5)
+    # 3 was the last of the first session.
+    assert [e.step for e in events.Images("pictures/weights")] == ends(0, 1, 2, 5)
+    running = events.Scalars("cost/running")
+    assert [e.step for e in running] == list(range(1, 5 * STEPS + 1))
+    assert [e.value for e in running] == [0.5] * 2 * STEPS + [0.25] * 3 * STEPS
     assert events.Graph().node
     assert len(events.Tensors("settings/text_summary")) == 1
 
@@ -256,7 +278,7 @@ def test_a_run_that_did_not_complete_its_first_epoch_has_epoch_0_once(tmp_path, 
     write(tmp_path, split, [0, 1], resumed_at=0, cost=0.25)
     events = read(tmp_path)
     curve = events.Scalars("cost/test")
-    assert [(e.step, e.value) for e in curve] == [(0, 0.25), (1, 0.25)]
+    assert [(e.step, e.value) for e in curve] == [(0, 0.25), (STEPS, 0.25)]
     # What stood at step 0 is superseded with it, and written again.
     resumed_at = curve[0].wall_time
     for tag in ("custom_scalars__config__", "settings/text_summary"):
@@ -267,7 +289,7 @@ def test_a_run_that_began_without_a_dashboard_gets_one(tmp_path, split):
     write(tmp_path, split, range(3), level="off")
     write(tmp_path, split, range(3, 5), resumed_at=2)
     events = read(tmp_path)
-    assert [e.step for e in events.Scalars("cost/test")] == [3, 4]
+    assert [e.step for e in events.Scalars("cost/test")] == ends(3, 4)
     assert "settings/text_summary" in events.Tags()["tensors"]
     assert hparams(tmp_path)["session_start_info"].hparams["lr"].number_value == 3.0
 
@@ -307,6 +329,8 @@ def test_native_and_hand_written_layers_compare(tmp_path, split, cost):
     for tag, side in sides[0].items():
         if tag.startswith(("delta_norm", "update_ratio")):
             assert dict(side) == pytest.approx(dict(sides[1][tag]), **OFF)
+        elif tag == "pictures/learning":  # of curves that differ by rounding
+            assert [step for step, _ in side] == [step for step, _ in sides[1][tag]]
         else:
             assert side == sides[1][tag]
 
@@ -546,8 +570,10 @@ def test_runs_of_either_layers_and_either_engine_lie_side_by_side(tmp_path):
     native = points(job(tmp_path, name="native", layers="native"))
     explicit = points(job(tmp_path, name="explicit", engine="explicit"))
     assert ours == native == explicit
-    assert ours["images", "pictures/journey"] == [0, 1, 2, 3]
-    assert ours["histograms", "distributions/z_layer_2"] == [0, 1, 2, 3]
+    # 1,297 images in batches of 10 are 130 mini-batches.
+    assert ours["images", "pictures/journey"] == [0, 130, 260, 390]
+    assert ours["images", "pictures/learning"] == [130, 260, 390]
+    assert ours["histograms", "distributions/z_layer_2"] == [0, 130, 260, 390]
     begun = job(tmp_path, name="begun", epochs=2)
     mnist.resume(begun, epochs=3, engine="explicit")
     assert points(begun) == ours
@@ -558,6 +584,7 @@ def test_every_level_trains_the_same_and_leaves_what_repeats_it(tmp_path, level)
     run = Path(job(tmp_path, log_level=level))
     names = {p.name.split(".")[0] for p in run.iterdir()} - {"events"}
     assert {"checkpoint", "settings", "versions"} <= names
+    assert ("learning" in names) == (level == "full")
     assert len(list(run.glob("events.*"))) == (level != "off")
     full = Path(job(tmp_path, name="full"))
     ours, theirs = (
@@ -568,7 +595,7 @@ def test_every_level_trains_the_same_and_leaves_what_repeats_it(tmp_path, level)
         assert torch.equal(parameter, theirs[name])
 
 
-def test_a_later_sitting_at_full_level_draws_the_graph_once(tmp_path, split):
+def test_a_later_session_at_full_level_draws_the_graph_once(tmp_path, split):
     write(tmp_path, split, [0, 1], level="basic")
     assert not read(tmp_path).Tags()["graph"]
     write(tmp_path, split, [2], resumed_at=1)
@@ -638,7 +665,7 @@ def convolution(channels, size, layer=torchbp.BPLinear):
     return nn.Sequential(nn.Unflatten(1, (1, 6, 6)), conv, nn.Flatten(), layer(n, 3))
 
 
-ANY = {"confusion", "misclassified"}
+ANY = {"confusion", "misclassified", "learning"}
 ALL = ANY | {"weights", "journey"}
 NETWORKS = {
     "features": (lambda: convolution(2, 3), ANY),
@@ -715,7 +742,7 @@ def test_a_convolution_is_trained_and_pictured(tmp_path):
     trainer.fit(2, lambda result: board.log(result, 0.1))
     board.close()
     assert pictures_in(tmp_path) == ANY
-    assert [e.step for e in read(tmp_path).Scalars("saturated/layer_1")] == [0, 1, 2]
+    assert [e.step for e in read(tmp_path).Scalars("saturated/layer_1")] == ends(0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -723,10 +750,10 @@ def test_a_convolution_is_trained_and_pictured(tmp_path):
     [
         ((35,), 3, {"confusion"}),
         ((1, 6, 6), 3, {"confusion"}),
-        ((36,), 1, ALL),
-        ((36,), 31, ALL),
-        ((36,), 120, ALL - {"confusion"}),
-        ((400 * 400,), 3, ALL),
+        ((36,), 1, ALL - {"learning"}),
+        ((36,), 31, ALL - {"learning"}),
+        ((36,), 120, ALL - {"confusion", "learning"}),
+        ((400 * 400,), 3, ALL - {"learning"}),
     ],
 )
 def test_pictures_of_other_images_and_classes(tmp_path, shape, classes, expected):
