@@ -89,9 +89,9 @@ def main(settings: Settings) -> dict[str, Any]:
     """
     with join(settings.device) as world, ExitStack() as held:
         folder = make_folder(settings) if world.rank == 0 else None
-        if folder is not None:
-            held.enter_context(folder.lock())
         try:
+            if folder is not None:
+                held.enter_context(folder.lock())
             splits, settings = load_data(settings)
             trainer = assemble(settings, splits, world)
             log = None if folder is None else open_log(folder, settings, world, trainer)
