@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -19,15 +20,19 @@ from torch import nn
 
 import torchbp
 from experiments import mnist
+from experiments.support.settings import ENGINES
 from torchbp import data
 from torchbp.data.sets import Split, Splits, scale
 from torchbp.inspection import probe
 from torchbp.training import checkpoint
 from torchbp.training.dashboard import captions as _captions
+from torchbp.training.dashboard import chart as _chart
 from torchbp.training.dashboard import dashboard
 from torchbp.training.dashboard import graph as _graph
 from torchbp.training.dashboard import pictures as _pictures
+from torchbp.training.dashboard.chart import draw_learning
 from torchbp.training.dashboard.dashboard import Dashboard, is_pictured
+from torchbp.training.dashboard.events import EventWriter, event_files, read_scalars
 from torchbp.training.trainer import AutogradSGD, EpochResult, Score, Trainer
 
 STEPS = 4  # mini-batches in an epoch
@@ -433,6 +438,196 @@ def test_epochs_that_are_pictured():
     assert shown == [0, 1, 2, 5, 10, 20, 50, 100, 200]
 
 
+# ------------------------------------------------------------------ the running cost
+
+
+@pytest.mark.parametrize("epochs", [None, 1, 7, 20, 21, 30, 400, 1000, 1001, 2500])
+@pytest.mark.parametrize("n", [1, 13, 50, 51, 5000])
+def test_the_running_cost_is_thinned_evenly(epochs, n):
+    """At most 50 points an epoch and 1,000 a run, each epoch alike; the last point is
+    the run's end."""
+    last = epochs or 20
+    points = [dashboard.thin([1.0] * n, epoch, epochs) for epoch in range(1, last + 1)]
+    numbers = [len(of_epoch) for of_epoch in points]
+    assert max(numbers) <= min(50, n) and sum(numbers) <= 1000
+    assert points[-1][-1] == (n, 1.0)
+    if last <= 1000:
+        assert set(numbers) == {min(50, n, 1000 // last)}
+    else:
+        # The distance from one to the next, but for that to the last.
+        at = [epoch for epoch, number in enumerate(numbers, start=1) if number]
+        assert len({b - a for a, b in itertools.pairwise(at[:-1])}) == 1
+    for of_epoch in filter(None, points):
+        steps = [0, *(step for step, _ in of_epoch)]
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert steps[-1] == n and max(gaps) - min(gaps) <= 1
+
+
+def test_a_point_is_the_mean_since_the_point_before():
+    costs = [float(i) for i in range(100)]
+    points = dashboard.thin(costs, 1, epochs=100)
+    assert [step for step, _ in points] == list(range(10, 101, 10))
+    assert [cost for _, cost in points] == [4.5 + 10 * i for i in range(10)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_running_cost_of_a_run_is_that_of_its_mini_batches(tmp_path, engine):
+    """And an epoch is one write, whatever the engine."""
+    writes, results = [], []
+    append, log = dashboard.EventWriter._append, Dashboard.log
+
+    def count(writer, content):
+        writes.append(len(content))
+        append(writer, content)
+
+    def keep(board, result, *rest):
+        results.append(result)
+        log(board, result, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dashboard.EventWriter, "_append", count)
+        patch.setattr(Dashboard, "log", keep)
+        run = job(tmp_path, engine=engine, log_level="basic")
+    assert len(writes) == 6  # of the settings, of four epochs, of the end
+    costs = [cost for result in results for cost in result.costs]
+    assert len(costs) == 390
+    curve = read(run).Scalars("cost/running")
+    steps = [0, *(e.step for e in curve)]
+    assert len(curve) == 150 and {130, 260, 390} < set(steps)
+    means = [sum(costs[a:b]) / (b - a) for a, b in itertools.pairwise(steps)]
+    single = bounds.relative(torch.finfo(torch.float32).eps)
+    assert [e.value for e in curve] == pytest.approx(means, **single)
+    times = [e.wall_time for e in curve]
+    assert times == sorted(times)
+
+
+def test_a_run_that_is_extended_has_each_point_once(tmp_path):
+    whole = points(job(tmp_path, name="whole", epochs=5))
+    part = job(tmp_path, name="part", epochs=2)
+    mnist.resume(part, epochs=5, output="quiet")
+    assert points(part) == whole
+
+
+def test_a_resumed_dashboard_needs_its_unit(tmp_path):
+    with pytest.raises(ValueError, match="steps_per_epoch: expected the number of"):
+        Dashboard(tmp_path, {}, {}, {}, resumed_at=2)
+    for wrong in ({"epochs": 0}, {"steps_per_epoch": 0}):
+        with pytest.raises(ValueError, match=r"^\w+: expected at least 1, got 0"):
+            Dashboard(tmp_path, {}, {}, {}, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_costs_are_not_needed(tmp_path):
+    """Of an EpochResult that somebody else made: the running cost as one point."""
+    board = Dashboard(tmp_path, {}, {}, {}, steps_per_epoch=STEPS)
+    board.log(EpochResult(1, {}, 0.5, 1.0, 1000.0), 3.0)
+    board.close()
+    curve = read(tmp_path).Scalars("cost/running")
+    assert [(e.step, e.value) for e in curve] == [(STEPS, 0.5)]
+
+
+# ------------------------------------------------------------------ event files
+
+
+def test_a_later_event_file_sorts_last_without_a_wait(tmp_path):
+    """Whatever the clock: TensorBoard reads the files in the order of their names."""
+    (tmp_path / "events.out.tfevents.4102444800.host.1.0").write_bytes(b"")
+    for step in range(12):
+        with EventWriter(tmp_path) as writer:
+            writer.add_scalar("cost", 0.5, step)
+    files = event_files(tmp_path)
+    assert files[-1] == writer.path
+    steps = [list(read_scalars([f.read_bytes()], "cost")["cost"]) for f in files[1:]]
+    assert steps == [[step] for step in range(12)]
+
+
+def test_scalars_are_read_as_tensorboard_reads_them(tmp_path, split):
+    """Up to the step, by prefix, superseded ones replaced, and from a torn file."""
+    write(tmp_path, split, range(4), cost=0.5)
+    write(tmp_path, split, range(3, 6), resumed_at=2, cost=0.25)
+    contents = [file.read_bytes() for file in event_files(tmp_path)]
+    events = read(tmp_path)
+    expected = {
+        tag: {e.step: e.value for e in events.Scalars(tag)}
+        for tag in ("cost/train", "cost/test")
+    }
+    assert read_scalars(contents, "cost/t") == expected
+    earlier = read_scalars(contents, "cost/t", last_step=STEPS)
+    assert {tag: list(curve) for tag, curve in earlier.items()} == {
+        tag: ends(0, 1) for tag in expected
+    }
+    whole = contents[0]
+    for size in range(len(whole) - 200, len(whole)):
+        assert read_scalars([whole[:size]], "cost/test")["cost/test"][0] == 0.5
+    flipped = bytearray(whole)
+    flipped[whole.index(b"cost/test", whole.index(b"cost/running"))] ^= 1
+    read_scalars([bytes(flipped)], "cost")  # a damaged record is no record
+
+
+# ------------------------------------------------------------------ the chart
+
+
+FALLING = {
+    layer: {STEPS * epoch: 10.0 ** (layer - 4 - epoch / 10) for epoch in range(11)}
+    for layer in (1, 2, 3)
+}
+
+
+def inks(picture):
+    """The colours of a picture that are more than a few pixels."""
+    return {colour for count, colour in picture.getcolors(100_000) if count > 20}
+
+
+@pytest.mark.parametrize("zoom", [1, 2])
+def test_each_layer_has_a_line_and_a_name_of_its_colour(zoom):
+    picture = draw_learning(FALLING, "mini-batches", zoom)
+    assert picture.size == (_pictures.WIDTH * zoom, _chart.HEIGHT * zoom)
+    right = _chart._Axes(FALLING).right
+    area = (right + 10) * zoom
+    names = picture.crop((area, 0, picture.width, picture.height))
+    lines = picture.crop((0, 0, area, picture.height))
+    drawn = set(_chart.COLOURS[:3])
+    for part in (names, lines):
+        assert drawn <= inks(part)
+        assert not inks(part) & set(_chart.COLOURS[3:])
+
+
+def test_the_axis_is_logarithmic_and_the_names_are_in_order():
+    """Equal ratios are equal distances, and no name lies on another."""
+    axes = _chart._Axes(FALLING)
+    heights = [axes.place(0, 10.0**power)[1] for power in (-1, -2, -3)]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1])
+    alike = {layer: {0: 0.5, 4: 0.5 + layer / 1e6} for layer in range(1, 9)}
+    labels = _chart._Axes(alike).labels
+    order = sorted(labels, key=labels.get)
+    assert order == list(range(8, 0, -1))
+    tops = sorted(labels.values())
+    assert min(b - a for a, b in itertools.pairwise(tops)) >= 14
+    assert tops[0] >= 0 and tops[-1] <= _chart.HEIGHT
+
+
+def test_many_layers_zeros_and_numbers_that_are_not_finite():
+    picture = draw_learning({n: {0: 1.0, 5: 0.1 / n} for n in range(1, 1001)}, "epochs")
+    assert len(inks(picture) & set(_chart.COLOURS)) == _chart.MOST_CURVES
+    wild = {1: {0: 0.0, 4: 0.0}, 2: {0: 1e-300, 4: 1e38}, 3: {0: 1.0, 4: float("nan")}}
+    assert _chart.COLOURS[0] in inks(draw_learning(wild, "mini-batches"))
+    draw_learning({1: {0: 0.0, 4: 0.0}}, "mini-batches")
+    draw_learning({1: {0: 1.0, 1: 1.0}}, "epochs")
+
+
+def test_the_chart_goes_on_after_a_resume(tmp_path):
+    """From the points that the event files hold: the picture of an undisturbed run."""
+    whole = Path(job(tmp_path, name="whole", epochs=5))
+    part = Path(job(tmp_path, name="part", epochs=2))
+    mnist.resume(str(part), epochs=5, output="quiet")
+    assert (part / "learning.png").read_bytes() == (whole / "learning.png").read_bytes()
+    pictures = [
+        [e.encoded_image_string for e in read(run).Images("pictures/learning")]
+        for run in (whole, part)
+    ]
+    assert pictures[0][-1] == pictures[1][-1]
+
+
 # ------------------------------------------------------------------ the pictures
 
 
@@ -742,7 +937,9 @@ def test_a_convolution_is_trained_and_pictured(tmp_path):
     trainer.fit(2, lambda result: board.log(result, 0.1))
     board.close()
     assert pictures_in(tmp_path) == ANY
-    assert [e.step for e in read(tmp_path).Scalars("saturated/layer_1")] == ends(0, 1, 2)
+    assert [e.step for e in read(tmp_path).Scalars("saturated/layer_1")] == ends(
+        0, 1, 2
+    )
 
 
 @pytest.mark.parametrize(
