@@ -146,15 +146,20 @@ def _some(layers: Sequence[int]) -> list[int]:
 def _apart(
     heights: Mapping[int, float], distance: float, top: float, bottom: float
 ) -> dict[int, float]:
-    """The heights, moved until each is at least `distance` below the one above it."""
+    """The heights, moved until each is at least `distance` below the one above it, by
+    as little as possible."""
     order = sorted(heights, key=lambda layer: heights[layer])
-    placed = [max(heights[layer], top) for layer in order]
-    for i, j in itertools.pairwise(range(len(placed))):
-        placed[j] = max(placed[j], placed[i] + distance)
-    if placed and placed[-1] > bottom:
-        placed[-1] = bottom
-    for i in range(len(placed) - 2, -1, -1):
-        placed[i] = min(placed[i], placed[i + 1] - distance)
+    placed = [heights[layer] for layer in order]
+    pairs = list(itertools.pairwise(range(len(placed))))
+    for _ in range(100):
+        for i, j in pairs:
+            push = max(0.0, distance - placed[j] + placed[i]) / 2
+            placed[i], placed[j] = placed[i] - push, placed[j] + push
+    for i in range(len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + distance if i else top)
+    for i in reversed(range(len(placed))):
+        below = placed[i + 1] - distance if i + 1 < len(placed) else bottom
+        placed[i] = min(placed[i], below)
     return dict(zip(order, placed, strict=True))
 
 

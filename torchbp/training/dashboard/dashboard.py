@@ -362,6 +362,8 @@ class Dashboard:
             self._described.add(value.tag)
             unit = EPOCHS if self._counts_epochs else MINI_BATCHES
             text = f"{caption(value.tag, self.layers)} {unit}"
+            if plugin == "scalars" and value.tag != "cost/running":
+                text += " One point an epoch: set Smoothing to 0."
             _describe(value, plugin, text)
         self.writer.add_summary(summary, step, moment)
 
