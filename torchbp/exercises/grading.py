@@ -1,13 +1,13 @@
 """Grading: a learner's file beside the solution and the usual mistakes.
 
-The file, the solution and each mistake are programs of the same functions. Each case
-calls them with the same numbers. So a mistake is recognised by what it computes, or by
-the error that it raises, however it is written.
+The file, the solution and each mistake are programs of the same functions, and each
+case calls them with the same numbers. So a mistake is recognised by what it computes,
+or by the error that it raises, however it is written.
 """
 
 from __future__ import annotations
 
-import ast
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,17 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbp._terminal import aligned
 from torchbp.data import DataError
 from torchbp.exercises.material import Case, Exercise
 from torchbp.exercises.probes import PROBES, Misfit, Names, Outcome, call
 
+_ERRORS = (Exception, SystemExit)  # what a learner's file may end in
+_GAP = r"(^\s*|return |=\s?|\()\.\.\."  # not that of an index
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a file is right, and the lines that say what is wrong, or a note."""
+    """What has come of a file: "right", "wrong" or "open", and paragraphs on it."""
 
-    ok: bool
-    lines: list[str]
+    word: str
+    paragraphs: list[str]
 
 
 def grade(exercise: Exercise, path: Path) -> Verdict:
@@ -40,28 +44,30 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
         ValueError: a case cannot be tried on this machine.
         KeyboardInterrupt: with the line of the file that was interrupted.
     """
-    file = _File(path)
+    file, passed, notes = _File(path), list[Case](), list[str]()
     try:
         names = _run(file.code, str(path))
-        passed: list[Case] = []
-        note = ""
         for case in exercise.cases:
             outcome = _outcome(names, case)
             if wrong := _wrong(exercise, case, outcome):
                 mistake = _mistake(exercise, case, outcome, passed)
-                lines = [*_report(exercise, case, outcome, wrong, file, mistake)]
-                return Verdict(False, lines)
+                if (gap := file.gap(case.subject)) and not mistake:
+                    return Verdict("open", [gap])
+                report = _report(exercise, case, outcome, wrong, file)
+                mistake = mistake or _likeness(outcome, wrong, case)
+                return Verdict("wrong", [*report, *filter(None, [mistake])])
             passed.append(case)
-            note = note or outcome.note
-        return Verdict(True, [note] if note else [])
+            notes += filter(None, [outcome.note])
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(file.place(error) or path.name) from None
-    except _ERRORS as error:  # the file itself ends in it
-        gap = file.gap(file.tree)
-        return Verdict(False, [gap] if gap else [file.place(error), _text(error)])
-
-
-_ERRORS = (Exception, SystemExit)
+    except DataError as error:
+        raise ValueError(error) from error
+    except _ERRORS as error:  # that of the file as a whole
+        if gap := file.gap():
+            return Verdict("open", [gap])
+        place = file.place(error) or path.name
+        return Verdict("wrong", [f"{place}\n{_text(error)}"])
+    return Verdict("right", notes)
 
 
 class _File:
@@ -70,110 +76,96 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path, self.code = path, path.read_bytes()
         self.lines = self.code.decode("utf-8", "replace").splitlines()
-        try:
-            self.tree: ast.AST | None = ast.parse(self.code)
-        except Exception:  # running it says what is wrong
-            self.tree = None
 
-    def line(self, number: int) -> str:
-        """The line with its number."""
-        text = self.lines[number - 1].strip() if number <= len(self.lines) else ""
-        return f"{self.path.name}, line {number}: {text}"
+    def line(self, i: int) -> str:
+        """Line i, counted from 0, and where it is."""
+        text = self.lines[i].strip() if i < len(self.lines) else ""
+        return f"{self.path.name}, line {i + 1}: {text}"
 
     def place(self, error: BaseException) -> str:
-        """The innermost line of the file in the traceback of `error`, or ""."""
-        numbers = [
-            number
-            for frame, number in traceback.walk_tb(error.__traceback__)
-            if frame.f_code.co_filename == str(self.path)
-        ]
-        if isinstance(error, SyntaxError) and error.filename == str(self.path):
-            numbers.append(error.lineno or 1)
-        return self.line(numbers[-1]) if numbers else ""
+        """The innermost line of the file that `error` has come through, or ""."""
+        frames = traceback.walk_tb(error.__traceback__)
+        numbers = [n for f, n in frames if f.f_code.co_filename == str(self.path)]
+        if getattr(error, "filename", None) == str(self.path):  # a SyntaxError
+            numbers.append(getattr(error, "lineno", None) or 1)
+        return self.line(numbers[-1] - 1) if numbers else ""
 
-    def definition(self, name: str) -> Any:
-        """The syntax tree of the function or class of that name, or None."""
-        body = getattr(self.tree, "body", [])
-        return next((n for n in body if getattr(n, "name", None) == name), None)
+    def body(self, name: str) -> range:
+        """The lines of the function or class of that name."""
+        heads = [i for i, line in enumerate(self.lines) if re.match(r"[^\s#]", line)]
+        for start, end in zip(heads, [*heads[1:], len(self.lines)], strict=True):
+            if re.match(rf"(def|class) {name}\b", self.lines[start]):
+                return range(start, end)
+        return range(0)
 
-    def gap(self, tree: Any) -> str:
-        """The first line below `tree` with an `...` that is no index, or ""."""
-        indices = [n for n in _below(tree, ast.Subscript) for n in ast.walk(n.slice)]
-        for node in _below(tree, ast.Constant):
-            if node.value is ... and node not in indices:
-                return f"not yet written: {self.line(node.lineno)}"
+    def gap(self, name: str | None = None) -> str:
+        """The first line with a gap, of the file or of what has that name, or ""."""
+        for i in range(len(self.lines)) if name is None else self.body(name):
+            if re.search(_GAP, self.lines[i]):
+                return f"not yet written: {self.line(i)}"
         return ""
-
-
-def _below(tree: Any, kind: type[ast.AST]) -> list[Any]:
-    return [n for n in ast.walk(tree) if isinstance(n, kind)] if tree else []
 
 
 def _run(code: str | bytes, path: str) -> Names:
     """What a program defines; nothing is written, no cache either."""
-    module = ModuleType("exercise")
-    module.__file__ = path
-    sys.modules["exercise"] = module  # dataclasses look it up
+    module = sys.modules["exercise"] = ModuleType("exercise")  # dataclasses look it up
     exec(compile(code, path, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
 
+def _arguments(case: Case) -> dict[str, Any]:
+    def tensor(value: Any) -> Any:
+        is_list = isinstance(value, list)
+        return (
+            torch.tensor(value, dtype=torch.float64, device="cpu") if is_list else value
+        )
+
+    return {name: tensor(value) for name, value in case.arguments.items()}
+
+
 def _outcome(names: Names, case: Case) -> Outcome:
     """What `case` shows of the program that has defined `names`."""
-    arguments, untouched = _arguments(case), _arguments(case)
+    arguments = _arguments(case)
     try:
         if case.subject not in names:
-            raise Misfit(f"it defines no {case.subject}")
+            raise Misfit(f"the file defines no {case.subject}")
         result = PROBES.get(case.function, call)(names, case, arguments)
-        for name, value in untouched.items():
+        for name, value in _arguments(case).items():
             if not _close(arguments[name], value):
                 raise Misfit(f"{name} is overwritten: work on new tensors")
-    except DataError as error:
-        raise ValueError(error) from error
+        return result if isinstance(result, Outcome) else _labelled(case, result)
+    except DataError:
+        raise
     except _ERRORS as error:
         return Outcome(text=_text(error), error=error)
-    return result if isinstance(result, Outcome) else _labelled(case, result)
-
-
-def _arguments(case: Case) -> dict[str, Any]:
-    return {
-        name: torch.tensor(value, dtype=torch.float64, device="cpu")
-        if isinstance(value, list)
-        else value
-        for name, value in case.arguments.items()
-    }
 
 
 def _text(error: BaseException) -> str:
-    if isinstance(error, Misfit):
-        return str(error)
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     first = (message.strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    kind = "" if isinstance(error, Misfit) else type(error).__name__
+    return ": ".join(filter(None, (kind, first)))
 
 
 def _labelled(case: Case, result: Any) -> Outcome:
-    """The results by their names, or what is wrong with their kind."""
+    """The results by their names."""
     values = list(result) if isinstance(result, (tuple, list)) else [result]
-    expected = ", ".join(case.results)
-    if result is None:
-        return Outcome(text=f"{case} returns None, expected {expected}")
     if len(values) != len(case.results):
-        text = f"{len(values)} results, expected {len(case.results)}: {expected}"
-        return Outcome(text=f"{case} returns {text}")
-    may_lack = (Tensor, type(None)) if case.function == "backward" else Tensor
+        expected = f"{len(case.results)}: {', '.join(case.results)}"
+        raise Misfit(f"{case} returns {len(values)} results, expected {expected}")
+    may_lack = (Tensor, type(None)) if case.function in PROBES else Tensor
     for name, value in zip(case.results, values, strict=True):
         if not isinstance(value, may_lack):
-            kind = type(value).__name__
-            return Outcome(text=f"{name}: expected a tensor, got {kind} {value!r}")
+            got = "None" if value is None else f"{type(value).__name__} {value}"
+            raise Misfit(f"{case} returns {got} for {name}, expected a tensor")
     return Outcome(dict(zip(case.results, values, strict=True)))
 
 
 def _close(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return a is b or (not isinstance(a, Tensor) and a == b)
+        return bool(a is b or (a == b and type(a) is type(b)))
     same = a.shape == b.shape and a.dtype == b.dtype
-    return same and torch.allclose(a.detach().double(), b.double(), equal_nan=True)
+    return same and torch.allclose(a.double(), b.double(), equal_nan=True)
 
 
 def _wrong(exercise: Exercise, case: Case, outcome: Outcome) -> dict[str, Any]:
@@ -196,80 +188,57 @@ def _mistake(
         names = _run(code, "mistake")
         if any(_wrong(exercise, c, _outcome(names, c)) for c in passed):
             continue
-        other = _outcome(names, case)
-        if other.text == outcome.text and other.values.keys() == outcome.values.keys():
-            values = outcome.values.items()
-            if all(_close(value, other.values[name]) for name, value in values):
-                return text
+        other, values = _outcome(names, case), outcome.values
+        if (other.text, other.values.keys()) != (outcome.text, values.keys()):
+            continue
+        if all(_close(values[name], other.values[name]) for name in values):
+            return text
     return ""
 
 
 def _report(
-    exercise: Exercise,
-    case: Case,
-    outcome: Outcome,
-    wrong: dict[str, Any],
-    file: _File,
-    mistake: str,
+    exercise: Exercise, case: Case, outcome: Outcome, wrong: dict[str, Any], file: _File
 ) -> Iterator[str]:
-    """What the learner reads: the place, the numbers, and what the mistake is."""
-    definition = file.definition(case.subject)
-    if (gap := file.gap(definition)) and not mistake:
-        yield gap
-        return
+    """Where it is, with which numbers, and what the result should be."""
     if outcome.text:
+        body = file.body(case.subject)
         place = file.place(outcome.error) if outcome.error else ""
-        if not place and definition:
-            place = file.line(definition.lineno)
-        yield from filter(None, (place, outcome.text))
-    if case.arguments:
-        yield f"{case} for"
-        for name, value in _arguments(case).items():
-            yield from _written(f"    {name} = ", value)
+        place = place or (file.line(body[0]) if body else file.path.name)
+        yield f"{place}\n{outcome.text}"
     name, right = next(iter(wrong.items()))
+    rows = [["  " + name, _written(value)] for name, value in _arguments(case).items()]
     if name:
-        ours = outcome.values[name]
-        yield from _written(f"your {name} = ", ours)
-        yield from _written(f"expected {name} = ", right)
-        mistake = mistake or _likeness(name, ours, right, case)
+        rows += [[f"your {name}", _written(outcome.values[name])]]
+        rows += [[f"right {name}", _written(right)]]
+    if rows:
+        yield f"{case} for\n" + aligned([[a, "= " + b] for a, b in rows], 2)
+    if name:
         yield exercise.equations[name]
-    if mistake:
-        yield mistake
 
 
-def _likeness(name: str, ours: Any, right: Tensor, case: Case) -> str:
-    """What a wrong number of an unknown mistake is like, or ""."""
-    if ours is None or ours.dtype != right.dtype:
-        return f"{name} is {getattr(ours, 'dtype', None)}, expected {right.dtype}"
-    if ours.shape != right.shape:
-        shapes = f"{tuple(ours.shape)}, expected {tuple(right.shape)}"
-        return f"{name} has the shape {shapes}"
+def _likeness(outcome: Outcome, wrong: dict[str, Any], case: Case) -> str:
+    """What the wrong result of an unknown mistake is like, or ""."""
+    name, right = next(iter(wrong.items()))
+    if outcome.text or (ours := outcome.values[name]) is None:
+        return ""
+    for what in ("shape", "dtype"):
+        a, b = (str(getattr(t, what)).split("torch.")[-1] for t in (ours, right))
+        if a != b:
+            return f"Its {what} is {a}, expected {b}."
     if right.dim() == 2 and _close(ours, right.T):
-        return f"{name} is transposed"
+        return "It is transposed."
     factor = ((ours * right).sum() / right.square().sum()).item()
     if factor and _close(ours, factor * right):
-        rows = len(next(iter(_arguments(case).values())))
-        of_n = {rows: f"n = {rows}", 1 / rows: f"1/n = 1/{rows}"} if rows > 1 else {}
-        return f"{name} is off by the factor {of_n.get(factor, f'{factor:.4g}')}"
+        n = len(next(iter(_arguments(case).values())))
+        of_n = {n: f"n = {n}", 1 / n: f"1/n = 1/{n}"} if n > 1 else {-1.0: "-1"}
+        return f"It is off by the factor {of_n.get(factor, f'{factor:.4g}')}."
     return ""
 
 
-def _written(head: str, value: Any) -> Iterator[str]:
-    """A tensor as it is written in Python, a row on each line."""
-    if not isinstance(value, Tensor):
-        yield f"{head}{value}"
-        return
-    rows = value.tolist()
-    nested = value.dim() > 1
-    for i, row in enumerate(rows if nested else [rows]):
-        start, end = (head + "[", ",") if i == 0 else (" " * len(head) + " ", ",")
-        if nested:
-            yield start + _numbers(row) + ("]" if i == len(rows) - 1 else end)
-        else:
-            yield head + _numbers(row)
-
-
-def _numbers(values: Any) -> str:
-    if isinstance(values, list):
-        return f"[{', '.join(map(_numbers, values))}]"
-    return f"{values:.4g}"
+def _written(value: Any) -> str:
+    """A value as it is written in Python."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

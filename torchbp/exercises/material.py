@@ -1,10 +1,9 @@
 """The exercises, each read from its Markdown file.
 
-The file's first code block is the solution. A line of it that ends with `# gap` is not
-in the learner's file, or is, with the text that follows `# gap` in its place. "Cases"
-lists the calls that grade it, smallest first; "Equations" says what each result is;
-"Mistakes" has a heading for each, which is what the grader says of it, and how its code
-differs from the solution; after "or" another way to make it.
+The first code block is the solution; "Gap" says what the learner's file has in place of
+some of its lines, and "Mistakes" what wrong code has: each heading is what the grader
+says of it, and after "or" comes another way to make that mistake. "Cases" are the calls
+that grade a file, smallest first, and "Equations" says what their results are.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One call that grades an exercise.
+    """One call that grades an exercise: `results = function(*names, **arguments)`.
 
     Attributes:
-        function: what is called: one of the learner's functions, or a probe.
-        names: the literals without keyword; a probe's first is what it looks at.
-        arguments: the literals with keyword.
-        results: the names of the results.
+        function: one of the learner's functions, or a probe.
+        names: what the probe looks at, by name, and its settings.
+        arguments: numbers, as lists; those of a probe are for what it looks at.
+        results: their names.
     """
 
     function: str
@@ -81,25 +80,26 @@ def exercises() -> tuple[Exercise, ...]:
 
 
 def _read(path: Path) -> Exercise:
-    head, *rest = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = path.read_text(encoding="utf-8")
+    head, *rest = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
     sections = dict(zip(rest[::2], rest[1::2], strict=True))
-    (code,) = _blocks(head)
-    solution = re.sub(r"  # gap.*", "", code)
-    _, *parts = re.split(r"^### (.+)\n", sections["Mistakes"], flags=re.MULTILINE)
     number, _, name = path.stem.partition("_")
+    (solution,) = _blocks(head)
+    equations = (item.partition(": ") for item in _items(sections["Equations"]))
+    _, *parts = re.split(r"^### (.+)\n", sections["Mistakes"], flags=re.MULTILINE)
     return Exercise(
         int(number),
         name,
         head.splitlines()[0].removeprefix("# "),
-        _with_gaps(code),
+        _edited(solution, sections["Gap"]),
         solution,
         tuple(_items(sections["Hints"])),
-        tuple(_case(node) for node in ast.parse(_blocks(sections["Cases"])[0]).body),
-        dict(item.split(": ", 1) for item in _items(sections["Equations"])),  # type: ignore[misc]
+        tuple(map(_case, ast.parse(_blocks(sections["Cases"])[0]).body)),
+        {name: text for name, _, text in equations},
         tuple(
-            (text, functools.reduce(_edited, _blocks(way), solution))
-            for text, part in zip(parts[::2], parts[1::2], strict=True)
-            for way in re.split(r"^or\n", part, flags=re.MULTILINE)
+            (text, _edited(solution, way))
+            for text, ways in zip(parts[::2], parts[1::2], strict=True)
+            for way in re.split(r"^or\n", ways, flags=re.MULTILINE)
         ),
     )
 
@@ -110,34 +110,28 @@ def _blocks(text: str) -> list[str]:
 
 def _items(text: str) -> list[str]:
     """The items of a Markdown list, each on one line."""
-    items = re.split(r"^- ", text, flags=re.MULTILINE)[1:]
-    return [" ".join(item.split()) for item in items]
+    return [" ".join(item.split()) for item in re.split(r"^- ", text, flags=re.M)[1:]]
 
 
-def _with_gaps(code: str) -> str:
-    code = re.sub(r"^.*  # gap\n", "", code, flags=re.MULTILINE)
-    return re.sub(r"^( *)\S.*  # gap (.+)", r"\1\2", code, flags=re.MULTILINE)
-
-
-def _edited(code: str, diff: str) -> str:
-    """The code after the change; the lines that it starts from must be there once."""
-    lines = diff.splitlines(keepends=True)
-    before = "".join(line[1:] for line in lines if line[0] != "+")
-    after = "".join(line[1:] for line in lines if line[0] != "-")
-    if code.count(before) != 1:
-        raise ValueError(f"mistake: expected lines of the solution, got {before!r}")
-    return code.replace(before, after)
+def _edited(code: str, section: str) -> str:
+    """The code after the changes, each of lines that are in it once."""
+    for diff in _blocks(section):
+        lines = diff.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] == "-")
+        if code.count(before) != 1:
+            raise ValueError(f"expected lines of the solution, got {before!r}")
+        after = "".join(line[1:] for line in lines if line[0] == "+")
+        code = code.replace(before, after)
+    return code
 
 
 def _case(node: Any) -> Case:
-    """`result, ... = function(literal, ..., name=literal, ...)`, or the call alone."""
-    results = []
-    if isinstance(node, ast.Assign):
-        results = [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)]
+    """The case of a line `results = function(literals)`."""
+    targets = ast.walk(node.targets[0]) if isinstance(node, ast.Assign) else ()
     call = node.value
     return Case(
         call.func.id,
         tuple(map(ast.literal_eval, call.args)),
         {k.arg: ast.literal_eval(k.value) for k in call.keywords},
-        tuple(results),
+        tuple(n.id for n in targets if isinstance(n, ast.Name)),
     )

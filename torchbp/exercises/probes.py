@@ -90,7 +90,7 @@ def find_slope(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
     return Outcome({name: ours}, {name: right})
 
 
-def examine_function(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
+def examine_function(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
     """The first finding of `examine`, of the checks that the case names."""
     _, checks, *shapes = case.names
     generator = torch.Generator("cpu").manual_seed(0)
@@ -101,7 +101,7 @@ def examine_function(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
     return Outcome(text=f"{first.reason}: {first.fix}" if first else "")
 
 
-def compare_layer(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
+def compare_layer(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
     """What `compare` finds wrong in a network with the learner's layer."""
     torch.manual_seed(0)
     model = MLP([2, 3, 1], names[case.subject], "sigmoid", device="cpu", dtype=F64)
@@ -114,7 +114,7 @@ def compare_layer(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
     )
 
 
-def train(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
+def train(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
     """The training of a network of 784, 30 and 10 neurons on the digits."""
     training, _, test = data.load("digits")
     backprop, step = (names[name] for name in case.names)
@@ -122,7 +122,7 @@ def train(names: Names, case: Case, _: dict[str, Any]) -> Outcome:
     generator = torch.Generator("cpu").manual_seed(0)
     p = [p for sizes in ((784, 30), (30, 10)) for p in _drawn(*sizes, generator)]
     right = 0.0
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, EPOCHS + 1):  # noqa: B007
         order = torch.randperm(len(x), generator=generator, device="cpu")
         for rows in order.split(BATCH_SIZE):
             gradients = backprop(*p, x[rows], y[rows])
