@@ -26,6 +26,8 @@ from torchbp.exercises.probes import PROBES, Misfit, Names, Outcome, call
 
 _ERRORS = (Exception, SystemExit)  # what a learner's file may end in
 _GAP = r"(^\s*|return |=\s?|\()\.\.\."  # not that of an index
+# Of the largest entry, as compare has it of float32.
+_TOLERANCE = torch.finfo(torch.float32).eps ** 0.5
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ class _File:
         return self.line(numbers[-1] - 1) if numbers else ""
 
     def body(self, name: str) -> range:
-        """The lines of the function or class of that name."""
-        heads = [i for i, line in enumerate(self.lines) if re.match(r"[^\s#]", line)]
-        for start, end in zip(heads, [*heads[1:], len(self.lines)], strict=True):
-            if re.match(rf"(def|class) {name}\b", self.lines[start]):
-                return range(start, end)
-        return range(0)
+        """The lines of the last function or class of that name."""
+        body, end = range(0), len(self.lines)
+        for i in range(len(self.lines)):
+            if re.match(rf"(def|class) {name}\b", self.lines[i]):
+                body = range(i, end)
+            elif len(body) and body.stop == end and re.match(r"[^\s#)]", self.lines[i]):
+                body = range(body.start, i)
+        return body
 
     def gap(self, name: str | None = None) -> str:
         """The first line with a gap, of the file or of what has that name, or ""."""
@@ -128,7 +132,8 @@ def _outcome(names: Names, case: Case) -> Outcome:
     arguments = _arguments(case)
     try:
         if case.subject not in names:
-            raise Misfit(f"the file defines no {case.subject}")
+            own = [n for n, f in names.items() if _module(f) == "exercise"]
+            raise Misfit(f"it defines no {case.subject}, but {', '.join(own)}")
         result = PROBES.get(case.function, call)(names, case, arguments)
         for name, value in _arguments(case).items():
             if not _close(arguments[name], value):
@@ -140,8 +145,14 @@ def _outcome(names: Names, case: Case) -> Outcome:
         return Outcome(text=_text(error), error=error)
 
 
+def _module(value: Any) -> str:
+    return str(getattr(value, "__module__", ""))
+
+
 def _text(error: BaseException) -> str:
     message = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, SystemExit):
+        message = "the program would end here"
     first = (message.strip().splitlines() or [""])[0]
     kind = "" if isinstance(error, Misfit) else type(error).__name__
     return ": ".join(filter(None, (kind, first)))
@@ -156,16 +167,22 @@ def _labelled(case: Case, result: Any) -> Outcome:
     may_lack = (Tensor, type(None)) if case.function in PROBES else Tensor
     for name, value in zip(case.results, values, strict=True):
         if not isinstance(value, may_lack):
-            got = "None" if value is None else f"{type(value).__name__} {value}"
-            raise Misfit(f"{case} returns {got} for {name}, expected a tensor")
+            if value is None:
+                raise Misfit(f"{case} returns None: is its return missing?")
+            got = f"{type(value).__name__} {value}"
+            raise Misfit(f"{name}: expected a tensor, got {got}")
     return Outcome(dict(zip(case.results, values, strict=True)))
 
 
 def _close(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return bool(a is b or (a == b and type(a) is type(b)))
-    same = a.shape == b.shape and a.dtype == b.dtype
-    return same and torch.allclose(a.double(), b.double(), equal_nan=True)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.double(), b.double()
+    largest = b[b.isfinite()].abs().amax() if b.isfinite().any() else 0.0
+    atol = _TOLERANCE * float(largest)
+    return torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True)
 
 
 def _wrong(exercise: Exercise, case: Case, outcome: Outcome) -> dict[str, Any]:
@@ -200,17 +217,17 @@ def _report(
     exercise: Exercise, case: Case, outcome: Outcome, wrong: dict[str, Any], file: _File
 ) -> Iterator[str]:
     """Where it is, with which numbers, and what the result should be."""
+    name, right = next(iter(wrong.items()))
+    place = file.place(outcome.error) if outcome.error else ""
     if outcome.text:
         body = file.body(case.subject)
-        place = file.place(outcome.error) if outcome.error else ""
-        place = place or (file.line(body[0]) if body else file.path.name)
-        yield f"{place}\n{outcome.text}"
-    name, right = next(iter(wrong.items()))
+        somewhere = file.line(body[0]) if body else file.path.name
+        yield f"{place or somewhere}\n{outcome.text}"
     rows = [["  " + name, _written(value)] for name, value in _arguments(case).items()]
     if name:
         rows += [[f"your {name}", _written(outcome.values[name])]]
         rows += [[f"right {name}", _written(right)]]
-    if rows:
+    if rows and (name or place):
         yield f"{case} for\n" + aligned([[a, "= " + b] for a, b in rows], 2)
     if name:
         yield exercise.equations[name]
@@ -221,10 +238,10 @@ def _likeness(outcome: Outcome, wrong: dict[str, Any], case: Case) -> str:
     name, right = next(iter(wrong.items()))
     if outcome.text or (ours := outcome.values[name]) is None:
         return ""
-    for what in ("shape", "dtype"):
-        a, b = (str(getattr(t, what)).split("torch.")[-1] for t in (ours, right))
-        if a != b:
-            return f"Its {what} is {a}, expected {b}."
+    if ours.shape != right.shape:
+        return f"Its shape is {tuple(ours.shape)}, expected {tuple(right.shape)}."
+    if ours.dtype != right.dtype:
+        return f"Its dtype is {ours.dtype}, expected {right.dtype}."
     if right.dim() == 2 and _close(ours, right.T):
         return "It is transposed."
     factor = ((ours * right).sum() / right.square().sum()).item()
