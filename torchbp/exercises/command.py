@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 from typing import Any
 
 from torchbp._files import write_atomically
 from torchbp._terminal import aligned, in_colour, is_terminal, paint
-from torchbp.exercises.grading import Verdict, grade
+from torchbp.exercises.grading import WIDTH, Verdict, grade
 from torchbp.exercises.material import Exercise, exercises
 
 EXERCISES = """\
@@ -36,7 +36,6 @@ Exit status: 0 what was checked is right, 1 it is not, 2 a usage error, 130 inte
 """
 LOG = ".torchbp-exercises"
 SECONDS = 0.2  # between two looks at the files
-WIDTH = 80
 COMMAND = "python -m torchbp exercises"
 
 
@@ -156,7 +155,7 @@ def _check_once(folder: Path, chosen: Sequence[Exercise]) -> int:
         word = paint(verdict.word, "green" if ok else "red", in_colour(sys.stdout))
         print(f"{exercise.number}  {exercise.name:<16} {word}")
         for text in verdict.paragraphs:
-            print("\n" + (text if "\n" in text else "\n".join(wrap(text, WIDTH))))
+            print("\n" + (text if "\n" in text else fill(text, WIDTH)))
         if not ok:
             print(f"\n{COMMAND} hint {exercise.name}")
             return 1
@@ -173,7 +172,7 @@ def _hint(arguments: argparse.Namespace) -> int:
     folder, exercise = _chosen(arguments)
     shown = _read_log(folder).count(f"hint {exercise.name}") + 1
     for number, hint in enumerate(exercise.hints[:shown], start=1):
-        print("\n".join(wrap(f"{number}. {hint}", WIDTH, subsequent_indent="   ")))
+        print(fill(f"{number}. {hint}", WIDTH, subsequent_indent="   "))
     if shown >= len(exercise.hints):
         print(f"\nThat is all; {COMMAND} solution {exercise.name}")
     if shown <= len(exercise.hints):

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchbp.data import DataError
 from torchbp.exercises.material import Case, Exercise
 from torchbp.exercises.probes import PROBES, Misfit, Names, Outcome, call
 
+WIDTH = 80
 _ERRORS = (Exception, SystemExit)  # what a learner's file may end in
 _GAP = r"(^\s*|return |=\s?|\()\.\.\."  # not that of an index
 # Of the largest entry, as compare has it of float32.
@@ -54,7 +56,8 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
             if wrong := _wrong(exercise, case, outcome):
                 mistake = _mistake(exercise, case, outcome, passed)
                 if (gap := file.gap(case.subject)) and not mistake:
-                    return Verdict("open", [gap])
+                    right = dict.fromkeys(f"{c.subject} is right" for c in passed)
+                    return Verdict("open", ["; ".join([*right, gap])])
                 report = _report(exercise, case, outcome, wrong, file)
                 mistake = mistake or _likeness(outcome, wrong, case)
                 return Verdict("wrong", [*report, *filter(None, [mistake])])
@@ -68,7 +71,7 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
         if gap := file.gap():
             return Verdict("open", [gap])
         place = file.place(error) or path.name
-        return Verdict("wrong", [f"{place}\n{_text(error)}"])
+        return Verdict("wrong", [f"{place}\n{fill(_text(error), WIDTH)}"])
     return Verdict("right", notes)
 
 
@@ -118,13 +121,12 @@ def _run(code: str | bytes, path: str) -> Names:
 
 
 def _arguments(case: Case) -> dict[str, Any]:
-    def tensor(value: Any) -> Any:
-        is_list = isinstance(value, list)
-        return (
-            torch.tensor(value, dtype=torch.float64, device="cpu") if is_list else value
-        )
-
-    return {name: tensor(value) for name, value in case.arguments.items()}
+    """New tensors of the case's numbers, in float32 as torch.zeros makes them."""
+    options: Any = {"dtype": torch.float32, "device": "cpu"}
+    return {
+        name: torch.tensor(value, **options) if isinstance(value, list) else value
+        for name, value in case.arguments.items()
+    }
 
 
 def _outcome(names: Names, case: Case) -> Outcome:
@@ -160,7 +162,8 @@ def _text(error: BaseException) -> str:
 
 def _labelled(case: Case, result: Any) -> Outcome:
     """The results by their names."""
-    values = list(result) if isinstance(result, (tuple, list)) else [result]
+    many = len(case.results) > 1 and isinstance(result, (tuple, list))
+    values = list(result) if many else [result]
     if len(values) != len(case.results):
         expected = f"{len(case.results)}: {', '.join(case.results)}"
         raise Misfit(f"{case} returns {len(values)} results, expected {expected}")
@@ -222,7 +225,7 @@ def _report(
     if outcome.text:
         body = file.body(case.subject)
         somewhere = file.line(body[0]) if body else file.path.name
-        yield f"{place or somewhere}\n{outcome.text}"
+        yield f"{place or somewhere}\n{fill(outcome.text, WIDTH)}"
     rows = [["  " + name, _written(value)] for name, value in _arguments(case).items()]
     if name:
         rows += [[f"your {name}", _written(outcome.values[name])]]
@@ -244,12 +247,10 @@ def _likeness(outcome: Outcome, wrong: dict[str, Any], case: Case) -> str:
         return f"Its dtype is {ours.dtype}, expected {right.dtype}."
     if right.dim() == 2 and _close(ours, right.T):
         return "It is transposed."
-    factor = ((ours * right).sum() / right.square().sum()).item()
-    if factor and _close(ours, factor * right):
-        n = len(next(iter(_arguments(case).values())))
-        of_n = {n: f"n = {n}", 1 / n: f"1/n = 1/{n}"} if n > 1 else {-1.0: "-1"}
-        return f"It is off by the factor {of_n.get(factor, f'{factor:.4g}')}."
-    return ""
+    n = len(next(iter(_arguments(case).values())))
+    factors = {-1: "-1", n: f"n = {n}", 1 / n: f"1/n = 1/{n}", 2: "2", 0.5: "1/2"}
+    found = [text for k, text in factors.items() if _close(ours, k * right)]
+    return f"It is off by the factor {found[0]}." if found else ""
 
 
 def _written(value: Any) -> str:

@@ -38,7 +38,7 @@ class Case:
         return self.names[0] if self.names else self.function
 
     def __str__(self) -> str:
-        return f"{self.subject}({', '.join(self.arguments)})"
+        return f"{self.function}({', '.join([*self.names[:1], *self.arguments])})"
 
 
 @dataclass(frozen=True)
