@@ -1,4 +1,19 @@
-"""python -m torchbp exercises: list, start, check, hint, solution."""
+"""Exercises: write backpropagation yourself, in nine small files, and be told which
+equation is wrong, and how.
+
+  exercises                list them, and what is done
+  exercises start FOLDER   copy the files to a folder; what is in it stays as it is
+  exercises check [NAME]   grade one file, or all up to the first that is not right;
+                           with --watch again whenever a file is saved
+  exercises hint NAME      show one hint more each time
+  exercises solution NAME  show the solution
+
+NAME is a name, a number or a file: bp2, 3 or 3_bp2.py. The files are looked for in the
+current folder, or in --folder. Its file .torchbp-exercises has what was right, and
+which hints were shown.
+
+Exit status: 0 what was checked is right, 1 it is not, 2 a usage error, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +29,10 @@ from textwrap import fill
 from typing import Any
 
 from torchbp._files import write_atomically
-from torchbp._terminal import aligned, in_colour, is_terminal, paint
+from torchbp._terminal import aligned, in_colour, paint
 from torchbp.exercises.grading import WIDTH, Verdict, grade
 from torchbp.exercises.material import Exercise, exercises
 
-EXERCISES = """\
-Nine small files in which you write backpropagation yourself, and a grader that says
-which equation is wrong, and how.
-
-  exercises                list them, and which are done
-  exercises start FOLDER   copy the files to a folder; what is in it stays as it is
-  exercises check [NAME]   grade one file, or all up to the first that is not right
-  exercises hint NAME      show one hint more each time
-  exercises solution NAME  show the solution
-
-NAME is a name, a number or a file: bp2, 3 or 3_bp2.py. The files are looked for in
-the current folder, or in --folder. Its file .torchbp-exercises has what was right, and
-which hints were shown.
-
-Exit status: 0 what was checked is right, 1 it is not, 2 a usage error, 130 interrupted.
-"""
 LOG = ".torchbp-exercises"
 SECONDS = 0.2  # between two looks at the files
 COMMAND = "python -m torchbp exercises"
@@ -54,7 +53,7 @@ def add_exercises(commands: Any) -> None:
     parser = commands.add_parser(
         "exercises",
         help="write each equation yourself, and be told what is wrong",
-        description=EXERCISES,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_list)
@@ -84,31 +83,27 @@ def add_exercises(commands: Any) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     folder, rows = Path(arguments.folder), []
-    done = [line.split()[1] for line in _read_log(folder) if line[:5] == "done "]
+    log = _read_log(folder)
     for exercise in exercises():
-        path, state = _find(folder, exercise), ""
-        if path:
-            state = "changed since done" if exercise.name in done else "open"
-            state = "done" if _done(exercise, path) in _read_log(folder) else state
+        path = _find(folder, exercise)
+        state = ("done" if _done(exercise, path) in log else "open") if path else ""
         rows.append([str(exercise.number), exercise.name, exercise.title, state])
-    print(aligned(rows, 4))
     action = "check" if any(row[-1] for row in rows) else "start FOLDER"
-    print(f"\n{COMMAND} {action}   (--help has the rest)")
+    print(f"{aligned(rows, 4)}\n\n{COMMAND} {action}   (--help has the rest)")
     return 0
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    folder, left = Path(arguments.folder), []
+    folder = Path(arguments.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for exercise in exercises():
-        if path := _find(folder, exercise):
-            left.append(path.name)
-        else:
-            write_atomically(folder / exercise.file, exercise.template.encode())
-    print(f"{len(exercises()) - len(left)} exercises written to {folder}")
+    found = {exercise: _find(folder, exercise) for exercise in exercises()}
+    for exercise in (exercise for exercise, path in found.items() if not path):
+        write_atomically(folder / exercise.file, exercise.template.encode())
+    left = [path.name for path in found.values() if path]
+    print(f"{len(found) - len(left)} exercises written to {folder}")
     if left:
         print(f"left as they are: {', '.join(left)}")
-    print("Each file says what to put in place of its three dots. Then:\n")
+    print("Put your code in place of the three dots of each file. Then:\n")
     print(f"  cd {folder}\n  {COMMAND} check --watch")
     return 0
 
@@ -122,26 +117,21 @@ def _check(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{folder}: expected {chosen[0].file} (exercises start FOLDER)"
         )
-    end = "\n" if is_terminal(sys.stdout) else ""  # after ^C
+    status = 0
     try:
         while True:
-            before = _saved(folder)
-            status = _check_once(folder, chosen)
+            before, status = _saved(folder), _check_once(folder, chosen)
             if not arguments.watch:
                 return status
-            print(
-                f"\n{time.strftime('%X')} waiting for a change; Ctrl-C ends", flush=True
-            )
-            try:
-                while _saved(folder) == before:
-                    time.sleep(SECONDS)
-                time.sleep(SECONDS)  # the editor may still be writing
-            except KeyboardInterrupt:
-                print(end, end="")
-                return status
+            now = time.strftime("%X")
+            print(f"\n{now} waiting for a change; Ctrl-C ends", flush=True)
+            while _saved(folder) == before:
+                time.sleep(SECONDS)
+            time.sleep(SECONDS)  # the editor may still be writing
     except KeyboardInterrupt as error:
-        print(f"{end}interrupted in {error}" if str(error) else f"{end}interrupted")
-        return 130
+        place = str(error)  # "" where no code of the learner's was running
+        print(f"\ninterrupted in {place}" if place else "")
+        return 130 if place else status
 
 
 def _check_once(folder: Path, chosen: Sequence[Exercise]) -> int:
@@ -173,9 +163,9 @@ def _hint(arguments: argparse.Namespace) -> int:
     shown = _read_log(folder).count(f"hint {exercise.name}") + 1
     for number, hint in enumerate(exercise.hints[:shown], start=1):
         print(fill(f"{number}. {hint}", WIDTH, subsequent_indent="   "))
-    if shown >= len(exercise.hints):
-        print(f"\nThat is all; {COMMAND} solution {exercise.name}")
-    if shown <= len(exercise.hints):
+    if shown > len(exercise.hints):
+        print(f"\nThere are no more: {COMMAND} solution {exercise.name}")
+    else:
         _write_log(folder, f"hint {exercise.name}")
     return 0
 

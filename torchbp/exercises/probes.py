@@ -21,6 +21,7 @@ from torchbp.inspection import compare
 from torchbp.nn import MLP
 
 F64 = torch.float64
+TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # of the entries' size
 ENOUGH = 0.9  # of the test digits
 EPOCHS, BATCH_SIZE, LR = 30, 10, 1.0
 
@@ -35,17 +36,46 @@ class Outcome:
 
     Attributes:
         values: the results by name.
-        right: what they should be, where it follows from the file itself.
+        right: what they should be.
         text: what is wrong, where that is not a number.
         note: what is worth telling although nothing is wrong.
         error: what was raised.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    right: dict[str, Any] | None = None
+    right: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     note: str = ""
     error: BaseException | None = None
+
+    @property
+    def wrong(self) -> list[str]:
+        """The results that are not right, from the last, as a backward pass goes."""
+        names = reversed(self.values)
+        return [n for n in names if not are_close(self.values[n], self.right[n])]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.text and not self.wrong
+
+    def resembles(self, other: Outcome) -> bool:
+        """Whether both have the same results, or the same text."""
+        mine, theirs = self.values, other.values
+        return (self.text, mine.keys()) == (other.text, theirs.keys()) and all(
+            are_close(value, theirs[name]) for name, value in mine.items()
+        )
+
+
+def are_close(a: Any, b: Any) -> bool:
+    """Whether two results, tensors or others, are equal but for rounding."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and bool(a == b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.double(), b.double()
+    size = b.nan_to_num(0.0, 0.0, 0.0).abs().sum().item()
+    return torch.allclose(a, b, rtol=0, atol=TOLERANCE * size, equal_nan=True)
 
 
 Names = Mapping[str, Any]
