@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -23,19 +22,11 @@ from torch import Tensor
 from torchbp._terminal import aligned
 from torchbp.data import DataError
 from torchbp.exercises.material import Case, Exercise
-from torchbp.exercises.probes import (
-    PROBES,
-    Misfit,
-    Names,
-    Outcome,
-    are_close,
-    call,
-)
+from torchbp.exercises.probes import PROBES, Misfit, Names, Outcome, are_close, call
 
 WIDTH = 80
 _MODULE = "torchbp exercise"  # no file can have this name
 _ERRORS = (Exception, SystemExit)  # what a learner's file may end in
-_GAP = re.compile(r"(^\s*|return |=\s?|\()\.\.\.", re.MULTILINE)  # not of an index
 
 
 @dataclass(frozen=True)
@@ -59,26 +50,17 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
         names = _run(file.code, str(path))
         for case in exercise.cases:
             outcome = _outcome(exercise, names, case)
-            if outcome.is_right:
-                passed.append(case)
-                notes += filter(None, [outcome.note])
-                continue
-            mistake = _mistake(exercise, case, outcome, passed)
-            if not mistake and (gap := file.gap(*file.body(case.subject))):
-                right = dict.fromkeys(f"{c.subject} is right" for c in passed)
-                return Verdict("open", ["; ".join([*right, gap])])
-            report = _report(exercise, case, outcome, file)
-            mistake = mistake or _likeness(outcome, case)
-            return Verdict("wrong", [*report, *filter(None, [mistake])])
+            if not outcome.is_right:
+                return _judged(exercise, case, outcome, passed, file)
+            passed.append(case)
+            notes += filter(None, [outcome.note])
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(file.place(error) or path.name) from None
     except DataError as error:
         raise ValueError(error) from error
     except _ERRORS as error:  # that of the file as a whole
-        if gap := file.gap(0, len(file.text)):
-            return Verdict("open", [gap])
-        place = file.place(error) or path.name
-        return Verdict("wrong", [f"{place}\n{fill(_text(error), WIDTH)}"])
+        outcome = Outcome(text=_text(error), error=error)
+        return _judged(exercise, Case("", (), {}, ()), outcome, [], file)
     return Verdict("right", notes)
 
 
@@ -87,36 +69,23 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path, self.code = path, path.read_bytes()
-        self.text = self.code.decode("utf-8", "replace")
+        self.lines = self.code.decode("utf-8", "replace").split("\n")
 
-    def line(self, number: int) -> str:
-        """The line of that number, and where it is."""
-        lines = ["", *self.text.split("\n"), ""]
-        text = lines[min(number, len(lines) - 1)].strip()
-        return f"{self.path.name}, line {number}: {text}"
-
-    def place(self, error: BaseException) -> str:
-        """The innermost line of the file that `error` has come through, or ""."""
-        frames = traceback.walk_tb(error.__traceback__)
+    def place(self, error: BaseException | None, name: str = "") -> str:
+        """The innermost line of the file that `error` has come through; without one,
+        that which defines `name`, or ""."""
+        frames = traceback.walk_tb(error.__traceback__ if error else None)
         numbers = [n for f, n in frames if f.f_code.co_filename == str(self.path)]
         if getattr(error, "filename", None) == str(self.path):  # a SyntaxError
             numbers.append(getattr(error, "lineno", None) or 1)
-        return self.line(numbers[-1]) if numbers else ""
-
-    def body(self, name: str) -> tuple[int, int]:
-        """Where the last function or class of that name is in the text, or (0, 0)."""
-        pattern = rf"^(def|class) {name}\b.*(\n[ \t#)].*|\n$)*"
-        found = [*re.finditer(pattern, self.text, re.MULTILINE)]
-        return found[-1].span() if found else (0, 0)
-
-    def line_at(self, position: int) -> str:
-        """The line that a position in the text is in."""
-        return self.line(self.text.count("\n", 0, position) + 1)
-
-    def gap(self, start: int, end: int) -> str:
-        """The first line with a gap in that part of the text, or ""."""
-        found = _GAP.search(self.text, start, end)
-        return f"not yet written: {self.line_at(found.end())}" if found else ""
+        definition = re.compile(rf"(def|class) {name}\b")
+        if name and not numbers:
+            heads = enumerate(self.lines, start=1)
+            numbers = [number for number, text in heads if definition.match(text)]
+        if not numbers:
+            return ""
+        text = self.lines[numbers[-1] - 1 : numbers[-1]]
+        return f"{self.path.name}, line {numbers[-1]}: {''.join(text).strip()}"
 
 
 def _run(code: str | bytes, path: str) -> Names:
@@ -172,7 +141,7 @@ def _tried(names: Names, case: Case) -> Outcome:
 
 
 def _text(error: BaseException) -> str:
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    message = str(getattr(error, "msg", error))  # of a SyntaxError without its place
     if isinstance(error, SystemExit):
         message = "the program would end here"
     kind = "" if isinstance(error, Misfit) else type(error).__name__
@@ -191,23 +160,29 @@ def _mistake(
     return ""
 
 
-def _report(
-    exercise: Exercise, case: Case, outcome: Outcome, file: _File
-) -> Iterator[str]:
-    """Where it is, with which numbers, and what the result should be."""
-    place = file.place(outcome.error) if outcome.error else ""
+def _judged(
+    exercise: Exercise, case: Case, outcome: Outcome, passed: list[Case], file: _File
+) -> Verdict:
+    """Where it is, with which numbers, what it should be, and what mistake it is."""
+    paragraphs, place = [], file.place(outcome.error)
     if outcome.text:
-        start, end = file.body(case.subject)
-        somewhere = file.line_at(start) if end else file.path.name
-        yield f"{place or somewhere}\n{fill(outcome.text, WIDTH)}"
+        is_open = "ellipsis" in outcome.text.lower()  # that of the template
+        text = "not yet written" if is_open else fill(outcome.text, WIDTH)
+        where = place or file.place(None, case.subject) or file.path.name
+        paragraphs.append(f"{where}\n{text}")
+        if is_open:
+            done = dict.fromkeys(f"{c.subject} is right" for c in passed)
+            return Verdict("open", [*done, *paragraphs])
     rows = [[f"  {name}", value] for name, value in _arguments(case).items()]
     for name in outcome.wrong[:1]:
         rows += [[f"your {name}", outcome.values[name]]]
         rows += [[f"right {name}", outcome.right[name]]]
     if case.arguments and (outcome.wrong or place):
         table = aligned([[head, f"= {_written(value)}"] for head, value in rows], 2)
-        yield f"{case} for\n{table}"
-    yield from (exercise.equations[name] for name in outcome.wrong[:1])
+        paragraphs.append(f"{case} for\n{table}")
+    paragraphs += (exercise.equations[name] for name in outcome.wrong[:1])
+    mistake = _mistake(exercise, case, outcome, passed) or _likeness(outcome, case)
+    return Verdict("wrong", [*paragraphs, *filter(None, [mistake])])
 
 
 def _likeness(outcome: Outcome, case: Case) -> str:
@@ -231,8 +206,6 @@ def _written(value: Any) -> str:
     """A value as it is written in Python."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, torch.Size):
-        return str(tuple(value))
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_written, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
