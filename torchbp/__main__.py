@@ -16,6 +16,7 @@ from typing import Any
 
 from torchbp._terminal import Parser, reader_left
 from torchbp.costs import COSTS, COUNTERPARTS, QuadraticCost
+from torchbp.exercises import add_exercises
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -332,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tour(commands)
     add_observe(commands)
     add_examine(commands)
+    add_exercises(commands)
     arguments = parser.parse_args(argv)
     try:
         status = int(arguments.run(arguments))
