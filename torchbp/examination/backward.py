@@ -22,8 +22,6 @@ from torchbp.examination.verdicts import (
     Fail,
     NotApplicable,
     Warn,
-    differentiated,
-    labels_of,
     must_run,
     numbered,
     shape_of,
@@ -213,7 +211,7 @@ def inputs_unchanged(s: Subject) -> str:
     versions = [t._version if isinstance(t, Tensor) else 0 for t in passed]
     outputs = s.call(passed)
     _unchanged(s, before, passed, versions, "forward")
-    if not s.has_backward:
+    if s.backward_error or s.underivable:
         return "by forward"
     with must_run("the backward"):
         s.pull_back(outputs, leaves)
@@ -237,7 +235,7 @@ def _unchanged(
 
 def output_gradients_unchanged(s: Subject) -> str:
     """Backward writes neither to what it receives nor to the outputs."""
-    leaves, outputs = differentiated(s, s.own_dtype)
+    leaves, outputs = s.new_graph(s.own_dtype)
     values = [y.detach().clone() for y in outputs]
     cotangents = s.cotangents(outputs)
     before = [g.clone() for g in cotangents]
@@ -257,7 +255,7 @@ def output_gradients_unchanged(s: Subject) -> str:
 
 def retain_graph(s: Subject) -> str:
     """A second backward through one graph gives what the first gave."""
-    leaves, outputs = differentiated(s, s.own_dtype)
+    leaves, outputs = s.new_graph(s.own_dtype)
     fix = "leave what is saved as it is, and on ctx"
     with must_run("the first backward"):
         first = s.pull_back(outputs, leaves, retain_graph=True)
@@ -265,7 +263,7 @@ def retain_graph(s: Subject) -> str:
         first = [g.clone() for g in first]
         second = s.pull_back(outputs, leaves, retain_graph=True)
     tolerance = s.tolerance(s.own_dtype)
-    if found := differences(second, first, labels_of(s), tolerance):
+    if found := differences(second, first, s.names, tolerance):
         raise Fail(f"the second time, the gradient of {found}", fix)
     return "the second backward is as the first"
 
@@ -328,7 +326,7 @@ def outputs_freed(s: Subject) -> str:
 def changes_in_between(s: Subject) -> str:
     """An argument or output overwritten between forward and backward gives an error
     where it is needed, not another gradient."""
-    leaves, outputs = differentiated(s)
+    leaves, outputs = s.new_graph()
     right = s.pull_back(outputs, leaves)
     # Not parameters: a checkpoint that computes again does so with those of then.
     inputs = [i for i in s.floats if i < s.inputs]
@@ -349,7 +347,7 @@ def changes_in_between(s: Subject) -> str:
             ours = s.pull_back(outputs, leaves, cotangents)
         except RuntimeError:
             continue
-        if found := differences(ours, right, labels_of(s), s.tolerance()):
+        if found := differences(ours, right, s.names, s.tolerance()):
             raise Fail(
                 f"{name} changed in place after forward: unnoticed, the gradient of "
                 f"{found}",

@@ -104,9 +104,8 @@ def _target(s: Subject, i: int) -> str:
     if not grad.any() or s.dtype != F64:
         return ""
     f = s.closure(s.copies(), (i,))
-    with torch.no_grad():
-        gs = s.cotangents(outputs)
-        (seen,) = look(s, Slopes(f, leaves, s.seed), [gs], [[grad]], 64)
+    gs = s.cotangents(outputs)
+    (seen,) = look(s, Slopes(f, leaves, s.seed), [gs], [[grad]], 64)
     if seen.wrong:
         found = difference(seen.ours, seen.right, CLOSE)
         raise Fail(

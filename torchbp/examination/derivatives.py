@@ -4,6 +4,7 @@ shorter dtypes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +31,7 @@ from torchbp.examination.verdicts import (
     Fail,
     NotApplicable,
     NotSupported,
-    differentiated,
     dtype_name,
-    labels_of,
     must_equal,
     must_equal_rounded,
     must_run,
@@ -53,29 +52,13 @@ def forward(s: Subject) -> str:
     return ", ".join(f"{shape_of(y)} {dtype_name(y.dtype)}" for y in outputs) + drawn
 
 
-def is_exact(s: Subject) -> bool:
-    """Whether forward and backward compute in float64, and not in less inside."""
-    arguments = s.copies()
-    f = s.closure(arguments)
-    with torch.no_grad():
-        at = [arguments[i].detach() for i in s.floats]
-        if s.dtype != F64 or Slopes(f, at, s.seed).is_coarse:
-            return False
-    _, outputs = differentiated(s)
-    g, h = s.cotangents(outputs, 1), s.cotangents(outputs, 2)
-    sets = g, h, [a + b for a, b in zip(g, h, strict=True)]
-    one, other, both = (s.gradients(s.copies(), cotangents=gs)[1] for gs in sets)
-    total = [a + b for a, b in zip(one, other, strict=True)]
-    return not differences(both, total, labels_of(s), 1e-12)
-
-
 # ---------------------------------------------------------------- linear in g
 
 
 def linear_in_g(s: Subject) -> str:
     """Backward is linear in the output's gradient: twice of it gives twice, its
     negative the negative, and a loss scaled by 1024 gives 1024 times as much."""
-    _, outputs = differentiated(s)
+    _, outputs = s.new_graph()
     g, h = s.cotangents(outputs, 1), s.cotangents(outputs, 2)
 
     def pull(factor: float, gs: Sequence[Tensor]) -> list[Tensor]:
@@ -91,7 +74,7 @@ def linear_in_g(s: Subject) -> str:
         if (found := _not_times(s, grads, factor, once))
     }
     total = [a + b for a, b in zip(once, other, strict=True)]
-    if not wrong and not differences(both, total, labels_of(s), _linear(s)):
+    if not wrong and not differences(both, total, s.names, _linear(s)):
         return "twice, minus, 1024 times the output's gradient, and a sum of two"
     fix = "multiply the output's gradient by the derivative, and do nothing else to it"
     fix += "; a clipping that is meant belongs into a hook, or skip this check"
@@ -102,7 +85,7 @@ def _not_times(
     s: Subject, grads: list[Tensor], factor: float, once: list[Tensor]
 ) -> str:
     right = [factor * t for t in once]
-    return differences(grads, right, labels_of(s), _linear(s))
+    return differences(grads, right, s.names, _linear(s))
 
 
 def _linear(s: Subject) -> float:
@@ -149,7 +132,7 @@ def first_derivatives(s: Subject) -> str:
     total = sum(t.numel() for t in slopes.at)
     if any(one.wrong or one.along for one in seen):
         raise diagnosis(s, arguments, slopes, seen)
-    if kinks := ", ".join(where_kinks(seen, labels_of(s), slopes.at)):
+    if kinks := ", ".join(where_kinks(seen, s.names, slopes.at)):
         raise NotApplicable(
             f"a kink or a pole at {kinks}: nothing is held against it there",
             "move the input away from it",
@@ -179,9 +162,8 @@ def examined_at(
             gs = s.cotangents(outputs, draw)
             cotangents.append([g.clone() for g in gs])
             grads.append(s.pull_back(outputs, own, gs))
-    with torch.no_grad():
-        slopes = Slopes(f, at, s.seed, s.dtype == F64)
-        return look(s, slopes, cotangents, grads, budget), slopes
+    slopes = Slopes(f, at, s.seed, s.dtype == F64)
+    return look(s, slopes, cotangents, grads, budget), slopes
 
 
 def must_be_right_at(s: Subject, arguments: list[Any], what: str, fix: str) -> None:
@@ -189,7 +171,7 @@ def must_be_right_at(s: Subject, arguments: list[Any], what: str, fix: str) -> N
     if s.surrogate is not None:
         return _as_surrogate(s, arguments, f"{what}: ")
     seen, _ = examined_at(s, arguments, 0)
-    for one, label in zip(seen, labels_of(s), strict=True):
+    for one, label in zip(seen, s.names, strict=True):
         if one.along:
             raise Fail(
                 f"{what}: along a random direction, the gradient of {label} is "
@@ -208,7 +190,7 @@ def _as_surrogate(s: Subject, arguments: list[Any], what: str = "") -> None:
             _, ours = s.gradients(own, cotangents=gs)
         with must_run("the surrogate"):
             _, right = s.right_gradients(own, gs)
-        for label, mine, theirs in zip(labels_of(s), ours, right, strict=True):
+        for label, mine, theirs in zip(s.names, ours, right, strict=True):
             close = s.tolerance() if s.dtype != F64 else CLOSE * 1e-3
             if not difference(mine, theirs, close, close):
                 continue
@@ -235,13 +217,12 @@ def _wider(s: Subject) -> None:
     arguments = s.copies()
     arguments[i] = ((6 * size + 2) * sign).to(t.device, s.dtype)
     try:
-        with torch.no_grad():
-            if not all(y.isfinite().all() for y in s.evaluate(arguments)):
-                return
+        if not all(y.isfinite().all() for y in s.evaluate(arguments)):
+            return
         seen, slopes = examined_at(s, arguments, min(64, s.entries))
     except Exception:  # it does not take such inputs
         return
-    for one, label, at in zip(seen, labels_of(s), slopes.at, strict=True):
+    for one, label, at in zip(seen, s.names, slopes.at, strict=True):
         if not (one.wrong and one.right.isfinite().all()):
             continue
         worst = one.wrong[0]
@@ -302,15 +283,12 @@ def reference(s: Subject) -> str:
 
 def _wrong_reference(s: Subject) -> str:
     """How the reference's gradients depart from differences of its values, or ""."""
-    function, s.function = s.function, s.reference or s.function
-    surrogate, s.surrogate = s.surrogate, None
+    other = replace(s, function=s.reference or s.function, surrogate=None)
     try:
-        seen, slopes = examined_at(s, s.copies(), min(64, s.entries))
+        seen, slopes = examined_at(other, s.copies(), min(64, s.entries))
     except Exception:
         return ""
-    finally:
-        s.function, s.surrogate = function, surrogate
-    for one, label, t in zip(seen, labels_of(s), slopes.at, strict=True):
+    for one, label, t in zip(seen, s.names, slopes.at, strict=True):
         if one.wrong or one.along:
             return off(label, one, t.shape)
     return ""

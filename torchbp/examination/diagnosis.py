@@ -22,7 +22,6 @@ from torchbp.examination.tools import (
 from torchbp.examination.verdicts import (
     CALCULUS,
     Fail,
-    labels_of,
 )
 
 INTENDED = (
@@ -35,7 +34,7 @@ def diagnosis(
     s: Subject, arguments: list[Any], slopes: Slopes, seen: list[Seen]
 ) -> Fail:
     """Which gradient is wrong, and if it can be told, in what way."""
-    labels = labels_of(s)
+    labels = s.names
     wrong = [k for k, one in enumerate(seen) if one.wrong or one.along]
     for k in wrong:
         if seen[k].is_flat:
@@ -87,20 +86,19 @@ def off(label: str, one: Seen, shape: torch.Size) -> str:
 
 def _flat(s: Subject, arguments: list[Any], k: int) -> Fail:
     """The forward does not move with argument k: is it a step, or a constant?"""
-    label = labels_of(s)[k]
-    with torch.no_grad():
-        before = s.evaluate(arguments)
-        for length in (1.0, -8.0, 64.0):
-            moved = list(arguments)
-            moved[s.floats[k]] = arguments[s.floats[k]].detach() + length
-            after = s.evaluate(moved)
-            if any(difference(a, b, 0.0) for a, b in zip(after, before, strict=True)):
-                return Fail(
-                    f"{label}: the forward is a step, flat at every entry, and the "
-                    "backward is not",
-                    "if the backward is a surrogate, say which: surrogate=f, say "
-                    "lambda x: x for a straight-through estimator; else return zeros",
-                )
+    label = s.names[k]
+    before = s.evaluate(arguments)
+    for length in (1.0, -8.0, 64.0):
+        moved = list(arguments)
+        moved[s.floats[k]] = arguments[s.floats[k]].detach() + length
+        after = s.evaluate(moved)
+        if any(difference(a, b, 0.0) for a, b in zip(after, before, strict=True)):
+            return Fail(
+                f"{label}: the forward is a step, flat at every entry, and the "
+                "backward is not",
+                "if the backward is a surrogate, say which: surrogate=f, say "
+                "lambda x: x for a straight-through estimator; else return zeros",
+            )
     return Fail(
         f"{label}: the forward does not depend on it, and gets a gradient",
         f"return None for it, or use it in forward; {INTENDED}",

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,10 +23,11 @@ from torchbp.examination import (
     transforms,
 )
 from torchbp.examination.isolation import in_a_child
+from torchbp.examination.prepare import describe, learn
 from torchbp.examination.report import Finding, Report
-from torchbp.examination.subject import Subject, make_subject
-from torchbp.examination.tools import F64, first_line
-from torchbp.examination.verdicts import Fail, Verdict, fix_for
+from torchbp.examination.subject import Subject
+from torchbp.examination.tools import first_line
+from torchbp.examination.verdicts import Verdict, fix_for
 
 __all__ = ["CHECKS", "examine"]
 
@@ -185,12 +184,25 @@ def examine(
 
     def run() -> Iterator[Any]:
         with _undisturbed(inputs):
-            subject = make_subject(fn, inputs, reference, seed, surrogate)
-            subject.backend = "aot_eager" if compile is True else compile or None
-            subject.given_tolerance = tolerance
+            subject = describe(
+                fn,
+                inputs,
+                reference,
+                surrogate,
+                seed=seed,
+                requested_tolerance=tolerance or 0.0,
+                backend="aot_eager" if compile is True else compile or None,
+            )
             yield _title(subject)
-            yield from _findings(subject, cost, chosen)
-            yield subject.calls
+            try:
+                subject = learn(subject, cost)
+            except Exception as error:
+                reason = f"raised {first_line(error)}"
+                fix = fix_for(error, "pass arguments that it takes")
+                yield Finding("forward", "fail", reason, fix)
+            else:
+                yield from _findings(subject, chosen)
+            yield subject.calls.number
 
     name, *findings, calls = in_a_child(run, chosen) if isolate else run()
     return Report(name, tuple(findings), strict, calls)
@@ -248,34 +260,27 @@ def _title(s: Subject) -> str:
     return f"{s.name}({arguments})".replace("torch.", "")
 
 
-def _findings(s: Subject, cost: bool | None, chosen: list[str]) -> Iterator[Finding]:
-    """Every check's finding; where the function cannot be called at all, that one."""
-    try:
-        why_not = _first_call(s, cost)
-    except Exception as error:
-        reason = f"raised {first_line(error)}"
-        yield Finding(
-            "forward", "fail", reason, fix_for(error, "give it what it takes")
-        )
-        return
-    broken = None if why_not else _first_backward(s)
-    s.has_backward = broken is None and not why_not
-    found: dict[str, str] = {}
+def _findings(s: Subject, chosen: list[str]) -> Iterator[Finding]:
+    """The finding of every check."""
+    blocked = s.underivable or ("see first-derivatives" if s.backward_error else "")
+    unexplained: set[str] = set()
     for name in chosen:
-        before = [n for n in _causes(name) if n in found]
-        if why_not and name not in OF_VALUES:
-            yield Finding(name, "not applicable", why_not)
-        elif broken and name == "first-derivatives":
-            yield Finding(name, "fail", broken.reason, broken.fix)
-        elif broken and name not in OF_VALUES:
-            yield Finding(name, "not applicable", "see first-derivatives")
-        elif before:
-            yield Finding(name, "not applicable", f"see {before[0]}")
+        causes = [n for n in _causes(name) if n in unexplained]
+        if s.backward_error and name == "first-derivatives":
+            reason = f"the backward raised {first_line(s.backward_error)}"
+            yield Finding(name, "fail", reason, fix_for(s.backward_error, _RAISED))
+        elif blocked and name not in OF_VALUES:
+            yield Finding(name, "not applicable", blocked)
+        elif causes:
+            yield Finding(name, "not applicable", f"see {causes[0]}")
         else:
             finding = _finding(name, CHECKS[name], s)
             if finding.status in ("fail", "warn"):
-                found[name] = finding.status
+                unexplained.add(name)
             yield finding
+
+
+_RAISED = "call the backward by itself, with the output gradients that it should take"
 
 
 def _causes(name: str) -> tuple[str, ...]:
@@ -295,97 +300,3 @@ def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
     except Exception as error:
         reason = f"the check stopped at {first_line(error)}"
         return Finding(name, "fail", reason, fix_for(error))
-
-
-def _first_call(s: Subject, cost: bool | None) -> str:
-    """Learn what the function is like; say why it has no derivatives, or ""."""
-    arguments = s.copies(s.own_dtype)
-    with torch.no_grad():
-        outputs = s.call(arguments)
-    s.in_place = any(y is t for y in outputs for t in arguments)
-    if any(y.layout != torch.strided for y in outputs):
-        return "its outputs are not dense"
-    s.is_cost = _looks_like_a_cost(s, outputs) if cost is None else bool(cost)
-    asked = [i for i in s.floats if i < s.inputs]
-    if s.is_cost and len(asked) > 1 and not s.was_asked:
-        s.floats = (asked[0], *(i for i in s.floats if i >= s.inputs))
-    if not s.floats:
-        return "no floating input to differentiate by"
-    s.dtype, s.refusal = _working_dtype(s)
-    arguments = s.copies()
-    s.leaves(arguments)
-    start = time.perf_counter()
-    outputs = s.evaluate(arguments)
-    # A slow function is differenced at fewer entries: for some ten seconds in all.
-    s.entries = int(max(8, min(s.entries, 4 / (time.perf_counter() - start + 1e-9))))
-    if not any(y.requires_grad for y in outputs):
-        return "no output requires grad"
-    return ""
-
-
-def _first_backward(s: Subject) -> Fail | None:
-    """Learn in which dtype the backward runs, and how; what it raises, if in none."""
-    error = _error_of_backward(s)
-    if error is not None and s.dtype != s.own_dtype:
-        dtype, s.dtype = s.dtype, s.own_dtype
-        if _error_of_backward(s) is None:
-            s.refusal = f"its backward raised {first_line(error)}"
-            return None
-        s.dtype = dtype
-    if error is not None:
-        return Fail(f"the backward raised {first_line(error)}", fix_for(error, _RAISED))
-    s.is_exact = derivatives.is_exact(s)
-    return None
-
-
-_RAISED = "call the backward by itself, with the output gradients that it should take"
-
-
-def _error_of_backward(s: Subject) -> Exception | None:
-    """What the backward raises, both as autograd.grad and as backward() run it."""
-    errors = []
-    for s.accumulates in (False, True):
-        arguments = s.copies()
-        leaves = s.leaves(arguments)
-        try:
-            s.pull_back(s.evaluate(arguments), leaves)
-        except Exception as error:
-            errors.append(error)
-            continue
-        if s.accumulates or all(t.grad is None for t in leaves):
-            return None
-    s.accumulates = False
-    return errors[0]
-
-
-def _looks_like_a_cost(s: Subject, outputs: list[Tensor]) -> bool:
-    """One number from two inputs with as many rows, of which the second is a target: by
-    the function's name, or because it is of integers or gets no gradient."""
-    first = [i for i in range(s.inputs) if isinstance(s.arguments[i], Tensor)][:2]
-    if len(outputs) != 1 or outputs[0].dim() > 0 or len(first) < 2:
-        return False
-    output, target = (s.arguments[i] for i in first)
-    if not (output.dim() and target.dim() and len(output) == len(target) > 1):
-        return False
-    if re.search("cost|loss|entropy|likelihood", s.name, re.IGNORECASE):
-        return True
-    if not target.is_floating_point():
-        return True
-    try:
-        arguments = s.copies(s.own_dtype)
-        (leaf,) = s.leaves(arguments, (first[1],))
-        (y,) = s.evaluate(arguments)
-        if not y.requires_grad:
-            return True
-        return torch.autograd.grad(y, leaf, allow_unused=True)[0] is None
-    except Exception:
-        return True
-
-
-def _working_dtype(s: Subject) -> tuple[torch.dtype, str]:
-    try:
-        with torch.no_grad():
-            s.evaluate(s.copies(F64))
-    except Exception as error:
-        return s.own_dtype, first_line(error)
-    return F64, ""

@@ -20,8 +20,6 @@ from torchbp.examination.verdicts import (
     NotApplicable,
     NotSupported,
     Warn,
-    differentiated,
-    labels_of,
     must_equal,
     must_run,
     needs_float64,
@@ -41,7 +39,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def output_gradient_layouts(s: Subject) -> str:
     """Output gradients of any strides give what contiguous ones give."""
-    _, outputs = differentiated(s)
+    _, outputs = s.new_graph()
     if all(y.dim() == 0 or y.numel() == 0 for y in outputs):
         raise NotApplicable("0-d outputs: one layout")
     cotangents = s.cotangents(outputs)
@@ -52,7 +50,7 @@ def output_gradient_layouts(s: Subject) -> str:
         _, right = s.gradients(s.copies(), cotangents=plain)
         with must_run(f"from an output gradient that is {name}, the backward", fix):
             _, grads = s.gradients(s.copies(), cotangents=gs)
-        if found := differences(grads, right, labels_of(s), s.tolerance()):
+        if found := differences(grads, right, s.names, s.tolerance()):
             raise Fail(
                 f"from an output gradient that is {name}, the gradient of {found}", fix
             )
@@ -98,7 +96,7 @@ class _Swallow(Function):
 
 def undefined_gradients(s: Subject) -> str:
     """A missing output gradient is a zero one."""
-    leaves, outputs = differentiated(s)
+    leaves, outputs = s.new_graph()
     fix = "treat None: a gradient that is not there is zero"
     needs_own_graph(s)
     with must_run("without an output gradient, the backward", fix):
@@ -107,20 +105,20 @@ def undefined_gradients(s: Subject) -> str:
             leaves,
             allow_unused=True,
         )
-    for grad, label in zip(grads, labels_of(s), strict=True):
+    for grad, label in zip(grads, s.names, strict=True):
         if grad is not None and not (grad == 0).all():
             raise Fail(f"without an output gradient, {label} gets one", fix)
     if len(outputs) == 1:
         return "none gives none"
     for k in range(len(outputs)):
-        leaves, outputs = differentiated(s)
+        leaves, outputs = s.new_graph()
         (g,) = s.cotangents([outputs[k]])
         gs = [g if j == k else torch.zeros_like(o) for j, o in enumerate(outputs)]
         right = s.pull_back(outputs, leaves, gs)
-        leaves, outputs = differentiated(s)
+        leaves, outputs = s.new_graph()
         with must_run(f"from output {k} alone, the backward", fix):
             ours = s.pull_back([outputs[k]], leaves, [g])
-        if found := differences(ours, right, labels_of(s), s.tolerance()):
+        if found := differences(ours, right, s.names, s.tolerance()):
             raise Fail(f"from output {k} alone, the gradient of {found}", fix)
     return "none gives none, and each output alone"
 
@@ -163,12 +161,11 @@ def n_d_inputs(s: Subject) -> str:
 
 
 def _as_reference(s: Subject, arguments: list[Any], name: str) -> None:
-    with torch.no_grad():
-        try:
-            right = s.evaluate(arguments, s.reference)
-        except Exception:
-            return  # it sets no standard there
-        ours = s.evaluate(arguments)
+    try:
+        right = s.evaluate(arguments, s.reference)
+    except Exception:
+        return  # it sets no standard there
+    ours = s.evaluate(arguments)
     tolerance = max(s.tolerance(), s.tolerance(torch.float32) / 10)
     found = differences(ours, right, numbered(right), tolerance)
     if len(ours) == len(right) and found:
@@ -185,7 +182,7 @@ def empty_inputs(s: Subject) -> str:
         outputs = s.differentiable(arguments)
     with must_run("the forward went through, but the backward", verdict=Warn):
         grads = s.pull_back(outputs, leaves)
-    for grad, leaf, label in zip(grads, leaves, labels_of(s), strict=True):
+    for grad, leaf, label in zip(grads, leaves, s.names, strict=True):
         if grad.shape != leaf.shape or grad.any():
             raise Warn(
                 f"the gradient of {label} is not zero",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchbp.examination.differences import (
-    CLOSE,
     Seen,
     Slopes,
     look,
@@ -18,7 +17,6 @@ from torchbp.examination.differences import (
 )
 from torchbp.examination.subject import Subject
 from torchbp.examination.tools import (
-    differences,
     first_line,
     variables_of,
 )
@@ -28,7 +26,6 @@ from torchbp.examination.verdicts import (
     NotSupported,
     Verdict,
     fix_for,
-    labels_of,
     must_run,
     needs_float64,
     needs_own_graph,
@@ -49,15 +46,12 @@ def second_derivatives(s: Subject) -> str:
     f = s.closure(arguments)
     at = [arguments[i].detach() for i in s.floats]
     gs = s.cotangents(f(*at))
-    names = [*labels_of(s), *["the output's gradient"] * len(gs)]
+    names = [*s.names, *["the output's gradient"] * len(gs)]
     weights, ours, cut = _seconds(s, f, at, gs)
-    if s.surrogate is not None:
-        return _seconds_as_surrogate(s, arguments, ours, names)
 
     def firsts(*tensors: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            own = [t.detach().requires_grad_() for t in tensors[: len(at)]]
-            return s.pull_back(f(*own), own, tensors[len(at) :])
+        own = [t.detach().requires_grad_() for t in tensors[: len(at)]]
+        return s.pull_back(f(*own), own, tensors[len(at) :])
 
     slopes = Slopes(firsts, [*at, *gs], s.seed)
     if not slopes.values.isfinite().all():
@@ -120,29 +114,6 @@ def _second_pass(total: Tensor, own: list[Tensor]) -> Sequence[Tensor | None]:
         raise Fail(reason, fix_for(error, _TWICE)) from None
 
 
-def _seconds_as_surrogate(
-    s: Subject, arguments: list[Any], ours: list[list[Tensor]], names: list[str]
-) -> str:
-    surrogate = s.surrogate
-    assert surrogate is not None
-
-    def f(*tensors: Tensor) -> list[Tensor]:
-        full = list(arguments)
-        for i, t in zip(s.floats, tensors, strict=True):
-            full[i] = t
-        return [y for y in s.evaluate(full, surrogate) if y.requires_grad]
-
-    at = [arguments[i].detach() for i in s.floats]
-    gs = s.cotangents(s.closure(arguments)(*at))
-    _, right, _ = _seconds(s, f, at, gs)
-    for mine, theirs in zip(ours, right, strict=True):
-        if found := differences(mine, theirs, names, CLOSE, 1e-9):
-            raise Fail(
-                f"the gradient, derived by {found}, beside the surrogate", _TWICE
-            )
-    return "as the surrogate's"
-
-
 def _second_diagnosis(
     s: Subject,
     seen: list[Seen],
@@ -152,7 +123,7 @@ def _second_diagnosis(
     cut: bool,
 ) -> Fail:
     """Which gradient does not know that it depends on what."""
-    one, labels = seen[by], labels_of(s)
+    one, labels = seen[by], s.names
     if cut:
         return Fail(
             f"the gradients are cut off from the graph: derived by {names[by]} they "

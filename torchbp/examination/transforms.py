@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,8 @@ from torchbp.examination.verdicts import (
     Fail,
     NotApplicable,
     Warn,
-    differentiated,
     dtype_name,
     is_large,
-    labels_of,
     must_equal,
     must_equal_rounded,
     needs_float64,
@@ -116,7 +115,7 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
 def batched_gradients(s: Subject) -> str:
     """Several output gradients at once, as one by one."""
     needs_own_graph(s)
-    leaves, outputs = differentiated(s)
+    leaves, outputs = s.new_graph()
     sets = [s.cotangents(outputs, seed) for seed in range(3)]
     stacked = [torch.stack(gs) for gs in zip(*sets, strict=True)]
     looped = [s.gradients(s.copies(), cotangents=gs)[1] for gs in sets]
@@ -125,9 +124,7 @@ def batched_gradients(s: Subject) -> str:
         ours = torch.autograd.grad(
             outputs, leaves, stacked, allow_unused=True, is_grads_batched=True
         )
-    for o, parts, label in zip(
-        ours, zip(*looped, strict=True), labels_of(s), strict=True
-    ):
+    for o, parts, label in zip(ours, zip(*looped, strict=True), s.names, strict=True):
         right = torch.stack(parts)
         o = torch.zeros_like(right) if o is None else o
         if found := difference(o, right, s.tolerance()):
@@ -144,7 +141,7 @@ def jacrev(s: Subject) -> str:
     at = [arguments[i].detach() for i in s.floats]
     with supported(_SETUP), no_memory_of_batched_tensors():
         rows = torch.func.jacrev(_end_to_end(f), argnums=tuple(range(len(at))))(*at)
-    _, outputs = differentiated(s)
+    _, outputs = s.new_graph()
     gs = s.cotangents(outputs)
     weights = torch.cat([g.reshape(-1) for g in gs])
     _, right = s.gradients(s.copies(), cotangents=gs)
@@ -152,7 +149,7 @@ def jacrev(s: Subject) -> str:
         raise NotApplicable("a gradient is infinite: move the input away from the pole")
     ours = [(weights @ J.reshape(len(weights), r.numel())).reshape(r.shape)
             for J, r in zip(rows, right, strict=True)]  # fmt: skip
-    if found := differences(ours, right, labels_of(s), s.tolerance()):
+    if found := differences(ours, right, s.names, s.tolerance()):
         raise Fail(
             f"by {found}",
             "work out of place in backward, by operations that vmap knows",
@@ -196,17 +193,16 @@ class _Forward:
             return difference(ours, right, CLOSE, 1e-9)
         length = max(1.0, sum(v.norm().item() for v in tangents if v is not None) / 2)
         direction = [None if v is None else v.cpu() / length for v in tangents]
-        with torch.no_grad():
-            slopes = Slopes(self.f, self.at, s.seed)
-            noise = slopes.noise.max().item() if slopes.noise.numel() else 0.0
-            found = []
-            for step in slopes.steps:
-                right = length * slopes.slope(direction, step)
-                close = max(CLOSE, s.given_tolerance or 0, slopes.curvature(step))
-                floor = ROUNDINGS * noise * length / step + 1e-9
-                found.append(difference(ours, right, close, floor))
-            if all(found) and slopes.is_kink(direction):
-                raise NotApplicable("a kink or a pole: move the input away from it")
+        slopes = Slopes(self.f, self.at, s.seed)
+        noise = slopes.noise.max().item() if slopes.noise.numel() else 0.0
+        found = []
+        for step in slopes.steps:
+            right = length * slopes.slope(direction, step)
+            close = max(CLOSE, s.requested_tolerance or 0, slopes.curvature(step))
+            floor = ROUNDINGS * noise * length / step + 1e-9
+            found.append(difference(ours, right, close, floor))
+        if all(found) and slopes.is_kink(direction):
+            raise NotApplicable("a kink or a pole: move the input away from it")
         return found[0] if all(found) else ""
 
     def _pushed_through_surrogate(self, tangents: list[Any]) -> list[Tensor]:
@@ -226,7 +222,7 @@ class _Forward:
                 ours = _flat(push(self.f, self.at, given))
             if not (found := self.off(ours, given)):
                 continue
-            names = ", ".join(labels_of(self.s)[k] for k in chosen)
+            names = ", ".join(self.s.names[k] for k in chosen)
             if not ours.any():
                 raise Warn(
                     f"along {names} the tangent is dropped without an error",
@@ -339,12 +335,12 @@ def compiled_backward(s: Subject) -> str:
         _, wrong = s.gradients(s.copies())
         with supported("see the finding before this one"):
             _, ours = s.gradients(s.copies(), function=_compiled(s))
-    if not differences(ours, right, labels_of(s), s.tolerance()):
+    if not differences(ours, right, s.names, s.tolerance()):
         raise Fail(
             "a backward that is wrong on purpose makes no difference: not it ran",
             "avoid torch.func inside what is compiled; try another torch",
         )
-    if found := differences(ours, wrong, labels_of(s), s.tolerance()):
+    if found := differences(ours, wrong, s.names, s.tolerance()):
         raise Fail(f"made wrong on purpose, the gradient of {found}", "")
     return "the hand-written one is what runs"
 
@@ -371,7 +367,7 @@ def determinism(s: Subject) -> str:
     """Twice the same, with the same seed, gives the same bits; and backward draws no
     random numbers of its own."""
     first, second = (s.gradients(s.copies(s.own_dtype)) for _ in range(2))
-    names = [*numbered(first[0]), *(f"gradient of {n}" for n in labels_of(s))]
+    names = [*numbered(first[0]), *(f"gradient of {n}" for n in s.names)]
     tolerance = s.tolerance(s.own_dtype)
     for a, b, name in zip([*second[0], *second[1]], [*first[0], *first[1]], names,
                           strict=True):  # fmt: skip
@@ -382,7 +378,7 @@ def determinism(s: Subject) -> str:
                 "sum in a fixed order" if rounding else "leave no state behind",
             )
     _, grads = s.gradients(s.copies())
-    if found := differences(_reseeded(s), grads, labels_of(s), s.tolerance()):
+    if found := differences(_reseeded(s), grads, s.names, s.tolerance()):
         raise Fail(
             f"backward draws random numbers: with another seed the gradient of {found}",
             "draw in forward and save what was drawn; noise that is meant belongs into "
@@ -393,13 +389,9 @@ def determinism(s: Subject) -> str:
 
 def _reseeded(s: Subject) -> list[Tensor]:
     """The gradients with other random numbers in backward alone."""
-    leaves, outputs = differentiated(s)
-    gs = s.cotangents(outputs)
-    s.seed += 1
-    try:
-        return s.pull_back(outputs, leaves, gs)
-    finally:
-        s.seed -= 1
+    leaves, outputs = s.new_graph()
+    other = replace(s, seed=s.seed + 1)
+    return other.pull_back(outputs, leaves, s.cotangents(outputs))
 
 
 def second_device(s: Subject) -> str:

@@ -108,10 +108,6 @@ def must_run(what: str, fix: str = "", verdict: type[Verdict] = Fail) -> Iterato
         raise verdict(reason, fix_for(error, fix)) from None
 
 
-def labels_of(s: Subject) -> list[str]:
-    return [s.labels[i] for i in s.floats]
-
-
 def numbered(outputs: Sequence[Any]) -> list[str]:
     if len(outputs) == 1:
         return ["output"]
@@ -136,8 +132,7 @@ def needs_own_graph(s: Subject) -> None:
 
 def is_large(s: Subject) -> bool:
     entries = sum(s.arguments[i].numel() for i in s.floats)
-    with torch.no_grad():
-        outputs = sum(y.numel() for y in s.evaluate(s.copies()))
+    outputs = sum(y.numel() for y in s.evaluate(s.copies()))
     return entries * outputs > LARGE
 
 
@@ -163,7 +158,7 @@ def must_equal(
     names = numbered(right[0])
     if found := differences(ours[0], right[0], names, tolerance, floor):
         raise Fail(f"the value of the {found}", fix or "see which of the two is wrong")
-    if found := differences(ours[1], right[1], labels_of(s), tolerance, floor):
+    if found := differences(ours[1], right[1], s.names, tolerance, floor):
         raise Fail(f"the gradient of {found}", fix or CALCULUS)
 
 
@@ -215,12 +210,3 @@ def _moved(s: Subject, arguments: Sequence[Any], eps: float, draw: int) -> list[
             )
             result[i] = t + eps * largest_of(t) * noise.to(t.device, t.dtype)
     return result
-
-
-def differentiated(
-    s: Subject, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Leaves and outputs of a new graph: what a second pass through one does is the
-    business of `retain_graph` alone."""
-    arguments = s.copies(dtype)
-    return s.leaves(arguments), s.differentiable(arguments)
