@@ -32,8 +32,7 @@ from wrong_functions import LAYER, RIGHT, WRONG_FUNCTIONS, X
 import torchbp
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.examination import CHECKS, prepare
-from torchbp.examination import transforms as _exam_transforms
+from torchbp.examination import CHECKS, execution, prepare
 from torchbp.examination.prepare import describe
 from torchbp.examination.verdicts import Fail
 
@@ -94,7 +93,11 @@ def test_nearly_every_check_has_a_wrong_function():
             "value",
         ),
         ("compile", lambda x: x * x * (2 if _compiling() else 1), "value"),
-        ("jacrev", lambda x: x * x * (2 if functional.transforming() else 1), "by x"),
+        (
+            "jacrev",
+            lambda x: x * x * (2 if functional.transforming() else 1),
+            "its rows, the gradient of x",
+        ),
         ("forward", lambda x: None, "no tensor"),
     ],
 )
@@ -146,7 +149,7 @@ def test_vmap_of_grad_can_fail():
 
 def test_another_device_is_compared():
     subject = describe(lambda x: x * x, (X,))
-    assert _exam_transforms.on_device(subject, "cpu") == "cpu as cpu"
+    assert execution.on_device(subject, "cpu") == "cpu as cpu"
     calls = []
 
     def changing(x):
@@ -154,7 +157,7 @@ def test_another_device_is_compared():
         return x * len(calls)
 
     with pytest.raises(Fail):
-        _exam_transforms.on_device(describe(changing, (X,)), "cpu")
+        execution.on_device(describe(changing, (X,)), "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,16 +7,8 @@ from torch import Tensor
 
 from torchbp.examination.differences import CLOSE, Slopes, look
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import (
-    F64,
-    difference,
-    nodes_of,
-)
-from torchbp.examination.verdicts import (
-    Fail,
-    NotApplicable,
-    shape_of,
-)
+from torchbp.examination.tools import F64, difference, nodes_of
+from torchbp.examination.verdicts import Fail, NotApplicable, shape_of
 
 
 def a1(s: Subject) -> str:
@@ -103,7 +95,7 @@ def _target(s: Subject, i: int) -> str:
         return f"{s.labels[i]} that requires grad is refused"
     if not grad.any() or s.dtype != F64:
         return ""
-    f = s.closure(s.copies(), (i,))
+    f, _ = s.closure(s.copies(), (i,))
     gs = s.cotangents(outputs)
     (seen,) = look(s, Slopes(f, leaves, s.seed), [gs], [[grad]], 64)
     if seen.wrong:

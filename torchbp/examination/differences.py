@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import F64, largest_of, random_like
+from torchbp.examination.tools import F64, flat, largest_of, random_like
 
 # gradcheck's own defaults, 1e-3 and 1e-5, let a σ' that is 0.1 % off pass. Central
 # differences with a step of 1e-6 err by some 1e-10 in float64 at sizes of order 1.
@@ -74,7 +74,7 @@ class Slopes:
         )  # fmt: skip
 
     def _outputs(self, tensors: Sequence[Tensor]) -> Tensor:
-        return _flat(self.f(*[t.clone() for t in tensors]))
+        return flat(self.f(*[t.clone() for t in tensors]))
 
     def _moved(self, direction: Sequence[Tensor | None], length: float) -> Tensor:
         return self._outputs(
@@ -167,24 +167,18 @@ def look(
         budget: how many entries are differenced; where that is not all, three random
             directions are, too.
     """
-    ends = torch.stack([_flat(g) for g in cotangents], 1)
+    ends = torch.stack([flat(g) for g in cotangents], 1)
     comparison = _Comparison(slopes, ends, s.requested_tolerance or CLOSE, s.seed)
     each = max(1, budget // max(1, len(slopes.at))) if budget else 0
     result = []
     for k, t in enumerate(slopes.at):
-        ours = torch.stack([_flat([grad[k]]) for grad in grads], 1)
+        ours = torch.stack([flat([grad[k]]) for grad in grads], 1)
         entries = _sample(t.numel(), each, s.seed)
         seen = comparison.at_entries(k, entries, ours[entries])
         if len(entries) < t.numel() and not seen.wrong:
             comparison.along_directions(k, seen, ours)
         result.append(seen)
     return result
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All entries, end to end, in float64 on the CPU."""
-    parts = [t.detach().reshape(-1).to("cpu", F64) for t in tensors]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=F64, device="cpu")
 
 
 def _sample(count: int, most: int, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torchbp.examination.differences import Slopes
 from torchbp.examination.modules import ModuleFunction
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import F64, differences, first_line
+from torchbp.examination.tools import F64, cloned, differences, first_line
 
 # A slow function is differenced at fewer entries: for some ten seconds in all.
 FEWEST, SECONDS = 8, 4
@@ -66,10 +66,7 @@ def describe(
     return Subject(
         name=_name(fn),
         function=ModuleFunction(fn, count) if isinstance(fn, nn.Module) else fn,
-        arguments=tuple(
-            t.detach().clone() if isinstance(t, Tensor) else t
-            for t in (*inputs, *parameters.values())
-        ),
+        arguments=tuple(cloned([*inputs, *parameters.values()])),
         labels=(*_input_names(fn, count), *parameters),
         floats=(*(chosen or floating), *trained),
         inputs=count,
@@ -246,9 +243,7 @@ def _with_engine(s: Subject) -> Subject:
 
 def _is_exact(s: Subject) -> bool:
     """Whether forward and backward compute in float64, and not in less inside."""
-    arguments = s.copies()
-    f = s.closure(arguments)
-    at = [arguments[i].detach() for i in s.floats]
+    f, at = s.closure(s.copies())
     if s.dtype != F64 or Slopes(f, at, s.seed).is_coarse:
         return False
     _, outputs = s.new_graph()

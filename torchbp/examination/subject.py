@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchbp.examination.tools import (
     F64,
     TOLERANCE,
+    cloned,
     difference,
     flatten,
     random_like,
@@ -183,10 +184,11 @@ class Subject:
 
     def closure(
         self, arguments: list[Any], wrt: Sequence[int] = ()
-    ) -> Callable[..., tuple[Tensor, ...]]:
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
         """A function of the arguments at `wrt` alone that returns the differentiable
-        outputs, which a first call tells."""
+        outputs, which a first call tells, and these arguments."""
         positions = tuple(wrt or self.floats)
+        at = [arguments[i].detach() for i in positions]
 
         def function(*tensors: Tensor) -> list[Tensor]:
             full = list(arguments)
@@ -194,14 +196,14 @@ class Subject:
                 full[i] = t
             return self.evaluate(full)
 
-        first = function(*[arguments[i].detach().requires_grad_() for i in positions])
+        first = function(*[t.clone().requires_grad_() for t in at])
         chosen = [k for k, y in enumerate(first) if y.requires_grad]
 
         def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
             outputs = function(*tensors)
             return tuple(outputs[k] for k in chosen)
 
-        return differentiable
+        return differentiable, at
 
     # ------------------------------------------------------------ gradients
 
@@ -235,9 +237,7 @@ class Subject:
         have: the surrogate's where there is one."""
         outputs, grads = self.gradients(arguments, (), function, cotangents)
         if self.surrogate is not None:
-            fresh = [
-                t.detach().clone() if isinstance(t, Tensor) else t for t in arguments
-            ]
+            fresh = cloned(arguments)
             _, grads = self.gradients(fresh, (), self.surrogate, cotangents)
         return outputs, grads
 
