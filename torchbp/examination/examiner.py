@@ -4,11 +4,7 @@ is right, and what else it can be used with."""
 from __future__ import annotations
 
 import functools
-import random
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +22,7 @@ from torchbp.examination import (
     seconds,
     transforms,
 )
-from torchbp.examination.isolation import in_a_child
+from torchbp.examination.isolation import in_a_child, undisturbed
 from torchbp.examination.prepare import describe, learn
 from torchbp.examination.report import Finding, Report
 from torchbp.examination.subject import Subject
@@ -73,16 +69,17 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "A1": costs.a1,
     "A2": costs.a2,
 }
-# These have something to say of a function without derivatives, too.
+# These examine a function without derivatives, too.
 OF_VALUES = ("forward", "inputs-unchanged", "outputs-freed")
-# These ask for nothing but a backward that runs.
-OF_NUMBERS = ("determinism", "linear-in-g", "first-derivatives")
-UNNUMBERED = (
-    *OF_VALUES, *OF_NUMBERS, "raw-gradients", "unneeded-gradients", "vmap", "jvp",
+# Where one of these has a finding, every other that compares gradients would repeat it.
+OF_GRADIENTS = ("determinism", "linear-in-g", "first-derivatives")
+# These do not compare gradients with right ones, so they run whatever those found.
+INDEPENDENT = (
+    *OF_VALUES, *OF_GRADIENTS, "raw-gradients", "unneeded-gradients", "vmap", "jvp",
     "gradients-unchanged", "retain_graph", "saved-on-ctx", "changes-in-between",
     "dual-numbers", "jacfwd", "compiled-backward", "A1", "A2",
 )  # fmt: skip
-# One cause, one finding: those on these checks explain what this one would find.
+# One cause, one finding: a finding of these checks explains one of the check.
 AFTER: dict[str, tuple[str, ...]] = {
     "linear-in-g": ("determinism",),
     "first-derivatives": ("determinism", "linear-in-g"),
@@ -92,7 +89,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "float16": ("reference", "float32", "bfloat16"),
     "output-gradients": ("gradients-unchanged",),
     "unneeded-gradients": ("requires_grad-subsets",),
-    "retain_graph": ("inputs-unchanged", "gradients-unchanged", *OF_NUMBERS[:1]),
+    "retain_graph": ("inputs-unchanged", "gradients-unchanged", "determinism"),
     "changes-in-between": ("saved-on-ctx", "inputs-unchanged", "gradients-unchanged"),
     "outputs-freed": ("saved-on-ctx",),
     "N-d-inputs": ("raw-gradients", "reference", "output-gradients"),
@@ -107,7 +104,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "autocast": ("float32", "bfloat16"),
     "A1": ("first-derivatives", "linear-in-g"),
 }
-# Where a function of random numbers may draw others: in another dtype, order or shape.
+# Where a function may draw other random numbers: in another dtype, order or shape.
 DRAWN_ANEW = (
     "float32", "bfloat16", "float16", "reference", "input-layouts", "N-d-inputs",
     "empty-inputs", "batched-gradients", "vmap", "vmap-of-grad", "jacrev", "jvp",
@@ -133,48 +130,50 @@ def examine(
 
     Args:
         fn: an autograd.Function (the class or its ``apply``), a function of tensors, or
-            a module, whose parameters are examined as further inputs. What it returns
-            may be a tensor or several.
-        inputs: what it is called with: tensors, and whatever else it takes. They are
-            copied. Those that require grad are differentiated; if none does, all
+            a module, whose parameters are examined as further inputs. It may return
+            a tensor or several, in tuples, lists and dicts.
+        inputs: its arguments: tensors of any shape, and whatever else it takes. They
+            are copied. Those that require grad are differentiated; if none does, all
             floating ones (of a cost, the first). Avoid kinks such as ReLU at 0. Of up
-            to 200 entries each is differenced; of more, so many and random directions.
-            Rows with the first tensor's first size are taken as examples where they
-            prove to be.
-        reference: what is right: a function of the same arguments; for a module, a
+            to 200 entries each is differenced; of more, that many and random
+            directions. Rows are taken as examples where a row by itself gives what it
+            gives among the others.
+        reference: a function of the same arguments that is right; for a module, a
             function of its inputs and parameters, or a module with parameters of the
-            same shapes in the same order, for which the first one's stand in.
+            same shapes in the same order, which are replaced by those of `fn`.
         surrogate: the function whose derivatives the backward is meant to return, where
             that is not `fn`: the identity for a straight-through estimator, -x for a
-            gradient reversal, ``lambda v: v + (v.round() - v).detach()`` as well. It
-            takes the same arguments, or the first of them.
-        cost: whether `fn` is a cost, to be held to A1 and A2; None: if it gives one 0-d
-            tensor from two inputs with as many rows and is called a cost, loss, entropy
-            or likelihood, or has a second input of integers or without a gradient.
+            gradient reversal, or ``lambda v: v + (v.round() - v).detach()``. It takes
+            the same arguments, or the first of them.
+        cost: whether `fn` is a cost, for which A1 and A2 must hold; None: if it returns
+            one 0-d tensor from two inputs with as many rows, and its name contains
+            cost, loss, entropy or likelihood, or its second input has integers or gets
+            no gradient.
         compile: whether to compile it, with the backend "aot_eager" or the one named.
         skip: checks to leave out, by identifier or title.
         only: the only checks to run; empty: all.
         strict: whether a warning counts as a failure.
-        tolerance: how far two results may part, relative to the largest entry of what
-            is compared; None: 1e-5 from finite differences, and the dtype's rounding
-            between two computations. Never less than that rounding.
+        tolerance: how far two results may be apart, relative to the largest entry of
+            what is compared; None: 1e-5 from finite differences, and the dtype's
+            rounding between two computations. Never less than that rounding.
         isolate: whether to examine in a child process, for code that may crash.
-        seed: of all that is random here.
+        seed: of all random numbers.
 
     Returns:
         the :class:`Report`; for a test, ``assert report.ok, report.brief()``.
 
     Raises:
-        TypeError: `fn` cannot be called, or an input is complex or sparse.
-        ValueError: a module as `reference` whose parameters do not fit, or no such
-            check.
+        TypeError: `fn` or `surrogate` cannot be called, or an input is complex or
+            sparse.
+        ValueError: the parameters of a module as `reference` or `surrogate` do not fit,
+            there is no such check, or `isolate` is not possible on this system.
 
-    Whatever goes wrong in a check is a finding. The inputs, the generators of random
-    numbers, the grad mode and a module's buffers are as before when it returns. Where
-    `fn` does not take float64, most checks make do with its own dtype.
+    An error in a check is a finding. The inputs, the generators of random numbers, the
+    grad mode and a module's buffers are restored. Where `fn` does not take float64,
+    most checks use its own dtype.
 
-    Differences move every entry alone. A function of symmetric, positive or normalised
-    arguments is therefore examined as one of free ones: ``lambda x: f(x + x.mT)``,
+    Differences move each entry by itself. So examine a function of symmetric, positive
+    or normalised arguments as one of free arguments: ``lambda x: f(x + x.mT)``,
     ``lambda x: f(x.exp())``, ``lambda x: f(x.softmax(-1))``.
 
     Examples:
@@ -187,7 +186,7 @@ def examine(
     chosen = _chosen(skip, only)
 
     def run() -> Iterator[Any]:
-        with _undisturbed(inputs):
+        with undisturbed(inputs):
             subject = describe(
                 fn,
                 inputs,
@@ -230,30 +229,9 @@ def _chosen(skip: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in CHECKS if name in wanted and name not in named["skip"]]
 
 
-@contextmanager
-def _undisturbed(inputs: tuple[Any, ...]) -> Iterator[None]:
-    """Run with grad on, autocast and inference mode off; restore the caller's modes and
-    random state."""
-    devices = sorted(
-        {t.device.index for t in inputs if isinstance(t, Tensor) and t.is_cuda}
-    )
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", *(t.device.type for t in inputs if isinstance(t, Tensor))}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(random.setstate, random.getstate())
-        if "numpy" in sys.modules:
-            numpy = sys.modules["numpy"].random
-            stack.callback(numpy.set_state, numpy.get_state())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _title(s: Subject) -> str:
+    """The function's name with the shapes of its arguments."""
+
     def short(t: Any) -> str:
         if not isinstance(t, Tensor):
             return repr(t) if len(repr(t)) < 20 else type(t).__name__
@@ -289,10 +267,11 @@ _RAISED = "call the backward by itself, with the output gradients that it should
 
 def _causes(name: str) -> tuple[str, ...]:
     """The checks whose findings explain those of this one."""
-    return (*AFTER.get(name, ()), *(() if name in UNNUMBERED else OF_NUMBERS))
+    return (*AFTER.get(name, ()), *(() if name in INDEPENDENT else OF_GRADIENTS))
 
 
 def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
+    """The finding of one check."""
     try:
         return Finding(name, "pass", check(s))
     except Verdict as verdict:

@@ -107,7 +107,8 @@ def _off(
 ) -> str:
     """How `ours` differs from J v, in words; "" if it does not."""
     if s.surrogate is not None:
-        right = flat(_pushed(_surrogate(s), at, tangents))
+        surrogate, _ = s.closure(s.copies(), function=s.surrogate)
+        right = flat(_pushed(surrogate, at, tangents))
         return difference(ours, right, CLOSE, 1e-9)
     length = max(1.0, sum(v.norm().item() for v in tangents if v is not None) / 2)
     direction = [None if v is None else v.cpu() / length for v in tangents]
@@ -122,18 +123,6 @@ def _off(
     if all(texts) and slopes.is_kink(direction):
         raise NotApplicable("a kink or a pole: move the input away from it")
     return texts[0] if all(texts) else ""
-
-
-def _surrogate(s: Subject) -> Callable[..., Any]:
-    """The surrogate as a function of the differentiated arguments alone."""
-    full = s.copies()
-
-    def f(*tensors: Tensor) -> Any:
-        for i, t in zip(s.floats, tensors, strict=True):
-            full[i] = t
-        return s.evaluate(full, s.surrogate)
-
-    return f
 
 
 def _pushed(f: Any, at: list[Tensor], tangents: list[Any]) -> list[Tensor]:

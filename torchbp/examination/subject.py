@@ -183,24 +183,27 @@ class Subject:
         )
 
     def closure(
-        self, arguments: list[Any], wrt: Sequence[int] = ()
+        self,
+        arguments: list[Any],
+        wrt: Sequence[int] = (),
+        function: Callable[..., Any] | None = None,
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
         """A function of the arguments at `wrt` alone that returns the differentiable
         outputs, which a first call tells, and these arguments."""
         positions = tuple(wrt or self.floats)
         at = [arguments[i].detach() for i in positions]
 
-        def function(*tensors: Tensor) -> list[Tensor]:
+        def evaluated(*tensors: Tensor) -> list[Tensor]:
             full = list(arguments)
             for i, t in zip(positions, tensors, strict=True):
                 full[i] = t
-            return self.evaluate(full)
+            return self.evaluate(full, function)
 
-        first = function(*[t.clone().requires_grad_() for t in at])
+        first = evaluated(*[t.clone().requires_grad_() for t in at])
         chosen = [k for k, y in enumerate(first) if y.requires_grad]
 
         def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
-            outputs = function(*tensors)
+            outputs = evaluated(*tensors)
             return tuple(outputs[k] for k in chosen)
 
         return differentiable, at
