@@ -30,9 +30,8 @@ from wrong_functions import LAYER, RIGHT, WRONG_FUNCTIONS, X
 import torchbp
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.examination import CHECKS, examiner
-from torchbp.examination import transforms as _exam_transforms
-from torchbp.examination.subject import make_subject
+from torchbp.examination import CHECKS, execution, prepare
+from torchbp.examination.prepare import describe
 from torchbp.examination.verdicts import Fail
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +91,11 @@ def test_nearly_every_check_has_a_wrong_function():
             "value",
         ),
         ("compile", lambda x: x * x * (2 if _compiling() else 1), "value"),
-        ("jacrev", lambda x: x * x * (2 if functional.transforming() else 1), "by x"),
+        (
+            "jacrev",
+            lambda x: x * x * (2 if functional.transforming() else 1),
+            "its rows, the gradient of x",
+        ),
         ("forward", lambda x: None, "no tensor"),
     ],
 )
@@ -143,8 +146,8 @@ def test_vmap_of_grad_can_fail():
 
 
 def test_another_device_is_compared():
-    subject = make_subject(lambda x: x * x, (X,), None, 0)
-    assert _exam_transforms.on_device(subject, "cpu") == "cpu as cpu"
+    subject = describe(lambda x: x * x, (X,))
+    assert execution.on_device(subject, "cpu") == "cpu as cpu"
     calls = []
 
     def changing(x):
@@ -152,7 +155,7 @@ def test_another_device_is_compared():
         return x * len(calls)
 
     with pytest.raises(Fail):
-        _exam_transforms.on_device(make_subject(changing, (X,), None, 0), "cpu")
+        execution.on_device(describe(changing, (X,)), "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -660,7 +663,7 @@ def test_a_function_of_ten_thousand_inputs_is_sampled():
 
 def test_a_slow_function_is_sampled_more_coarsely(monkeypatch):
     seconds = iter(range(10**6))
-    monkeypatch.setattr(examiner.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(seconds))
     report = torchbp.examine(wrong_functions.Square, X)
     assert report.ok and "at 8 of 12 entries" in report["first-derivatives"].reason
     assert not torchbp.examine(wrong_functions.WrongInTheTail, X).ok
