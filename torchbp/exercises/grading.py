@@ -42,7 +42,7 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
         OSError: the file cannot be read.
         KeyboardInterrupt: with the line of the file that was interrupted.
     """
-    file, passed, notes = _File(path), list[Case](), list[str]()
+    file, passed = _File(path), list[Case]()
     try:
         names = _run(file.code, str(path))
         for case in exercise.cases:
@@ -50,13 +50,12 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
             if not outcome.is_right:
                 return _judged(exercise, case, outcome, passed, file)
             passed.append(case)
-            notes += filter(None, [outcome.note])
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(file.place(error) or path.name) from None
     except BaseException as error:  # that of the file as a whole
         outcome = Outcome(text=_text(error), error=error)
         return _judged(exercise, Case("", (), {}, ()), outcome, [], file)
-    return Verdict("right", notes)
+    return Verdict("right", [*filter(None, [outcome.note])])
 
 
 class _File:
@@ -73,10 +72,9 @@ class _File:
         numbers = [n for f, n in frames if f.f_code.co_filename == str(self.path)]
         if getattr(error, "filename", None) == str(self.path):  # a SyntaxError
             numbers.append(getattr(error, "lineno", None) or 1)
-        definition = re.compile(rf"(def|class) {name}\b")
+        head = re.compile(rf"(def|class) {name}\b")
         if name and not numbers:
-            heads = enumerate(self.lines, start=1)
-            numbers = [number for number, text in heads if definition.match(text)]
+            numbers = [i for i, text in enumerate(self.lines, 1) if head.match(text)]
         if not numbers:
             return ""
         text = self.lines[numbers[-1] - 1 : numbers[-1]]

@@ -109,13 +109,13 @@ def backward(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
 
 
 def find_slope(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
-    """A layer's σ' at z, beside the central difference of the file's own σ."""
+    """A layer's σ' at z, beside the central difference of its own σ."""
     (z,), h = (t.double() for t in arguments.values()), 1e-5
     layer = names[case.subject](1, 1, device="cpu", dtype=F64)
     layer.load_state_dict({"weight": torch.ones_like(z[:1]), "bias": 0 * z[0]})
     (ours,) = torch.autograd.grad(layer(z.requires_grad_()).sum(), z)
     with torch.no_grad():
-        right = (names["sigma"](z + h) - names["sigma"](z - h)) / (2 * h)
+        right = (layer(z + h) - layer(z - h)) / (2 * h)
     (name,) = case.results
     return Outcome({name: ours}, {name: right})
 
