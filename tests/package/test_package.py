@@ -30,7 +30,7 @@ from torchbp.nn import ACTIVATIONS
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "torchbp"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("data", "examination", "explicit", "inspection", "training")
+ROOMS = ("data", "examination", "exercises", "explicit", "inspection", "training")
 
 # What stands in a row may import from the rows before it and from its own row, as long
 # as there is no circle; a room stands for all its files.
@@ -40,7 +40,7 @@ ROWS = (
     "nn",
     "convert explicit",
     "inspection",
-    "training",
+    "training exercises",
     "__init__",
     "__main__",
 )
