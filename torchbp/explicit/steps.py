@@ -1,9 +1,9 @@
 """A mini-batch's step as a list of bound calls on buffers made beforehand.
 
 At ten images a step is a dozen torch calls of about a microsecond each, so what counts
-is how many there are and that none of them allocates. :class:`Steps` makes the buffers
-of one batch size and binds every call to them once; a step then is ``for op in ops:
-op()``, on CUDA one replay of the graph captured from the same calls.
+is how many there are and that they allocate next to nothing. :class:`Steps` makes the
+buffers of one batch size and binds every call to them once; a step then is ``for op in
+ops: op()``, on CUDA one replay of the graph captured from the same calls.
 
 What the calls do, and why:
 
