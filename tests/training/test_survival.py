@@ -196,7 +196,7 @@ def test_a_kill_before_any_call_of_a_run(
         shutil.rmtree(folder)
         if sessions == 1:
             break
-    assert at > 100
+    assert at > 40, "expected the calls of three saves and of four writes of events"
 
 
 @pytest.mark.slow
