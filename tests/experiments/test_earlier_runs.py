@@ -48,7 +48,7 @@ def test_an_earlier_run_is_resumed(capsys, run_0_1_0, engine):
     assert [e.step for e in events.Scalars("cost/running")] == [1, 2, 3, 4, 5]
     assert [e.step for e in events.Scalars("delta_norm/layer_1")] == list(range(6))
     caption = events.SummaryMetadata("pictures/learning").summary_description
-    assert caption.endswith("Step: epochs.")
+    assert caption.endswith(" Step: epochs.")
     (drawn,) = events.Images("pictures/learning")
     curves = {
         layer: {e.step: e.value for e in events.Scalars(f"delta_norm/layer_{layer}")}
