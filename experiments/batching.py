@@ -46,6 +46,7 @@ from experiments.support import reporting
 from experiments.support.options import option
 from experiments.support.timing import take_turns
 from torchbp import data
+from torchbp._numeric import relative_distance
 from torchbp._terminal import aligned
 from torchbp.inspection import probe
 from torchbp.training import cpu_threads
@@ -172,8 +173,8 @@ def compare(settings: Settings, split: data.Split) -> list[Way]:
         calls = {n: lambda f=f: f(model, x, y) for n, f in WAYS.items()}  # type: ignore[misc]  # noqa: B023
         found = {name: flat(call()) for name, call in calls.items()}
         for name, gradient in found.items():
-            distance = (gradient - found[LOOPED]).norm() / found[LOOPED].norm()
-            off[name][str(dtype).removeprefix("torch.")] = distance.item()
+            error = relative_distance(gradient, found[LOOPED])
+            off[name][str(dtype).removeprefix("torch.")] = error
     times = take_turns(calls, settings.repeats, 0, torch.device("cpu"))
     return [Way(way, statistics.median(times[way]), off[way]) for way in WAYS]
 

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
 
@@ -46,6 +45,7 @@ from experiments.support.training_loops import (
     Workload,
 )
 from torchbp import data
+from torchbp._numeric import relative_distance
 from torchbp._terminal import Parser
 from torchbp.training import RunFolder, choose_device, cpu_threads, event_writer
 
@@ -236,7 +236,11 @@ def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result
         loop.run(order[: steps * m])
     expected = loops[NATIVE].weights()
     assert expected is not None
-    agrees = {name: distance(loop.weights(), expected) for name, loop in loops.items()}
+    weights = {name: loop.weights() for name, loop in loops.items()}
+    agrees = {
+        name: None if ours is None else relative_distance(ours, expected)
+        for name, ours in weights.items()
+    }
     steps = max(1, min(EXAMPLES, len(order)) // m)
     calls: dict[str, Callable[[], None]] = {
         name: lambda loop=loop: loop.run(order[: steps * m])  # type: ignore[misc]
@@ -252,14 +256,6 @@ def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result
             *ratios(times[name], times[NATIVE]),
             agrees[name],
         )
-
-
-def distance(actual: list[Tensor] | None, expected: list[Tensor]) -> float | None:
-    """The relative distance of all weights and biases together."""
-    if actual is None:
-        return None
-    a, b = (torch.cat([t.cpu().flatten() for t in ts]) for ts in (actual, expected))
-    return ((a - b).norm() / b.norm()).item()
 
 
 def line(result: Result) -> str:

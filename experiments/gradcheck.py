@@ -26,6 +26,7 @@ from torch import Tensor
 
 import torchbp
 from torchbp import costs, functional
+from torchbp._numeric import central_difference
 from torchbp._terminal import Parser
 from torchbp.training import choose_device
 
@@ -263,21 +264,33 @@ def against_differences(
     """The largest error of the gradients of Σ g f, relative to each one's size, at
     about SAMPLED entries of each argument."""
     arguments = [t.detach().clone() for t in leaves]
+
+    def weighted_sum() -> float:
+        return (f(*arguments, *constants) * g).sum().item()
+
     errors = []
     for argument, grad in zip(arguments, grads, strict=True):
         flat, slopes = argument.view(-1), grad.reshape(-1)
         step = max(1, flat.numel() // SAMPLED)
         for i in range(0, flat.numel(), step):
-            kept, values = flat[i].item(), []
-            for nudged in (kept + STEP, kept - STEP):
-                flat[i] = nudged
-                values.append((f(*arguments, *constants) * g).sum().item())
-            flat[i] = kept
-            slope = (values[0] - values[1]) / (2 * STEP)
+            slope = difference_at(weighted_sum, flat, i)
             # A gradient of zeros, as behind ReLU, is compared as it is.
             scale = max(1e-3, grad.abs().amax().item())
             errors.append(abs(slopes[i].item() - slope) / scale)
     return _largest(errors)
+
+
+def difference_at(f: Callable[[], float], flat: Tensor, i: int) -> float:
+    """Return ∂f/∂flat[i] by a central difference; `flat` is restored."""
+    value = flat[i].item()
+
+    def moved(distance: float) -> float:
+        flat[i] = value + distance
+        return f()
+
+    slope = central_difference(moved, STEP)
+    flat[i] = value
+    return slope
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -46,11 +46,11 @@ from experiments.support.one_neuron import (
     NEURON_STARTS,
     Curve,
     Points,
-    distance,
     neuron,
 )
 from experiments.support.options import option
 from torchbp import data
+from torchbp._numeric import relative_distance
 from torchbp._terminal import aligned
 from torchbp.training import AutogradSGD, cpu_threads
 
@@ -230,7 +230,7 @@ def look_at_half(split: data.Split) -> Half:
                 pass
         expected, *others = (list(engine.model.parameters()) for engine in engines)
         off = [
-            max(far, distance(weights, expected))
+            max(far, relative_distance(weights, expected))
             for far, weights in zip(off, others, strict=True)
         ]
     return Half(*off)

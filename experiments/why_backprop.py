@@ -73,6 +73,7 @@ from experiments.support.gradient_ways import (
     parameters,
 )
 from experiments.support.options import option
+from torchbp._numeric import relative_distance
 from torchbp._terminal import aligned
 from torchbp.training import cpu_threads
 
@@ -262,12 +263,10 @@ def compare(sizes: tuple[int, ...], settings: Settings) -> list[Way]:
         # What is there once a turn does not grow with the parameters.
         passes = (counts[name] - turns * once) * P / len(places) + once
         seconds = statistics.median(times[name]) * passes
-        error = distance(
-            torch.tensor(found[name], dtype=torch.float64, device="cpu"), exact[indices]
-        )
+        error = distance_of_numbers(found[name], exact[indices])
         ways.append(Way(sizes, name, P, passes, 0, seconds, error, len(places) < P))
     for name, sweep in SWEEPS.items():
-        error = distance(flat(sweep(problem)).double(), exact)
+        error = relative_distance(flat(sweep(problem)).double(), exact)
         seconds = statistics.median(times[name])
         ways.append(Way(sizes, name, P, *PAIRS[name](problem), seconds, error, False))
     return ways
@@ -284,8 +283,10 @@ def sample(P: int) -> list[int]:
     return [int((i + 0.5) * P / SAMPLE) for i in range(SAMPLE)]
 
 
-def distance(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+def distance_of_numbers(actual: list[float], expected: Tensor) -> float:
+    """Return the relative distance of numbers from a float64 tensor."""
+    numbers = torch.tensor(actual, dtype=torch.float64, device="cpu")
+    return relative_distance(numbers, expected)
 
 
 def seconds_a_call(run: Callable[[], Any]) -> float:
@@ -368,9 +369,7 @@ def error_over_step(settings: Settings, dtype: torch.dtype, way: str) -> Errors:
     errors = []
     for step in steps:
         found = PERTURBATIONS[way](problem, places, step)
-        errors.append(
-            distance(torch.tensor(found, dtype=torch.float64, device="cpu"), exact)
-        )
+        errors.append(distance_of_numbers(found, exact))
     return Errors(str(dtype).removeprefix("torch."), way, steps, errors)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import torchbp
 from experiments.support import settings
+from torchbp._numeric import relative_distance
 from torchbp.inspection import probe
 
 COSTS = {name: settings.COSTS[name] for name in ("quadratic", "cross-entropy")}
@@ -53,7 +53,7 @@ class Points:
         a = torch.sigmoid(last.z)
         sigma_prime, delta = a * (1 - a), last.delta * len(x)  # of each example
         expected = (a - y) * sigma_prime if self.cost == "quadratic" else a - y
-        self.off = max(self.off, distance([delta], [expected]))
+        self.off = max(self.off, relative_distance(delta, expected))
         rms = delta.square().sum(-1).mean().sqrt().item()
         C = cost(last.a, y).item()
         self.rows.append((time, C, sigma_prime.mean().item(), rms))
@@ -70,12 +70,6 @@ class Points:
             delta,
             self.off,
         )
-
-
-def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The relative distance of all entries together."""
-    a, b = (torch.cat([t.detach().flatten() for t in ts]) for ts in (actual, expected))
-    return ((a - b).norm() / b.norm()).item()
 
 
 def neuron(cost: str, start: str, lr: float = NEURON_LR) -> Curve:

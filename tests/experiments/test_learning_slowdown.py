@@ -122,7 +122,7 @@ def test_the_half_is_a_matter_of_the_rate(monkeypatch):
 def test_a_detour_is_part_of_the_trajectory(monkeypatch):
     """The largest distance on the way counts, not that at the end."""
     found = iter([0.1, 0.5, 0.9, 0.6, 0.2, 0.3])
-    monkeypatch.setattr(experiment, "distance", lambda *_: next(found))
+    monkeypatch.setattr(experiment, "relative_distance", lambda *_: next(found))
     monkeypatch.setattr(experiment, "HALF_STEPS", 3 * experiment.HALF_EVERY)
     assert experiment.look_at_half(DATA.train) == experiment.Half(0.9, 0.6)
 
