@@ -306,7 +306,7 @@ def test_a_quota_on_the_size_of_files(driver, tmp_path):
     resume = ["--resume", folder, "--epochs", 2]
     answer = driver.run(*resume, largest=150_000)
     assert_stopped(answer, folder, "File too large", epoch=1)
-    assert f"to go on: --resume {folder}" in answer["err"]
+    assert f"to continue: --resume {folder}" in answer["err"]
     assert driver.run(*resume)["status"] == 0
 
 
@@ -448,7 +448,7 @@ def test_the_checkpoint_before_a_damaged_one(driver, undisturbed, tmp_path, dama
     assert answer["err"].count("\n") == 1
     assert answer["err"].startswith(f"NOTE: {newest}: expected a ")
     before = folder / "checkpoint.previous.pt"
-    assert f"going on from {before}, epoch 1" in answer["err"]
+    assert f"continuing from {before}, epoch 1" in answer["err"]
     aside = folder / "checkpoint.damaged.pt"
     assert aside.read_bytes() == content
     aside.unlink()

@@ -42,6 +42,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchbp._terminal import UserError
+
 NAMES = ("mnist", "fashion", "kmnist", "digits")
 
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
@@ -67,7 +69,7 @@ _TIMEOUT_LOCK = threading.Lock()  # the default time-out belongs to the whole pr
 _DIGITS_BOUNDS = (0, 1_297, 1_547, 1_797)
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Data that is missing, damaged or cannot be loaded; the message is one line.
 
     Args:
@@ -80,9 +82,6 @@ class DataError(RuntimeError):
         ...     print(len(str(error).splitlines()), "line")
         1 line
     """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 class Split(NamedTuple):
