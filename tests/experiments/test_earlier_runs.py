@@ -62,6 +62,6 @@ def test_an_earlier_run_is_resumed(capsys, run_0_1_0, engine):
 def test_an_earlier_run_predicts(capsys, run_0_1_0, tmp_path):
     draw(3).save(tmp_path / "three.png")
     command = [str(run_0_1_0), str(tmp_path / "three.png"), "--json"]
-    assert predict.main(command) == 0
+    assert predict.command_line(command) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["digit"] in range(10)

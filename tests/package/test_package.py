@@ -35,7 +35,7 @@ ROOMS = ("data", "examination", "exercises", "explicit", "inspection", "training
 # What stands in a row may import from the rows before it and from its own row, as long
 # as there is no circle; a room stands for all its files.
 ROWS = (
-    "_version _autograd _define _checks _files _terminal data",
+    "_version _autograd _define _checks _numeric _files _terminal data",
     "functional costs examination",
     "nn",
     "convert explicit",

@@ -757,7 +757,7 @@ def points(folder):
 def job(tmp_path, **changes):
     small = {"dataset": "digits", "sizes": (784, 12, 10), "epochs": 3, "lr": 0.5}
     small |= {"logdir": str(tmp_path), "output": "quiet"}
-    return mnist.main(mnist.Settings(**{**small, **changes}))["run"]
+    return mnist.main(mnist.TrainingSettings(**{**small, **changes}))["run"]
 
 
 def test_runs_of_either_layers_and_either_engine_lie_side_by_side(tmp_path):

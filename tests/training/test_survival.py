@@ -449,7 +449,7 @@ def test_the_checkpoint_before_a_damaged_one(driver, undisturbed, tmp_path, dama
     assert answer["err"].count("\n") == 1
     assert answer["err"].startswith(f"NOTE: {newest}: expected a ")
     before = folder / "checkpoint.previous.pt"
-    assert f"going on from {before}, epoch 1" in answer["err"]
+    assert f"continuing from {before}, epoch 1" in answer["err"]
     aside = folder / "checkpoint.damaged.pt"
     assert aside.read_bytes() == content
     aside.unlink()

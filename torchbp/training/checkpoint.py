@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from torchbp._files import check_is_file, write_atomically
+from torchbp._terminal import UserError
 
 __all__ = ["CheckpointError", "load", "save"]
 
@@ -32,7 +33,7 @@ ZIP, END_OF_ZIP = b"PK\3\4", b"PK\5\6"  # the latter: 22 bytes, without a commen
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read; the message is one line and names the file.
 
     Args:
@@ -45,9 +46,6 @@ class CheckpointError(RuntimeError):
         ...     print(error)
         nowhere/checkpoint.pt: no such checkpoint
     """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 def save(

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from torchbp._terminal import duration
 from torchbp.training.trainer import EpochResult
 
 __all__ = ["PROGRESS", "JSONLines", "Progress", "Quiet"]
@@ -168,19 +169,5 @@ def trend(costs: list[float]) -> str:
     """
     shown = costs[-SHOWN:]
     low, high = min(shown), max(shown)
-    span = high - low or 1.0
-    return "".join(BLOCKS[round(7 * (C - low) / span)] for C in shown)
-
-
-def duration(seconds: float) -> str:
-    """For people.
-
-    >>> duration(7.4), duration(125), duration(4000)
-    ('7 s', '2 min', '1 h 07 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    wide = high - low or 1.0
+    return "".join(BLOCKS[round(7 * (C - low) / wide)] for C in shown)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchbp._files import TEMPORARY, write_atomically
+from torchbp._terminal import one_line
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
 
@@ -255,7 +256,7 @@ def _load_checked(
         if check is not None:
             check(state)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, KeyError):
             reason = f"none of {reason}"
         raise CheckpointError(
