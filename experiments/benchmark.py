@@ -47,7 +47,7 @@ from experiments.support.training_loops import (
 )
 from torchbp import data
 from torchbp._terminal import Parser
-from torchbp.training import RunFolder, choose_device, cpu_threads, event_writer
+from torchbp.training import EventWriter, RunFolder, choose_device, cpu_threads
 
 WORKLOADS = (
     Workload("nielsen", (784, 30, 10), 10, 3.0),
@@ -374,7 +374,7 @@ def slope(sizes: list[int], times: list[float]) -> float:
 
 def write_events(folder: Path, results: dict[str, Any]) -> None:
     """The same figures for TensorBoard."""
-    with event_writer(folder) as writer:
+    with EventWriter(folder) as writer:
         described = "\n".join(f"    {k}: {v}" for k, v in results["machine"].items())
         writer.add_text("machine", described, 0)
         for row in results.get("networks", []):

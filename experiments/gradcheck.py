@@ -27,9 +27,11 @@ from torch import Tensor
 import torchbp
 from torchbp import costs, functional
 from torchbp._terminal import Parser
+from torchbp.nn import ACTIVATIONS
 from torchbp.training import choose_device
 
 Operation = Callable[..., Tensor]
+Pair = tuple[Operation, Operation]  # ours and native PyTorch's
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,46 +55,38 @@ def silu_prime(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-_Softplus = torchbp.define_layer("Softplus", F.softplus, lambda a: -torch.expm1(-a))
-_SiLU = torchbp.define_layer("SiLU", F.silu, silu_prime, saves="z")
+_Arsinh = torchbp.define_layer("arsinh", torch.asinh, lambda a: 1 / torch.cosh(a))
+_SiLU = torchbp.define_layer("silu", F.silu, silu_prime, saves="z")
 
 
-def defined(layer: type[torchbp.BPLinear]) -> Operation:
-    """The layer class as a function of x, W and b."""
-    return lambda x, W, b: functional.layer(layer.function, x, W, b)
+def layer_pair(layer: type[torchbp.BPLinear], sigma: Operation) -> Pair:
+    """The layer class, and native PyTorch's, as functions of x, W and b."""
+    return (
+        lambda x, W, b: functional.layer(layer.function, x, W, b),
+        lambda x, W, b: sigma(F.linear(x, W, b)),
+    )
 
 
-def mean_over_rows(loss: Operation) -> Operation:
-    """A native loss under A1: divided by the rows, not by the numbers."""
+def cost_pair(cost: Any) -> Pair:
+    """The cost class, and its native counterpart under A1: divided by the rows, not by
+    the numbers."""
+    native = cost.native(reduction="sum")
 
-    def cost(v: Tensor, y: Tensor) -> Tensor:
+    def loss(v: Tensor, y: Tensor) -> Tensor:
         rows = v.reshape(-1, v.shape[-1])
-        summed: Tensor = loss(rows, y.reshape(rows.shape), reduction="sum")
-        return summed / len(rows)
+        summed: Tensor = native(rows, y.reshape(rows.shape))
+        return cost.scale * summed / len(rows)
 
-    return cost
+    return cost(), loss
 
 
-# name: ours and native PyTorch's.
-LAYERS: dict[str, tuple[Operation, Operation]] = {
-    "linear": (functional.linear, F.linear),
-    "sigmoid": (functional.linear_sigmoid, lambda *t: torch.sigmoid(F.linear(*t))),
-    "tanh": (functional.linear_tanh, lambda *t: torch.tanh(F.linear(*t))),
-    "relu": (functional.linear_relu, lambda *t: torch.relu(F.linear(*t))),
-    "softplus, from a": (defined(_Softplus), lambda *t: F.softplus(F.linear(*t))),
-    "silu, from z": (defined(_SiLU), lambda *t: F.silu(F.linear(*t))),
+LAYERS: dict[str, Pair] = {
+    name: layer_pair(layer, layer.native() if layer.native else lambda z: z)
+    for name, layer in ACTIVATIONS.items()
 }
-COSTS: dict[str, tuple[Operation, Operation]] = {
-    "quadratic": (
-        costs.quadratic_cost,
-        lambda a, y: mean_over_rows(F.mse_loss)(a, y) / 2,
-    ),
-    "cross-entropy": (
-        costs.cross_entropy_cost,
-        mean_over_rows(F.binary_cross_entropy_with_logits),
-    ),
-    "log-likelihood": (costs.log_likelihood_cost, mean_over_rows(F.cross_entropy)),
-}
+LAYERS["arsinh, from a"] = layer_pair(_Arsinh, torch.asinh)
+LAYERS["silu, from z"] = layer_pair(_SiLU, F.silu)
+COSTS = {name: cost_pair(cost) for name, cost in costs.COSTS.items()}
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 def check(
     name: str,
     shape: str,
-    pair: tuple[Operation, Operation],
+    pair: Pair,
     arguments: Sequence[Tensor],
     constants: Sequence[Tensor],
     dtype: torch.dtype,

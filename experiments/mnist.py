@@ -89,9 +89,9 @@ def main(settings: Settings) -> dict[str, Any]:
     """
     with join(settings.device) as world, ExitStack() as held:
         folder = make_folder(settings) if world.rank == 0 else None
-        if folder is not None:
-            held.enter_context(folder.lock())
         try:
+            if folder is not None:
+                held.enter_context(folder.lock())
             splits, settings = load_data(settings)
             trainer = assemble(settings, splits, world)
             log = None if folder is None else open_log(folder, settings, world, trainer)
@@ -358,7 +358,14 @@ def open_log(
     folder.write(settings=record, versions=versions)
     compared = {name: record[name] for name in COMPARED}
     dashboard = Dashboard(
-        folder.path, record, compared, versions, resumed_at, settings.log_level
+        folder.path,
+        record,
+        compared,
+        versions,
+        resumed_at,
+        settings.log_level,
+        settings.epochs,
+        trainer.steps_per_epoch,
     )
     return Log(folder, dashboard, versions)
 

@@ -1142,7 +1142,7 @@ WRONG_FUNCTIONS = [
         SlopeOfZ.apply, Sigmoid.apply, LAYER, FIRST, "taken of z in place of a"
     ),
     WrongFunction(SlopeOfA.apply, Sigmoid.apply, LAYER, FIRST, "σ is applied twice"),
-    WrongFunction(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is there twice"),
+    WrongFunction(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is a factor twice"),
     WrongFunction(TenthOfAPercent.apply, Sigmoid.apply, LAYER, FIRST, "1.001 times"),
     WrongFunction(
         TanhSlopeMissing.apply, OtherForward.apply, (X,), FIRST, "1 - a² of a tanh"
@@ -1225,17 +1225,17 @@ WRONG_FUNCTIONS = [
         Square.apply,
         (X,),
         "saved-on-ctx",
-        "the input x is kept on ctx.x",
+        "the input x is saved on ctx.x",
     ),
     WrongFunction(
         OutputOnCtx.apply,
         NamedVjp.apply,
         (X,),
         "saved-on-ctx",
-        "the output is kept on ctx.y",
+        "the output is saved on ctx.y",
     ),
     WrongFunction(
-        OutputInAList.apply, NamedVjp.apply, (X,), "outputs-freed", "lives on when"
+        OutputInAList.apply, NamedVjp.apply, (X,), "outputs-freed", "is never freed"
     ),
     WrongFunction(
         UsedUp.apply,
@@ -1249,7 +1249,7 @@ WRONG_FUNCTIONS = [
         Square.apply,
         (X,),
         "determinism",
-        "the same again: the gradient of x",
+        "with the same arguments again, the gradient of x",
     ),
     WrongFunction(
         ReadsMemory.apply,

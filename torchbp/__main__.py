@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchbp._terminal import Parser, reader_left
-from torchbp.costs import COSTS, QuadraticCost
+from torchbp.costs import COSTS, COUNTERPARTS, QuadraticCost
+from torchbp.exercises import add_exercises
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -175,7 +176,7 @@ def add_observe(commands: Any) -> None:
         "--cost",
         choices=COSTS,
         default="quadratic",
-        help=", ".join(f"{name}: {c.native} in torch" for name, c in COSTS.items()),
+        help=COUNTERPARTS,
     )
     parser.add_argument("--lr", type=float, default=3.0, help="η (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -332,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tour(commands)
     add_observe(commands)
     add_examine(commands)
+    add_exercises(commands)
     arguments = parser.parse_args(argv)
     try:
         status = int(arguments.run(arguments))

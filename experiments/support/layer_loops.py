@@ -20,12 +20,7 @@ from experiments.support.timing import ratios, take_turns
 
 # rows, n_in, n_out
 SIZES = ((10, 784, 30), (128, 512, 512), (1024, 512, 512), (1024, 4096, 4096))
-LAYERS = {
-    "linear": torchbp.BPLinear,
-    "sigmoid": torchbp.BPLinearSigmoid,
-    "tanh": torchbp.BPLinearTanh,
-    "relu": torchbp.BPLinearReLU,
-}
+LAYERS = torchbp.nn.ACTIVATIONS
 
 
 @dataclass(frozen=True)

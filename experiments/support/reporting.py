@@ -21,7 +21,7 @@ import torchbp
 from experiments.support.options import add_options, check_choices, option
 from experiments.support.timing import processor
 from torchbp import _terminal, data
-from torchbp.training import RunFolder, event_writer
+from torchbp.training import EventWriter, RunFolder
 
 MOST = 1_000_000
 # Tag: its points (step, value).
@@ -132,7 +132,7 @@ class Report:
 
 def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
     """The curves for TensorBoard, and the verdict as text."""
-    with event_writer(folder) as writer:
+    with EventWriter(folder) as writer:
         writer.add_text("verdict", results["verdict"], 0)
         for tag, points in curves.items():
             for step, value in points:

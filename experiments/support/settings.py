@@ -25,9 +25,6 @@ COSTS = {
     name: (cost, "identity" if cost.takes == "z" else "sigmoid")
     for name, cost in torchbp.costs.COSTS.items()
 }
-COUNTERPARTS = ", ".join(
-    f"{name}: {cost.native} in torch" for name, (cost, _) in COSTS.items()
-)
 # How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
 # whole algorithm at once.
 ENGINES = ("autograd", "explicit")
@@ -86,7 +83,7 @@ class Settings:
     activation: str = option("sigmoid", "of the hidden layers", tuple(ACTIVATIONS))
     cost: str = option(
         "quadratic",
-        f"sets the output layer that fits it, too; {COUNTERPARTS}",
+        f"sets the output layer that fits it, too; {torchbp.costs.COUNTERPARTS}",
         tuple(COSTS),
     )
     init: str = option("scaled", "initial weights", tuple(INITIALISATIONS))

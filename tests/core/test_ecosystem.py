@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import F64, LAYERS, SiLU, all_layers, operands, rand
+from cases import BUILT_IN, F64, LAYERS, SiLU, all_layers, operands, rand
 from torch import nn
 from torch.autograd import graph
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import torchbp
 
-SIZES = [6, 5, 4, 3, 2]
-NAMES = ["sigmoid", "tanh", "relu", "linear"]  # one layer each, in this order
+# One layer each, in this order.
+NAMES = [*(name for name in BUILT_IN if name != "linear"), "linear"]
+SIZES = list(range(2 + len(NAMES), 1, -1))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import io
 import bounds
 import pytest
 import torch
-from cases import LAYERS, all_layers, rand
+from cases import BUILT_IN, LAYERS, all_layers, rand
 from torch import nn
 from torch.testing import assert_close
 
@@ -41,8 +41,7 @@ def every_layer():
 
 def every_native_layer():
     """One of each layer that has a native counterpart."""
-    names = ["sigmoid", "tanh", "relu", "linear"]
-    return nn.Sequential(*(LAYERS[name].module(5, 5) for name in names))
+    return nn.Sequential(*(LAYERS[name].module(5, 5) for name in BUILT_IN))
 
 
 def batch(rows):

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import warnings
@@ -32,9 +30,8 @@ from wrong_functions import LAYER, RIGHT, WRONG_FUNCTIONS, X
 import torchbp
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.examination import CHECKS, examiner
-from torchbp.examination import transforms as _exam_transforms
-from torchbp.examination.subject import make_subject
+from torchbp.examination import CHECKS, execution, prepare
+from torchbp.examination.prepare import describe
 from torchbp.examination.verdicts import Fail
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +91,11 @@ def test_nearly_every_check_has_a_wrong_function():
             "value",
         ),
         ("compile", lambda x: x * x * (2 if _compiling() else 1), "value"),
-        ("jacrev", lambda x: x * x * (2 if functional.transforming() else 1), "by x"),
+        (
+            "jacrev",
+            lambda x: x * x * (2 if functional.transforming() else 1),
+            "its rows, the gradient of x",
+        ),
         ("forward", lambda x: None, "no tensor"),
     ],
 )
@@ -145,8 +146,8 @@ def test_vmap_of_grad_can_fail():
 
 
 def test_another_device_is_compared():
-    subject = make_subject(lambda x: x * x, (X,), None, 0)
-    assert _exam_transforms.on_device(subject, "cpu") == "cpu as cpu"
+    subject = describe(lambda x: x * x, (X,))
+    assert execution.on_device(subject, "cpu") == "cpu as cpu"
     calls = []
 
     def changing(x):
@@ -154,7 +155,7 @@ def test_another_device_is_compared():
         return x * len(calls)
 
     with pytest.raises(Fail):
-        _exam_transforms.on_device(make_subject(changing, (X,), None, 0), "cpu")
+        execution.on_device(describe(changing, (X,)), "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -646,48 +647,6 @@ def test_a_backward_that_raises_in_float64_only_is_examined_in_its_own_dtype():
     assert "its backward raised RuntimeError" in report["first-derivatives"].reason
 
 
-class NumPyInBackward(wrong_functions.Square):
-    """Reads the memory of what may be a batched tensor."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        g = torch.from_numpy(grad.data.cpu().numpy().copy())
-        return 2 * x * g
-
-
-def test_numpy_in_a_backward_does_not_end_the_process():
-    # In a child, since this is what ended it.
-    report = torchbp.examine(NumPyInBackward, X, isolate=True)
-    assert report["batched-gradients"].status == "not supported"
-    assert "which has no memory" in report["batched-gradients"].reason
-    assert len(report.findings) == len(CHECKS)
-
-
-class EndsTheProcess(wrong_functions.Square):
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        if not x.is_contiguous():
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return 2 * x * grad
-
-
-def test_code_that_crashes_is_isolated():
-    report = torchbp.examine(EndsTheProcess, X, isolate=True)
-    assert checks(report, "fail") == {"input-layouts"}
-    assert "SIGSEGV" in report["input-layouts"].reason
-    assert report["first-derivatives"].status == "pass"
-    assert report["vmap"].reason == "see input-layouts"
-
-
-def test_isolation_changes_nothing_else():
-    plain = torchbp.examine(wrong_functions.MeanForSum, *LAYER)
-    assert torchbp.examine(wrong_functions.MeanForSum, *LAYER, isolate=True) == plain
-    with pytest.raises(TypeError, match="fn: expected a Function"):
-        torchbp.examine(3, isolate=True)
-
-
 def test_a_function_of_ten_thousand_inputs_is_sampled():
     calls = []
 
@@ -704,7 +663,7 @@ def test_a_function_of_ten_thousand_inputs_is_sampled():
 
 def test_a_slow_function_is_sampled_more_coarsely(monkeypatch):
     seconds = iter(range(10**6))
-    monkeypatch.setattr(examiner.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(seconds))
     report = torchbp.examine(wrong_functions.Square, X)
     assert report.ok and "at 8 of 12 entries" in report["first-derivatives"].reason
     assert not torchbp.examine(wrong_functions.WrongInTheTail, X).ok
@@ -796,7 +755,7 @@ def test_options_of_the_command(capsys):
     assert [f["check"] for f in written["findings"]] == ["forward", "vmap"]
     line = ["examine", "wrong_functions:RoundsStraightThrough", "--input", "3,4"]
     assert main(line) == 1
-    assert main([*line, "--surrogate", "torch:clone", "--isolate"]) == 0
+    assert main([*line, "--surrogate", "torch:clone"]) == 0
 
 
 @pytest.mark.parametrize(

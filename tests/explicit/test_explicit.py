@@ -10,7 +10,7 @@ import bounds
 import pytest
 import reference
 import torch
-from cases import COSTS, LAYERS, SiLU, Softplus, rand, target_for
+from cases import COSTS, LAYERS, Bipolar, SiLU, rand, target_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -90,7 +90,7 @@ def test_backprop_has_autograd_s_cost_and_gradients(problem):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "identity"])
+@pytest.mark.parametrize("activation", torchbp.nn.ACTIVATIONS)
 @pytest.mark.parametrize("name", ["quadratic", "cross-entropy", "log-likelihood"])
 def test_backprop_is_the_book_s_algorithm(activation, name):
     """Beside per-example loops over the four equations."""
@@ -359,7 +359,7 @@ def test_steps_and_epochs_are_the_autograd_path_s(
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
     n=st.integers(1, 60),
     m=st.integers(1, 60),
-    activation=st.sampled_from(["sigmoid", "tanh", "relu", Softplus]),
+    activation=st.sampled_from([*torchbp.nn.ACTIVATIONS, Bipolar]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 1000),
 )

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import torchbp.__main__ as program
 from experiments import mnist
 from torchbp import data
+from torchbp.nn import ACTIVATIONS
 
 SHORT = settings(
     max_examples=60,
@@ -45,7 +46,7 @@ ODD_NAMES = [
 OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "--dataset": (["digits", "auto"], ["mnist", "kmnist", "", "MNIST", "imagenet"]),
     "--data": (["data"], ["file", "absent", *ODD_NAMES]),
-    "--activation": (["sigmoid", "tanh", "relu", "identity"], ["", "gelu"]),
+    "--activation": ([*ACTIVATIONS], ["", "gelu"]),
     "--cost": (["quadratic", "cross-entropy", "log-likelihood"], ["", "mse"]),
     "--init": (["scaled", "normal", "torch"], ["", "zero"]),
     "--recipe": (["best"], ["", "worst"]),

@@ -136,6 +136,20 @@ def test_no_native_backward_stands_behind_a_hand_written_one():
                 assert called not in ("grad", "vjp", "jacrev"), called
 
 
+@pytest.mark.parametrize("name", ["functional.py", "costs.py"])
+def test_the_files_of_equations_are_short(name):
+    """At most 250 lines besides docstrings and blank ones."""
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            documented |= set(range(first.lineno, first.end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    assert sum(bool(line.strip()) and i not in documented for i, line in lines) <= 250
+
+
 # What makes a tensor without another tensor to take the device and the dtype from; a
 # torch.Generator() is on the CPU wherever torch's default device is.
 FACTORIES = {function.__name__ for function in _device_constructors()}
@@ -320,7 +334,8 @@ needs_hatchling = pytest.mark.skipif(
 def built(tmp_path_factory):
     """The sdist and the wheel, as pip has them made, from a copy."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
-    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    hidden = (".[!g]*", ".git", ".gitignore")  # all but .github
+    skip = shutil.ignore_patterns(*hidden, "__pycache__", "*.egg-info", "build", "runs")
     shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
     (source / "secret.txt").write_text("not to be packed")
     subprocess.run(
@@ -367,7 +382,7 @@ def test_the_sdist_has_what_the_tests_need_and_nothing_else(built):
     source, sdist, _ = built
     with tarfile.open(sdist) as archive:
         files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-    code = files_below(source, "torchbp", "experiments", "tests")
+    code = files_below(source, "torchbp", "experiments", "tests", ".github")
     assert {"tests/cases.py", "experiments/mnist.py", "torchbp/py.typed"} <= code
     # hatchling adds .gitignore: what is built from the sdist leaves out the same.
     expected = set(".gitignore LICENSE PKG-INFO README.md pyproject.toml".split())

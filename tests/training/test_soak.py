@@ -205,7 +205,7 @@ def test_deep_gradients_are_native_ones(model: torchbp.MLP) -> None:
         torch.testing.assert_close(h, t, **off)
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", torchbp.nn.ACTIVATIONS)
 def test_deep_gradients_of_every_activation(activation: str) -> None:
     network = deep(activation)
     COST(network(X), Y).backward()

@@ -287,7 +287,7 @@ def assert_stopped(answer, folder, reason, epoch):
     assert steps_of(folder)
 
 
-@pytest.mark.parametrize("at", [2, 14, 25, 34])
+@pytest.mark.parametrize("at", [2, 14, 24, 25, 27])
 def test_a_disk_that_is_full_from_some_call_on(driver, undisturbed, tmp_path, at):
     folder = prepared(undisturbed, tmp_path, "explicit")
     resume = ["--resume", folder, "--epochs", 3]
@@ -370,7 +370,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     first = start(driver, folder, "explicit", 2, *TORCH_CALLS, user=user)
     assert first["status"] == 0, first
     resume = ["--epochs", 3, "--resume", folder]
-    order = {"happening": "read-only", "at": 30, "user": user}
+    order = {"happening": "read-only", "at": 25, "user": user}
     assert_stopped(driver.run(*resume, **order), folder, "Permission denied", epoch=2)
     for path in [folder, *folder.iterdir()]:
         path.chmod(0o777)
@@ -378,7 +378,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     assert_undisturbed(folder, undisturbed("explicit", 3, *TORCH_CALLS))
 
 
-@pytest.mark.parametrize("at", [28, 30, 38])
+@pytest.mark.parametrize("at", [25, 26, 31])
 def test_a_log_folder_that_is_deleted_underway(driver, undisturbed, tmp_path, at):
     folder = prepared(undisturbed, tmp_path, "explicit")
     answer = driver.run(
@@ -424,7 +424,8 @@ def test_two_processes_on_one_run(driver, tmp_path):
     epoch = RunFolder(folder).load()[0]["trainer"]["epoch"]
     third = driver.run("--resume", folder, "--epochs", epoch + 1)
     assert third["status"] == 0
-    assert steps_of(folder)["cost/test"] == list(range(epoch + 2))
+    # 1,297 images in batches of 100 are 13 mini-batches.
+    assert steps_of(folder)["cost/test"] == list(range(0, 13 * (epoch + 2), 13))
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 

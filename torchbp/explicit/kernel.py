@@ -14,13 +14,14 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp import costs, functional
+from torchbp import costs, nn
 from torchbp.costs import CostFunction
 from torchbp.explicit.checks import Rates
 from torchbp.explicit.steps import Steps, Unit
@@ -52,18 +53,20 @@ PRODUCTS_AT_ONCE = 500_000_000
 # and batches of 1 to 1,024.
 SKIPPED_PRODUCTS, PRODUCTS = 10_000_000, 2_500_000
 
-# The same numbers as in the enumerations of kernel.cpp.
-ACTIVATIONS: dict[type[LinearFunction], int] = {
-    functional.LinearFunction: 0,
-    functional.LinearSigmoidFunction: 1,
-    functional.LinearTanhFunction: 2,
-    functional.LinearReLUFunction: 3,
-}
-COSTS: dict[type[CostFunction], int] = {
-    costs.QuadraticFunction: 0,
-    costs.CrossEntropyFunction: 1,
-    costs.LogLikelihoodFunction: 2,
-}
+
+def _number(enumeration: str, table: Mapping[str, Any]) -> dict[Any, int]:
+    """The numbers by which kernel.cpp knows those Functions of a `table` that it has
+    loops for."""
+    source = SOURCE.read_text(encoding="utf-8")
+    (names,) = re.findall(rf"enum {enumeration} : int32_t {{(.*)}};", source)
+    return {
+        table[name.lower().replace("_", "-")].function: number
+        for number, name in enumerate(names.strip().split(", "))
+    }
+
+
+ACTIVATIONS: dict[type[LinearFunction], int] = _number("Activation", nn.ACTIVATIONS)
+COSTS: dict[type[CostFunction], int] = _number("Cost", costs.COSTS)
 TRAINED, NOT_FINITE = 0, 1
 
 

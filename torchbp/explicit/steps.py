@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from torchbp import costs, functional
-from torchbp.costs import CostFunction
+from torchbp.costs import COSTS, CostFunction
 from torchbp.explicit.checks import Rates
 from torchbp.functional import LinearFunction
+from torchbp.nn import ACTIVATIONS
 
 Op = Callable[[], Any]
 
@@ -71,46 +72,12 @@ def memory_key(
     return *key, b.data_ptr(), b.stride(), b.shape, b.dtype, b.device, updates_bias
 
 
-class Fast(NamedTuple):
-    """σ and σ' of a layer as calls that allocate nothing. `one` is a z with σ(z) = 1
-    exactly, for the column of ones behind a hidden layer's activations."""
-
-    sigma: Callable[[Tensor, Tensor], Op]
-    slope: Callable[[Tensor, Tensor], Op]
-    one: float
-
-
-def _tanh_slope(a: Tensor, out: Tensor) -> Op:
-    return partial(torch.addcmul, a.new_ones(()), a, a, value=-1, out=out)
-
-
-# The same formulas as in the layers' own `gate`, and for ReLU the product instead of a
-# choice: a² and 1 - a² are not rounded twice, and [a > 0] is the sign of an a >= 0.
-FAST: dict[type[LinearFunction], Fast] = {
-    functional.LinearSigmoidFunction: Fast(
-        lambda z, a: partial(torch.sigmoid, z, out=a),
-        lambda a, out: partial(torch.addcmul, a, a, a, value=-1, out=out),
-        40.0,
-    ),
-    functional.LinearTanhFunction: Fast(
-        lambda z, a: partial(torch.tanh, z, out=a), _tanh_slope, 20.0
-    ),
-    functional.LinearReLUFunction: Fast(
-        lambda z, a: partial(torch.clamp_min, z, 0, out=a),
-        lambda a, out: partial(torch.sign, a, out=out),
-        1.0,
-    ),
+# The layers whose σ and σ' write into given memory. A user's subclass of one of them is
+# not among them, since its σ or σ' may be another.
+FAST = {
+    layer.function for layer in ACTIVATIONS.values() if layer.function.slope is not None
 }
-BUILT_IN = (
-    costs.QuadraticFunction,
-    costs.CrossEntropyFunction,
-    costs.LogLikelihoodFunction,
-)
-# What the error of one-hot rows y is written with: 1 - 2y, 1 - y.
-_FACTOR: dict[type[CostFunction], int] = {
-    costs.CrossEntropyFunction: 2,
-    costs.LogLikelihoodFunction: 1,
-}
+BUILT_IN = {cost.function for cost in COSTS.values()}
 
 
 def _alike(t: Tensor, value: float) -> Tensor:
@@ -162,13 +129,14 @@ class LayerCalls:
 
     def __init__(self, unit: Unit, m: int, is_last: bool) -> None:
         self.unit, self.m, self.is_last = unit, m, is_last
-        self.fast = FAST.get(unit.function)
+        self.is_fast = unit.function in FAST
         self.is_identity = unit.function is functional.LinearFunction
         n = unit.W.shape[0]
         # The last layer has no ones to carry, and costs reduce over its rows.
         self.width = n if is_last else padded_width(n + 1, unit.W.dtype)
         self.padded_z, self.padded_delta = self._new_buffer(), self._new_buffer()
         self.z, self.delta = self.padded_z[:, :n], self.padded_delta[:, :n]
+        self.writes_ones = False
         self.adds_once: bool | None = None  # not tried yet
         self.sum: Tensor | None = None  # of δᵀ x, if that is not added at once
 
@@ -184,9 +152,12 @@ class LayerCalls:
         self.a = self.padded_a[:, :n]
         self.x = self.a
         if self.unit.folded is not None and not self.is_last:
-            # Where σ is no single call, the column of a is enough.
-            self.padded_z[:, n] = self.fast.one if self.fast else 1
-            self.padded_a[:, n] = 1
+            # σ is one call over z and this column. It writes 1 there if the layer has a
+            # z with σ(z) = 1; if not, the ones are written again after each call.
+            one = self.unit.function.one if self.is_fast else None
+            self.padded_z[:, n] = 1 if one is None else one
+            self.ones = self.padded_a[:, n].fill_(1)
+            self.writes_ones = self.is_fast and one is None
             self.x = self.padded_a[:, : n + 1]
 
     def forward(self, x: Tensor, z: Tensor) -> list[Op]:
@@ -200,8 +171,11 @@ class LayerCalls:
             product = partial(torch.addmm, unit.b, x, unit.W.t(), out=z)
         if self.is_identity:
             return [product]
-        if self.fast:
-            return [product, self.fast.sigma(self.padded_z, self.padded_a)]
+        if self.is_fast:
+            f: Any = unit.function.sigma
+            sigma = partial(f, self.padded_z, out=self.padded_a)
+            ones = [partial(self.ones.fill_, 1)] if self.writes_ones else []
+            return [product, sigma, *ones]
         return [product, lambda: self.a.copy_(unit.function.sigma(z))]
 
     def gate(self, grad_a: Tensor) -> list[Op]:
@@ -294,7 +268,7 @@ class Steps:
         self.outputs = self.v.view(count, m, K).unbind(0)
         self.costs = first.new_zeros(count)
         self.factors: Tensor | None = None
-        if labels and cost in _FACTOR:
+        if labels and cost in BUILT_IN and cost.one_hot_nabla is not None:
             self.factors, self.one = torch.ones_like(self.y), first.new_ones(())
         self.layers = [
             LayerCalls(u, m, i == len(units) - 1) for i, u in enumerate(units)
@@ -310,25 +284,23 @@ class Steps:
     def _place(self) -> list[Op]:
         """Lay the activations of all layers one behind the other in memory, and their
         σ' likewise; return the calls that compute σ'."""
-        fast = [layer for layer in self.layers if layer.fast]
+        fast = [layer for layer in self.layers if layer.is_fast]
         sizes = [layer.m * layer.width for layer in fast]
         new = self.units[0].W.new_zeros
         a, slope = new(sum(sizes)), new(sum(sizes))
         shares = zip(a.split(sizes), slope.split(sizes), strict=True)
         for layer in self.layers:
-            if layer.fast:
+            if layer.is_fast:
                 layer.place(*next(shares))
             else:
                 own = None if layer.is_identity else layer._new_buffer().view(-1)
                 layer.place(own, None)
-        if len({layer.unit.function for layer in fast}) == 1:
-            assert fast[0].fast is not None
-            return [fast[0].fast.slope(a, slope)]
-        return [
-            layer.fast.slope(layer.padded_a, layer.padded_slope)
-            for layer in fast
-            if layer.fast and layer.padded_slope is not None
+        memory: list[Any] = [
+            (x.unit.function, x.padded_a, x.padded_slope) for x in fast
         ]
+        if len({layer.unit.function for layer in fast}) == 1:
+            memory = [(fast[0].unit.function, a, slope)]
+        return [partial(function.slope, a, out=out) for function, a, out in memory]
 
     def bind(self, rates: Rates) -> None:
         """Make the calls for these rates, unless that is done."""
@@ -379,26 +351,12 @@ class Steps:
             # ∇_a C_x = a - y is stored instead of a: C_x = ½ ‖a - y‖².
             return [partial(torch.sub, last.a, y, out=v), *last.gate(v)]  # BP1
         ops: list[Op] = [] if self.output_is_z else [partial(v.copy_, last.a)]
-        if self.factors is None:
+        one_hot_nabla = self.cost.one_hot_nabla
+        if self.factors is None or one_hot_nabla is None:
             nabla = self.cost.nabla
             return [*ops, lambda: delta.copy_(nabla(v, y)), *last.gate(delta)]
         factor = self.factors.view(self.count, self.m, -1)[k]
-        if self.cost is costs.CrossEntropyFunction:
-            # σ(z) - y = s σ(s z) with s = 1 - 2y, exact also where σ(z) is near y.
-            ops += [
-                partial(torch.mul, v, factor, out=delta),
-                delta.sigmoid_,
-                partial(delta.mul_, factor),
-            ]
-        else:
-            # softmax(z) - y likewise: at y it is minus the sum of the others.
-            others = delta.new_zeros(self.m, 1)
-            ops += [
-                partial(torch.softmax, v, 1, out=delta),
-                partial(delta.mul_, factor),
-                partial(torch.sum, delta, 1, True, out=others),
-                partial(delta.addcmul_, y, others, value=-1),
-            ]
+        ops.append(partial(one_hot_nabla, v, y, factor, out=delta))
         return ops + last.gate(delta)
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
@@ -425,7 +383,7 @@ class Steps:
         y.zero_().scatter_(1, labels, 1)
         if self.factors is not None:
             factors = _first(n, self.factors)
-            torch.sub(self.one, y, alpha=_FACTOR[self.cost], out=factors)
+            torch.sub(self.one, y, alpha=self.cost.multiple, out=factors)
 
     def _selected(self, source: Tensor, rows: Tensor) -> Tensor:
         """Return source[rows], in memory that the next call overwrites."""

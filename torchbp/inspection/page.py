@@ -37,11 +37,7 @@ __all__ = ["save_page"]
 FEW_WEIGHTS = 500
 MOST_NUMBERS = 5_000_000  # up to 27 MB as float32
 SIGMAS = {layer.function: name for name, layer in ACTIVATIONS.items()}
-COSTS = {
-    costs.QuadraticFunction: "quadratic",
-    costs.CrossEntropyFunction: "cross-entropy",
-    costs.LogLikelihoodFunction: "log-likelihood",
-}
+COSTS = {cost.function: name for name, cost in costs.COSTS.items()}
 
 
 def save_page(

@@ -2,7 +2,7 @@
 
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
-from torchbp.training.dashboard import LEVELS, Dashboard, event_writer
+from torchbp.training.dashboard import LEVELS, Dashboard, EventWriter
 from torchbp.training.parallel import ParallelSGD, World, join
 from torchbp.training.progress import PROGRESS, JSONLines, Progress, Quiet
 from torchbp.training.run_folder import RunFolder
@@ -34,6 +34,7 @@ __all__ = [
     "DivergedError",
     "Engine",
     "EpochResult",
+    "EventWriter",
     "JSONLines",
     "ParallelSGD",
     "Progress",
@@ -49,6 +50,5 @@ __all__ = [
     "count_outputs",
     "cpu_threads",
     "evaluate",
-    "event_writer",
     "join",
 ]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -319,6 +319,7 @@ class EpochResult:
             None for epoch 0.
         seconds: spent on training steps, and on varying the images.
         images_per_second: examples trained on, per second of that.
+        costs: of the epoch's mini-batches in their order, each before its update.
 
     Examples:
         >>> scores = {"test": Score(cost=0.03, accuracy=0.9574)}
@@ -331,6 +332,7 @@ class EpochResult:
     running_cost: float | None
     seconds: float
     images_per_second: float
+    costs: Sequence[float] = field(default=(), repr=False)
 
 
 def batches(
@@ -538,22 +540,12 @@ class Trainer:
         order = order.to(labels.device)
         if self.schedule is not None:
             self.engine.lr = self.schedule(self.epoch)
-        started = looked = time.perf_counter()
-        total, seen = 0.0, 0
-        waiting: list[Tensor] = []
+        started = time.perf_counter()
         if self.vary is not None:
             images = self.vary(images, self.generator)
         try:
             with closing(self.engine.steps(images, labels, order, m)) as steps:
-                for costs in steps:
-                    waiting.append(costs)
-                    # To look at a cost is to wait for the device, so not at every one.
-                    now = time.perf_counter()
-                    if now - looked < LOOK_EVERY:
-                        continue
-                    looked = now
-                    total, seen = self._look(waiting, total, seen, on_progress)
-                total, seen = self._look(waiting, total, seen, on_progress)
+                costs = self._take_costs(steps, on_progress)
         except DivergedError as error:  # now that the model has its parameters back
             bad = self._not_finite()
             since = f"; by now not finite: {bad}" if bad else ""
@@ -562,31 +554,44 @@ class Trainer:
         self.epoch += 1
         scores = self.score()
         self._check_healthy(scores)
-        result = EpochResult(self.epoch, scores, total / n, seconds, n / seconds)
+        last = n - (len(costs) - 1) * m  # examples in the last mini-batch
+        mean = (math.fsum(costs[:-1]) * m + costs[-1] * last) / n
+        result = EpochResult(self.epoch, scores, mean, seconds, n / seconds, costs)
         self._keep_best(result)
         return result
 
-    def _look(
+    def _take_costs(
         self,
-        waiting: list[Tensor],
-        total: float,
-        seen: int,
+        steps: Iterable[Tensor],
         on_progress: Callable[[int, float], None] | None,
-    ) -> tuple[float, int]:
-        """Take the costs that are waiting: check them, tell of them, and return the sum
-        of all examples' costs and their number so far."""
-        if not waiting:
-            return total, seen
-        values = torch.cat(waiting).tolist()
-        waiting.clear()
-        self._check_finite(values, seen // self.batch_size)
-        n = len(self.data.train.labels)
-        images = min(len(values) * self.batch_size, n - seen)
-        last = images - (len(values) - 1) * self.batch_size
-        total += sum(values[:-1]) * self.batch_size + values[-1] * last
-        if on_progress is not None:
-            on_progress(images, sum(values) / len(values))
-        return total, seen + images
+    ) -> list[float]:
+        """Take an epoch's `steps`, and return their costs, which are all finite."""
+        costs: list[float] = []
+        waiting: list[Tensor] = []
+        looked = time.perf_counter()
+
+        def look() -> None:
+            """Check the costs that are waiting, and report them."""
+            if not waiting:
+                return
+            values = torch.cat(waiting).tolist()
+            waiting.clear()
+            self._check_finite(values, len(costs))
+            costs.extend(values)
+            if on_progress is not None:
+                before = (len(costs) - len(values)) * self.batch_size
+                n = len(self.data.train.labels)
+                images = min(len(costs) * self.batch_size, n) - before
+                on_progress(images, sum(values) / len(values))
+
+        for some in steps:
+            waiting.append(some)
+            # To look at a cost is to wait for the device, so not at every one.
+            if time.perf_counter() - looked >= LOOK_EVERY:
+                look()
+                looked = time.perf_counter()
+        look()
+        return costs
 
     def fit(
         self,
@@ -682,10 +687,11 @@ class Trainer:
     @property
     def step(self) -> int:
         """Steps taken, all epochs together."""
-        return self.epoch * self._steps_per_epoch
+        return self.epoch * self.steps_per_epoch
 
     @property
-    def _steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
+        """Mini-batches in an epoch; the last may be smaller than the others."""
         return math.ceil(len(self.data.train.labels) / self.batch_size)
 
     @property
@@ -715,7 +721,7 @@ class Trainer:
                 is changed.
         """
         check_state(state, self.model)
-        step = state["epoch"] * self._steps_per_epoch
+        step = state["epoch"] * self.steps_per_epoch
         if state.get("step", step) != step:
             raise ValueError(
                 f"step: expected {step} after {state['epoch']} epochs, "

@@ -3,15 +3,20 @@ equation that it shows, and the page of charts to look at first."""
 
 from __future__ import annotations
 
-__all__ = ["LAYOUT", "caption"]
+__all__ = ["EPOCHS", "LAYOUT", "MINI_BATCHES", "caption"]
+
+# What the global step counts, at the end of each caption. The event files of a run are
+# known by the second, so it stays as it is.
+EPOCHS = "Step: epochs."
+MINI_BATCHES = "Step: mini-batches."
 
 # By the tag's part before the slash, or for distributions and pictures by the first of
 # the words after it. {l} is the layer, {k} the one before, {how} the equation that its
 # δ comes from.
 _CAPTIONS = {
     "cost": (
-        "C = 1/n Σ_x C_x (A1). running: the mean over the epoch's mini-batches, each "
-        "as it was trained on."
+        "C = 1/n Σ_x C_x (A1). running: the mean over the mini-batches since the "
+        "point before, each as it was trained on."
     ),
     "accuracy": "The share of examples whose largest output is the one of their label.",
     "speed": "Training images per second, without the evaluation.",
@@ -55,6 +60,12 @@ _CAPTIONS = {
         "How many test images of each class (row) are taken for which (column); the "
         "right ones, on the diagonal, are not shaded."
     ),
+    "learning": (
+        "How fast each layer learns: ‖∂C/∂b^l‖ = ‖Σ_x δ^l‖ (BP3) on fixed training "
+        "images, a colour for each layer, on a logarithmic axis. δ^L comes from BP1, "
+        "the others from the layer above by BP2: where W and σ' are small, the first "
+        "layers learn slowest."
+    ),
     "journey": (
         "One test image on its way through the layers, a^l = σ(W^l a^(l-1) + b^l), "
         "and its δ^l on the way back: δ^L from BP1, the others from BP2, ∂C/∂a^0 = "
@@ -84,6 +95,7 @@ def caption(tag: str, layers: int) -> str:
 # are the same for every depth, so that the pages of different runs become one.
 LAYOUT = {
     "Learning": {
+        "running cost of the mini-batches": ["Multiline", [r"cost/running$"]],
         "cost C": ["Multiline", [r"cost/(train|validation|test)$"]],
         "accuracy": ["Multiline", [r"accuracy/(train|validation|test)$"]],
     },

@@ -1,10 +1,16 @@
-"""What TensorBoard shows of a run: one point per epoch, step = epoch, 0 = untrained."""
+"""What TensorBoard shows of a run.
+
+Curves have a point for each epoch's end, 0 for the untrained network; the running cost
+of the mini-batches has several within an epoch. The global step counts mini-batches.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchbp._files import write_atomically
 from torchbp.convert import from_native
 from torchbp.costs import target_rows
 from torchbp.data import Split, scale
 from torchbp.inspection import Record, evaluating, probe
 from torchbp.nn import BPLinear, check_takes
 from torchbp.training.dashboard import graph, pictures
-from torchbp.training.dashboard.captions import LAYOUT, caption
-from torchbp.training.dashboard.events import event_writer
+from torchbp.training.dashboard.captions import EPOCHS, LAYOUT, MINI_BATCHES, caption
+from torchbp.training.dashboard.chart import draw_learning
+from torchbp.training.dashboard.events import EventWriter, event_files, read_scalars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +41,11 @@ __all__ = ["LEVELS", "Dashboard"]
 # off: no event file. basic: the curves. full: distributions, pictures and the graph.
 LEVELS = ("off", "basic", "full")
 PROBE = 1000  # training images that δ, saturation and distributions are computed on
+# Points of the running cost in an epoch, and in a run: of more than 1,000 TensorBoard
+# shows a random choice.
+POINTS_AN_EPOCH, POINTS_A_RUN = 50, 1000
+LEARNING = "learning.png"  # in the run's folder
+_SPEED = "delta_norm/layer_"  # the tags of its curves
 ANSWERED_AT_ONCE = 2500
 
 
@@ -56,12 +69,18 @@ class Dashboard:
         settings: what the run was started with; shown as text.
         hyperparameters: those settings by which runs are compared.
         versions: of the programs, the machine; shown as text.
-        resumed_at: the last completed epoch of a run that goes on. What the event files
-            hold from later epochs is superseded.
+        resumed_at: the last completed epoch of a run that is resumed. What the event
+            files hold of later epochs is superseded.
         level: how much is written, one of LEVELS.
+        epochs: the run's last epoch, over which the points of the running cost are
+            spread; if None, the first 20 epochs get all of them.
+        steps_per_epoch: mini-batches in an epoch, which a resumed run needs to tell
+            which points are superseded. A run whose event files count epochs, as those
+            of version 0.1.0 do, continues to count epochs.
 
     Raises:
-        ValueError: a level that is none.
+        ValueError: an unknown level, a number below 1, or a resumed run without its
+            steps per epoch.
         OSError: the folder cannot be written.
         ImportError: tensorboard is not installed, and the level is not "off".
 
@@ -85,38 +104,53 @@ class Dashboard:
         versions: Mapping[str, Any],
         resumed_at: int | None = None,
         level: str = "full",
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        if level not in LEVELS:
-            raise ValueError(
-                f"level: expected one of {', '.join(LEVELS)}, got {level!r}"
-            )
+        _check_numbers(resumed_at, level, epochs, steps_per_epoch)
         self.level = level
-        self.writer: Any = None
         self.watched: Watched | None = None
         self.layers = 0  # of the network, known from the first probe
         self._described: set[str] = set()
         if level == "off":
             return
-        earlier = sorted(folder.glob("events.out.tfevents.*"))
-        _wait_for_a_later_name(earlier)
+        earlier = event_files(folder)
+        contents = [file.read_bytes() for file in earlier]
+        self._folder = folder
+        self._counts_epochs = bool(resumed_at) and _count_epochs(contents)
+        self._epochs = epochs
+        self._stride = 1 if self._counts_epochs else steps_per_epoch
         # Epoch 0 is logged anew by a run that did not complete its first.
-        purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
-        # An interrupt while the writer is handed an event may keep its thread waiting
-        # until the next flush is due, and with it the end of the program: a second.
-        self.writer = event_writer(folder, purge_step=purge, flush_secs=1)
-        # What stands at step 0 was superseded with it, or was never written.
-        # Not so the graph: a sitting whose level is higher draws it, at any epoch.
+        last_step = self._step(resumed_at) if resumed_at else -1
+        self.writer = EventWriter(folder, None if resumed_at is None else last_step + 1)
+        # The graph alone has no step: a session of level full draws it, if an earlier
+        # one has not.
         self._is_drawn = level != "full" or any(
-            graph.FIRST.encode() in file.read_bytes() for file in earlier
+            graph.FIRST.encode() in content for content in contents
         )
+        # {layer: {step: ‖∂C/∂b‖}}, the curves of "how fast each layer learns".
+        self._learning: dict[int, dict[int, float]] = {}
+        if resumed_at and level == "full":
+            curves = read_scalars(contents, _SPEED, last_step)
+            self._learning = {int(t.removeprefix(_SPEED)): c for t, c in curves.items()}
         if not resumed_at or not earlier:
-            from torch.utils.tensorboard.summary import custom_scalars
+            self._describe_run(settings, hyperparameters, versions)
+        self.writer.flush()
 
-            self.writer.add_text("settings", _as_code(settings), 0)
-            self.writer.add_text("versions", _as_code(versions), 0)
-            self.writer.file_writer.add_summary(custom_scalars(LAYOUT), 0)
-            for summary in _hyperparameters(hyperparameters)[:2]:
-                self.writer.file_writer.add_summary(summary, 0)
+    def _describe_run(
+        self,
+        settings: Mapping[str, Any],
+        hyperparameters: Mapping[str, Any],
+        versions: Mapping[str, Any],
+    ) -> None:
+        """Write what stands at step 0: texts, the page of charts, a row of HPARAMS."""
+        from torch.utils.tensorboard import summary
+
+        self.writer.add_text("settings", _as_code(settings), 0)
+        self.writer.add_text("versions", _as_code(versions), 0)
+        self.writer.add_summary(summary.custom_scalars(LAYOUT), 0)
+        for part in _hyperparameters(hyperparameters)[:2]:
+            self.writer.add_summary(part, 0)
 
     def watch(
         self,
@@ -165,45 +199,69 @@ class Dashboard:
         self.watched = Watched(model, cost, input, target, test, names)
 
     def log(self, result: EpochResult, lr: float, last: bool = False) -> None:
-        """One epoch's curves, distributions and, at some epochs, pictures.
+        """Write one epoch's curves, distributions and, at some epochs, pictures.
 
         Args:
-            result: the epoch's scores and speed.
+            result: the epoch's scores, costs and speed.
             lr: η.
             last: whether the run ends with this epoch, which is always pictured.
+
+        Raises:
+            OSError: the event file cannot be written.
         """
         if self.level == "off":
             return
+        if self._stride is None and result.costs:
+            self._stride = len(result.costs)
         epoch = result.epoch
+        self._log_running_cost(result)
         for name, score in result.scores.items():
             self._scalar(f"cost/{name}", score.cost, epoch)
             self._scalar(f"accuracy/{name}", score.accuracy, epoch)
         if result.running_cost is not None:
-            self._scalar("cost/running", result.running_cost, epoch)
             self._scalar("speed/images_per_second", result.images_per_second, epoch)
         self._scalar("learning_rate", lr, epoch)
         if self.watched is not None:
             self._look(self.watched, epoch, lr, last)
         self.writer.flush()
 
+    def _step(self, epoch: int) -> int:
+        """The global step at the end of `epoch`."""
+        return epoch * (self._stride or 1)
+
+    def _log_running_cost(self, result: EpochResult) -> None:
+        if result.running_cost is None:
+            return
+        if self._counts_epochs or not result.costs:
+            self._scalar("cost/running", result.running_cost, result.epoch)
+            return
+        from torch.utils.tensorboard.summary import scalar
+
+        n, now = len(result.costs), time.time()
+        for done, cost in thin(result.costs, result.epoch, self._epochs):
+            step = self._step(result.epoch) - n + done
+            moment = now - result.seconds * (1 - done / n)
+            self._add(scalar("cost/running", cost), "scalars", step, moment)
+
     def _look(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
         records = probe(watched.model, watched.cost, watched.input, watched.target)
         self.layers = len(records)
         for number, record in enumerate(records, start=1):
             self._layer(f"layer_{number}", record, lr, epoch)
+            speed = record.norm("mean_delta")
+            if speed is not None:
+                curve = self._learning.setdefault(number, {})
+                curve[self._step(epoch)] = speed
         if self.level != "full" or not records:
             return
         for number, record in enumerate(records, start=1):
             self._distributions(f"layer_{number}", record, epoch)
         if is_pictured(epoch) or last:
             self._show(watched, epoch)
+            self._show_learning(epoch, last)
         if not self._is_drawn:
             self._is_drawn = True
-            from tensorboard.compat.proto.event_pb2 import Event
-
-            drawn = graph.draw(records, type(watched.cost).__name__)
-            event = Event(graph_def=drawn.SerializeToString())
-            self.writer.file_writer.add_event(event, 0)
+            self.writer.add_graph(graph.draw(records, type(watched.cost).__name__))
 
     def _layer(self, layer: str, record: Record, lr: float, epoch: int) -> None:
         self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
@@ -252,11 +310,23 @@ class Dashboard:
         for name, picture in shown.items():
             self._image(f"pictures/{name}", picture, epoch)
 
+    def _show_learning(self, epoch: int, last: bool) -> None:
+        """Draw how fast each layer has learned up to `epoch`, once there is a line; at
+        the last epoch into a file, too, larger than TensorBoard's cards."""
+        if max(map(len, self._learning.values()), default=0) < 2:
+            return
+        unit = "epochs" if self._counts_epochs else "mini-batches"
+        self._image("pictures/learning", draw_learning(self._learning, unit), epoch)
+        if last:
+            file = io.BytesIO()
+            draw_learning(self._learning, unit, zoom=2).save(file, "PNG", optimize=True)
+            write_atomically(self._folder / LEARNING, file.getvalue())
+
     def _scalar(self, tag: str, value: float | None, epoch: int) -> None:
         from torch.utils.tensorboard.summary import scalar
 
         if value is not None:
-            self._add(scalar(tag, value), "scalars", epoch)
+            self._add(scalar(tag, value), "scalars", self._step(epoch))
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
         from torch.utils.tensorboard.summary import histogram
@@ -267,7 +337,7 @@ class Dashboard:
             return
         wide = torch.promote_types(finite.dtype, torch.float32)  # NumPy has no bfloat16
         summary = histogram(tag, finite.to(wide).cpu().numpy(), bins=64)
-        self._add(summary, "histograms", epoch)
+        self._add(summary, "histograms", self._step(epoch))
 
     def _image(self, tag: str, picture: Image, epoch: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -281,29 +351,87 @@ class Dashboard:
             encoded_image_string=file.getvalue(),
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._add(summary, "images", epoch)
+        self._add(summary, "images", self._step(epoch))
 
-    def _add(self, summary: Any, plugin: str, epoch: int) -> None:
-        """Write one value; the first of each tag brings its caption along."""
+    def _add(
+        self, summary: Any, plugin: str, step: int, moment: float | None = None
+    ) -> None:
+        """Add one value; the first of each tag brings its caption along."""
         (value,) = summary.value
         if value.tag not in self._described:
             self._described.add(value.tag)
-            _describe(value, plugin, caption(value.tag, self.layers))
-        self.writer.file_writer.add_summary(summary, epoch)
+            unit = EPOCHS if self._counts_epochs else MINI_BATCHES
+            text = f"{caption(value.tag, self.layers)} {unit}"
+            if plugin == "scalars" and value.tag != "cost/running":
+                text += " One point an epoch: set Smoothing to 0."
+            _describe(value, plugin, text)
+        self.writer.add_summary(summary, step, moment)
 
     def close(self, complete: bool = False) -> None:
         """Write what is waiting. Closing twice is closing once.
 
         Args:
             complete: whether the run has come to its end, which the HPARAMS tab shows;
-                one that was interrupted may still go on.
+                one that was interrupted can be resumed.
+
+        Raises:
+            OSError: the event file cannot be written.
         """
-        if self.writer is None:
+        if self.level == "off":
             return
+        self.level = "off"
         if complete:
-            self.writer.file_writer.add_summary(_hyperparameters({})[2], 0)
-        self.writer.close()
-        self.writer, self.level = None, "off"
+            self.writer.add_summary(_hyperparameters({})[2], 0)
+        self.writer.flush()
+
+
+def _check_numbers(
+    resumed_at: int | None, level: str, epochs: int | None, steps_per_epoch: int | None
+) -> None:
+    """Raise ValueError for arguments of a Dashboard that do not fit."""
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if resumed_at and steps_per_epoch is None:
+        raise ValueError(
+            "steps_per_epoch: expected the number of mini-batches in an epoch of a "
+            "resumed run, got None"
+        )
+
+
+def thin(
+    costs: Sequence[float], epoch: int, epochs: int | None = None
+) -> list[tuple[int, float]]:
+    """Return the points of an epoch's running cost: (mini-batches done, mean cost of
+    those since the point before).
+
+    Args:
+        costs: of the epoch's mini-batches.
+        epoch: its number.
+        epochs: the run's last epoch, over which 1,000 points are spread evenly; a run
+            that is extended has more, as many in a later epoch as if it had been as
+            long from the start.
+
+    Examples:
+        >>> thin([4.0, 2.0, 1.0, 0.0], epoch=1, epochs=500)
+        [(2, 3.0), (4, 0.5)]
+        >>> thin([4.0, 2.0, 1.0, 0.0], epoch=1, epochs=2000)  # at every second epoch
+        []
+    """
+    n = len(costs)
+    points = min(POINTS_AN_EPOCH, n)
+    if epochs is not None:
+        points = min(points, POINTS_A_RUN // epochs)
+        every = math.ceil(epochs / POINTS_A_RUN)
+        if every > 1 and (epoch % every == 0 or epoch == epochs):
+            points = 1
+    ends = [n * i // points for i in range(points + 1)] if points else []
+    return [
+        (end, statistics.fmean(costs[start:end]))
+        for start, end in itertools.pairwise(ends)
+    ]
 
 
 def is_pictured(epoch: int) -> bool:
@@ -349,13 +477,13 @@ def _describe(value: Any, plugin: str, text: str) -> None:
     }[plugin]
 
 
-def _wait_for_a_later_name(earlier: Sequence[Path]) -> None:
-    """Event files are read in the order of their names, which have the second of their
-    making."""
-    seconds = [int(part) for p in earlier if (part := p.name.split(".")[3]).isdigit()]
-    wait = max(seconds, default=0) + 1 - time.time()
-    if 0 < wait <= 1:
-        time.sleep(wait)
+def _count_epochs(contents: Sequence[bytes]) -> bool:
+    """Whether the curves in event files have epochs as their steps: the captions of
+    those that have mini-batches say so."""
+    is_text = MINI_BATCHES.encode()
+    return any(b"learning_rate" in content for content in contents) and not any(
+        is_text in content for content in contents
+    )
 
 
 def _as_code(content: Mapping[str, Any]) -> str:

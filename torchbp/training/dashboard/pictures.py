@@ -28,6 +28,7 @@ __all__ = [
     "journey",
     "misclassified",
     "weights",
+    "write",
 ]
 
 # Of data sets whose classes are not digits, short enough for a column's head.
@@ -83,11 +84,11 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
     few = "" if len(shown) == len(W) else f", first {len(shown)} of {len(W)}"
     width = max(WIDTH, columns * step + GAP)
     sheet, pen = _sheet(width, 22 + rows * (step + head) + GAP, 224)
-    _write(pen, GAP, 3, f"W1{few}: red > 0, blue < 0, full at {scale:.2g}")
+    write(pen, GAP, 3, f"W1{few}: red > 0, blue < 0, full at {scale:.2g}")
     for i, tile in enumerate(signed(shown.unflatten(1, (side, side)), scale)):
         x, y = GAP + i % columns * step, 22 + i // columns * (step + head)
         if names is not None:
-            _write(pen, x, y, names[i])
+            write(pen, x, y, names[i])
         sheet.paste(_image(tile, zoom), (x, y + head))
     return sheet
 
@@ -113,16 +114,16 @@ def misclassified(
     width = max(WIDTH, columns * step)
     sheet, pen = _sheet(width, 26 + rows * (side * zoom + head + GAP))
     share = f"{len(wrong):,} of {len(labels):,} wrong"
-    _write(pen, GAP, 3, f"{share}: truth (green), answer (red)")
+    write(pen, GAP, 3, f"{share}: truth (green), answer (red)")
     for i, index in enumerate(shown.tolist()):
         x = GAP + i % columns * step
         y = 26 + i // columns * (side * zoom + head + GAP)
         truth, guess = names[int(labels[index])], names[int(guesses[index])]
-        _write(pen, x, y, truth, GREEN, size=16)
+        write(pen, x, y, truth, GREEN, size=16)
         if short:
-            _write(pen, x + side * zoom // 2, y, guess, RED, size=16)
+            write(pen, x + side * zoom // 2, y, guess, RED, size=16)
         else:
-            _write(pen, x, y + 16, guess, RED, size=16)
+            write(pen, x, y + 16, guess, RED, size=16)
         tile = 255 - images[index].cpu().unflatten(0, (side, side))
         sheet.paste(_image(tile.unsqueeze(-1).expand(-1, -1, 3), zoom), (x, y + head))
     return sheet
@@ -139,14 +140,14 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
     left = 64 if max(map(len, names)) > 3 else 26
     top, tall, cell = 44, 28, max(28, (WIDTH - left) // K)
     sheet, pen = _sheet(max(WIDTH, left + K * cell), top + K * tall + GAP)
-    _write(pen, GAP, 3, "rows: truth, columns: answer")
+    write(pen, GAP, 3, "rows: truth, columns: answer")
     off = counts.clone().fill_diagonal_(0)
     # By the root: a class that is confused once in a while is to be seen, too.
     shades = signed((off.float() / max(1, int(off.max()))).sqrt() * 0.8, 1.0).tolist()
     for i in range(K):
-        _write(pen, GAP, top + i * tall + 6, names[i])
+        write(pen, GAP, top + i * tall + 6, names[i])
         x = left + i * cell + cell // 2
-        _write(pen, x, top - 18, names[i][: cell // 7], size=13, centred=True)
+        write(pen, x, top - 18, names[i][: cell // 7], size=13, centred=True)
         for j in range(K):
             x, y = left + j * cell, top + i * tall
             fill = (228, 240, 230) if i == j else tuple(shades[i][j])
@@ -156,7 +157,7 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
             count = int(counts[i, j])
             if count:
                 ink = GREEN if i == j else BLACK
-                _write(pen, x + cell // 2, y + 6, str(count), ink, 12, centred=True)
+                write(pen, x + cell // 2, y + 6, str(count), ink, 12, centred=True)
     return sheet
 
 
@@ -188,33 +189,33 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     sheet_width = max(WIDTH, 2 * size + 120)
     sheet, pen = _sheet(sheet_width, size + 34 + sum(heights) + 22)
     guess = int(records[-1].a[0].argmax())
-    _write(pen, GAP, 4, f"truth {names[label]}", GREEN, size=16)
+    write(pen, GAP, 4, f"truth {names[label]}", GREEN, size=16)
     ink = GREEN if guess == label else RED
-    _write(pen, WIDTH // 3, 4, f"answer {names[guess]}", ink, size=16)
+    write(pen, WIDTH // 3, 4, f"answer {names[guess]}", ink, size=16)
     sheet.paste(_image(grey(1 - x.unflatten(0, (side, side))), zoom), (GAP, 28))
     first = records[0]
     assert first.delta is not None
     back = (first.delta[0] @ first.weight).cpu()  # BP2
     scale = back.abs().max().item()
     place = sheet_width - size - GAP
-    _write(pen, GAP + size + 8, 52, "a0")
-    _write(pen, place - 8, 52, "dC/da0", right=True)
-    _write(pen, place - 8, 70, f"up to {scale:.0e}", right=True)
+    write(pen, GAP + size + 8, 52, "a0")
+    write(pen, place - 8, 52, "dC/da0", right=True)
+    write(pen, place - 8, 70, f"up to {scale:.0e}", right=True)
     tile = signed(back.unflatten(0, (side, side)), scale)
     sheet.paste(_image(tile, zoom), (place, 28))
     y = size + 34
     for (title, a, delta), height in zip(strips, heights, strict=True):
-        _write(pen, GAP, y + 3, title)
+        write(pen, GAP, y + 3, title)
         for name, strip in (("a", a), ("delta", delta)):
             top = y + 22 + (0 if name == "a" else strip.height + GAP)
-            _write(pen, GAP, top, name, GREY)
+            write(pen, GAP, top, name, GREY)
             sheet.paste(strip, (LEFT, top))
         y += height
     cell = (WIDTH - LEFT - GAP) // len(names)
     for i, name in enumerate(names if len(names) <= MOST_NAMED else ()):
         ink = GREEN if i == label else RED if i == guess else BLACK
         centre = LEFT + i * cell + cell // 2
-        _write(pen, centre, y + 2, name[: max(1, cell // 7)], ink, centred=True)
+        write(pen, centre, y + 2, name[: max(1, cell // 7)], ink, centred=True)
     return sheet
 
 
@@ -287,7 +288,7 @@ def _font(size: int) -> Any:
         return ImageFont.load_default()
 
 
-def _write(
+def write(
     pen: Any,
     x: int,
     y: int,
@@ -296,7 +297,21 @@ def _write(
     size: int = 13,
     centred: bool = False,
     right: bool = False,
+    zoom: int = 1,
 ) -> None:
-    width = pen.textlength(text, font=_font(size))
+    """Write `text` with `pen`, from `x` on, around it, or up to it.
+
+    Args:
+        pen: an ``ImageDraw``.
+        x, y: where, in pixels; y is the top.
+        text: of ASCII.
+        ink: the colour.
+        size: of the letters.
+        centred: whether `x` is the middle.
+        right: whether `x` is the end.
+        zoom: what `size` is multiplied by.
+    """
+    font = _font(size * zoom)
+    width = pen.textlength(text, font=font)
     x -= int(width / 2) if centred else int(width) if right else 0
-    pen.text((x, y), text, fill=ink, font=_font(size))
+    pen.text((x, y), text, fill=ink, font=font)
