@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torchbp.explicit.steps import Unit, memory_key, padded
+from torchbp.explicit.steps import Unit, memory_key, padded_width
 from torchbp.nn import BPLinear
 
 
@@ -65,7 +65,7 @@ class PackedParameters:
         """Copy the parameters of `layers`, and return units on the copy."""
         weights = [layer.weight for layer in layers]
         wanted = [
-            ((len(W), padded(W.shape[1] + 1, W.dtype)), W.dtype, W.device)
+            ((len(W), padded_width(W.shape[1] + 1, W.dtype)), W.dtype, W.device)
             for W in weights
         ]
         if wanted != [(tuple(M.shape), M.dtype, M.device) for M in self.matrices]:
