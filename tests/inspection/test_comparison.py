@@ -513,7 +513,7 @@ def test_a_foreign_cost_is_held_to_finite_differences():
     report = torchbp.compare(network(), wrong, *data(6))
     (fault,) = report.faults
     assert (fault.equation, fault.native.ok, fault.numeric.ok) == ("BP1", True, False)
-    assert fault.fault == "it is not what finite differences say"
+    assert fault.fault == "finite differences give another value"
 
 
 def test_a_mistake_in_a_larger_model():
