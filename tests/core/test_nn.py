@@ -311,7 +311,7 @@ ERRORS = {
     "size negative": ({"sizes": [3, -1]}, ValueError, "sizes", "positive", "[3, -1]"),
     "activation unknown": (
         {"sizes": [3, 2], "activation": "gelu"},
-        ValueError, "activation", "sigmoid, tanh, relu, identity", "'gelu'",
+        ValueError, "activation", "sigmoid, tanh, relu, softplus, identity", "'gelu'",
     ),
     "activation a native class": (
         {"sizes": [3, 2], "activation": nn.Sigmoid},

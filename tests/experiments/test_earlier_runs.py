@@ -48,7 +48,7 @@ def test_an_earlier_run_is_resumed(capsys, run_0_1_0, engine):
     assert [e.step for e in events.Scalars("cost/running")] == [1, 2, 3, 4, 5]
     assert [e.step for e in events.Scalars("delta_norm/layer_1")] == list(range(6))
     caption = events.SummaryMetadata("pictures/learning").summary_description
-    assert caption.endswith("Step: epochs.")
+    assert caption.endswith(" Step: epochs.")
     (drawn,) = events.Images("pictures/learning")
     curves = {
         layer: {e.step: e.value for e in events.Scalars(f"delta_norm/layer_{layer}")}
@@ -62,6 +62,6 @@ def test_an_earlier_run_is_resumed(capsys, run_0_1_0, engine):
 def test_an_earlier_run_predicts(capsys, run_0_1_0, tmp_path):
     draw(3).save(tmp_path / "three.png")
     command = [str(run_0_1_0), str(tmp_path / "three.png"), "--json"]
-    assert predict.main(command) == 0
+    assert predict.command_line(command) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["digit"] in range(10)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchbp
 from torchbp import ExplicitSGD, backprop
 from torchbp.explicit.engine import EXAMPLES_AT_ONCE
-from torchbp.training.trainer import AutogradSGD
+from torchbp.training import AutogradSGD
 
 pytestmark = pytest.mark.usefixtures("kernel_in_use")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -118,8 +118,9 @@ def _check(arguments: argparse.Namespace) -> int:
             before, status = _saved(folder), _check_once(folder, chosen)
             if not arguments.watch:
                 return status
-            now = time.strftime("%X")
-            print(f"\n{now} waiting for a change; Ctrl-C ends", flush=True)
+            print(
+                f"\n{time.strftime('%X')} waiting for a save; Ctrl-C ends", flush=True
+            )
             while _saved(folder) == before:
                 time.sleep(SECONDS)
             time.sleep(SECONDS)  # the editor may still be writing
@@ -154,12 +155,11 @@ def _check_once(folder: Path, chosen: Sequence[Exercise]) -> int:
 def _hint(arguments: argparse.Namespace) -> int:
     folder, exercise = _chosen(arguments)
     shown = _read_log(folder).count(f"hint {exercise.name}") + 1
+    _write_log(folder, f"hint {exercise.name}")
     for number, hint in enumerate(exercise.hints[:shown], start=1):
         print(fill(f"{number}. {hint}", WIDTH, subsequent_indent="   "))
     if shown > len(exercise.hints):
         print(f"\nThere are no more: {COMMAND} solution {exercise.name}")
-    else:
-        _write_log(folder, f"hint {exercise.name}")
     return 0
 
 

@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from torchbp._terminal import aligned
-from torchbp.data import DataError
 from torchbp.exercises.material import Case, Exercise
 from torchbp.exercises.probes import PROBES, Misfit, Names, Outcome, are_close, call
 
 WIDTH = 80
 _MODULE = "torchbp exercise"  # no file can have this name
-_ERRORS = (Exception, SystemExit)  # what a learner's file may end in
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,9 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a case cannot be tried on this machine.
         KeyboardInterrupt: with the line of the file that was interrupted.
     """
-    file, passed, notes = _File(path), list[Case](), list[str]()
+    file, passed = _File(path), list[Case]()
     try:
         names = _run(file.code, str(path))
         for case in exercise.cases:
@@ -53,15 +50,12 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
             if not outcome.is_right:
                 return _judged(exercise, case, outcome, passed, file)
             passed.append(case)
-            notes += filter(None, [outcome.note])
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(file.place(error) or path.name) from None
-    except DataError as error:
-        raise ValueError(error) from error
-    except _ERRORS as error:  # that of the file as a whole
+    except BaseException as error:  # that of the file as a whole
         outcome = Outcome(text=_text(error), error=error)
         return _judged(exercise, Case("", (), {}, ()), outcome, [], file)
-    return Verdict("right", notes)
+    return Verdict("right", [*filter(None, [outcome.note])])
 
 
 class _File:
@@ -78,10 +72,9 @@ class _File:
         numbers = [n for f, n in frames if f.f_code.co_filename == str(self.path)]
         if getattr(error, "filename", None) == str(self.path):  # a SyntaxError
             numbers.append(getattr(error, "lineno", None) or 1)
-        definition = re.compile(rf"(def|class) {name}\b")
+        head = re.compile(rf"(def|class) {name}\b")
         if name and not numbers:
-            heads = enumerate(self.lines, start=1)
-            numbers = [number for number, text in heads if definition.match(text)]
+            numbers = [i for i, text in enumerate(self.lines, 1) if head.match(text)]
         if not numbers:
             return ""
         text = self.lines[numbers[-1] - 1 : numbers[-1]]
@@ -97,9 +90,10 @@ def _run(code: str | bytes, path: str) -> Names:
 
 def _arguments(case: Case) -> dict[str, Any]:
     """New tensors of the case's numbers, in float32 as torch.zeros makes them."""
-    options: Any = {"dtype": torch.float32, "device": "cpu"}
     return {
-        name: torch.tensor(value, **options) if isinstance(value, list) else value
+        name: torch.tensor(value, dtype=torch.float32, device="cpu")
+        if isinstance(value, list)
+        else value
         for name, value in case.arguments.items()
     }
 
@@ -108,9 +102,9 @@ def _outcome(exercise: Exercise, names: Names, case: Case) -> Outcome:
     """What `case` shows of the program that has defined `names`."""
     try:
         outcome = _tried(names, case)
-    except DataError:
+    except KeyboardInterrupt:
         raise
-    except _ERRORS as error:
+    except BaseException as error:  # SystemExit, too
         return Outcome(text=_text(error), error=error)
     if outcome.values and not outcome.right:
         outcome.right = _tried(_run(exercise.solution, "solution"), case).values

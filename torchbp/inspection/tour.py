@@ -417,6 +417,7 @@ class Tour:
             f"  python -m torchbp tour --seed {self.seed + 1}   another network",
             "  python -m torchbp observe         a batch of examples, layer by layer",
             "  torchbp/explicit/algorithm.py     all of this as code, on one screen",
+            "  python -m torchbp exercises       each equation, for you to write",
         ]
         return Section("The check: against native autograd", "", lines)
 

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "Dashboard"]
 
-# off: no event file. basic: the curves. full: distributions, pictures and the graph.
+# off: no event file. basic: curves. full: also distributions, pictures and the graph.
 LEVELS = ("off", "basic", "full")
-PROBE = 1000  # training images that δ, saturation and distributions are computed on
-# Points of the running cost in an epoch, and in a run: of more than 1,000 TensorBoard
-# shows a random choice.
+PROBE = 1000  # training images for δ, saturation and distributions
+# The most points of the running cost in an epoch and in a run. Of more than 1,000
+# TensorBoard shows a random choice.
 POINTS_AN_EPOCH, POINTS_A_RUN = 50, 1000
 LEARNING = "learning.png"  # in the run's folder
 _SPEED = "delta_norm/layer_"  # the tags of its curves
@@ -51,7 +51,7 @@ ANSWERED_AT_ONCE = 2500
 
 @dataclass(frozen=True)
 class Watched:
-    """What :meth:`Dashboard.log` looks at."""
+    """What :meth:`Dashboard.log` measures, besides the scores."""
 
     model: nn.Module
     cost: Any
@@ -62,18 +62,18 @@ class Watched:
 
 
 class Dashboard:
-    """Writes the event file of one run.
+    """Writes the event file of one session of a run.
 
     Args:
         folder: the run's folder.
-        settings: what the run was started with; shown as text.
-        hyperparameters: those settings by which runs are compared.
-        versions: of the programs, the machine; shown as text.
+        settings: of the run; shown as text.
+        hyperparameters: the settings by which runs are compared.
+        versions: of the programs and the machine; shown as text.
         resumed_at: the last completed epoch of a run that is resumed. What the event
             files hold of later epochs is superseded.
         level: how much is written, one of LEVELS.
         epochs: the run's last epoch, over which the points of the running cost are
-            spread; if None, the first 20 epochs get all of them.
+            spread; if None, every epoch has 50.
         steps_per_epoch: mini-batches in an epoch, which a resumed run needs to tell
             which points are superseded. A run whose event files count epochs, as those
             of version 0.1.0 do, continues to count epochs.
@@ -160,31 +160,32 @@ class Dashboard:
         test: Split,
         dataset: str | None = None,
     ) -> None:
-        """Say what :meth:`log` is to look at; without it, it writes the scores alone.
+        """Choose the network and the images that :meth:`log` measures; without this
+        call it writes the scores alone.
+
+        A picture is left out where it cannot be drawn. Images and weights need flat
+        images, (n, s²), which the first linear layer reads; the way of one example
+        needs layers with one row for it, the last of which returns the answer; the
+        confusion needs at most 100 classes.
 
         Args:
             model: a network of our layers or native ones, on the data's device.
             cost: of ours.
-            train: images, uint8 (n, n_in), and labels (n). δ, saturation, z and a are
-                those of its first 1,000.
-            test: likewise; the pictures are of these.
-            dataset: whose classes the labels are, as in ``data.NAMES``.
+            train: images, uint8 (n, n_in), and labels (n). The first 1,000 are used for
+                δ, saturation, z and a.
+            test: images and labels, for the pictures.
+            dataset: a name of ``data.NAMES``, for the names of the classes.
 
         Raises:
-            TypeError, ValueError: a cost that is none of ours or does not fit the
+            TypeError, ValueError: a cost of another kind or one that does not fit the
                 model, a model without any linear layer, or labels that do not fit it.
-
-        Of the pictures those are drawn that can be: images and weights only where the
-        images are flat, (n, s²), and the first linear layer reads them; an example's
-        way only where each layer has one row for it and the last one gives the answer;
-        the confusion of at most 100 classes.
         """
         if self.level == "off":
             return
         check_takes(model, cost)
         if not any(isinstance(m, BPLinear) for m in from_native(model).modules()):
             raise ValueError(
-                "model: expected an nn.Linear or a hand-written layer to look at, got "
+                "model: expected an nn.Linear or a hand-written layer, got "
                 f"{type(model).__name__} without any; without watch() the dashboard "
                 "shows the scores"
             )
@@ -204,7 +205,7 @@ class Dashboard:
         Args:
             result: the epoch's scores, costs and speed.
             lr: η.
-            last: whether the run ends with this epoch, which is always pictured.
+            last: whether the run ends with this epoch, which always has pictures.
 
         Raises:
             OSError: the event file cannot be written.
@@ -222,7 +223,7 @@ class Dashboard:
             self._scalar("speed/images_per_second", result.images_per_second, epoch)
         self._scalar("learning_rate", lr, epoch)
         if self.watched is not None:
-            self._look(self.watched, epoch, lr, last)
+            self._measure(self.watched, epoch, lr, last)
         self.writer.flush()
 
     def _step(self, epoch: int) -> int:
@@ -243,11 +244,12 @@ class Dashboard:
             moment = now - result.seconds * (1 - done / n)
             self._add(scalar("cost/running", cost), "scalars", step, moment)
 
-    def _look(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
+    def _measure(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
+        """Write what a backward pass of the fixed training images shows."""
         records = probe(watched.model, watched.cost, watched.input, watched.target)
         self.layers = len(records)
         for number, record in enumerate(records, start=1):
-            self._layer(f"layer_{number}", record, lr, epoch)
+            self._log_norms(f"layer_{number}", record, lr, epoch)
             speed = record.norm("mean_delta")
             if speed is not None:
                 curve = self._learning.setdefault(number, {})
@@ -255,22 +257,22 @@ class Dashboard:
         if self.level != "full" or not records:
             return
         for number, record in enumerate(records, start=1):
-            self._distributions(f"layer_{number}", record, epoch)
+            self._log_distributions(f"layer_{number}", record, epoch)
         if is_pictured(epoch) or last:
-            self._show(watched, epoch)
-            self._show_learning(epoch, last)
+            self._log_pictures(watched, epoch)
+            self._log_learning(epoch, last)
         if not self._is_drawn:
             self._is_drawn = True
             self.writer.add_graph(graph.draw(records, type(watched.cost).__name__))
 
-    def _layer(self, layer: str, record: Record, lr: float, epoch: int) -> None:
+    def _log_norms(self, layer: str, record: Record, lr: float, epoch: int) -> None:
         self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
         self._scalar(f"update_ratio/{layer}", record.update_ratio(lr), epoch)
         self._scalar(f"norm_weight/{layer}", record.norm("weight"), epoch)
         self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
 
-    def _distributions(self, layer: str, record: Record, epoch: int) -> None:
+    def _log_distributions(self, layer: str, record: Record, epoch: int) -> None:
         quantities = {
             "W": record.weight,
             "b": record.bias,
@@ -282,8 +284,8 @@ class Dashboard:
             if values is not None:
                 self._histogram(f"distributions/{name}_{layer}", values, epoch)
 
-    def _show(self, watched: Watched, epoch: int) -> None:
-        """The pictures that can be drawn of this network and these images."""
+    def _log_pictures(self, watched: Watched, epoch: int) -> None:
+        """Write the pictures that can be drawn of this network and these images."""
         test, names = watched.test, watched.names
         if not len(test.labels):
             return
@@ -310,9 +312,9 @@ class Dashboard:
         for name, picture in shown.items():
             self._image(f"pictures/{name}", picture, epoch)
 
-    def _show_learning(self, epoch: int, last: bool) -> None:
-        """Draw how fast each layer has learned up to `epoch`, once there is a line; at
-        the last epoch into a file, too, larger than TensorBoard's cards."""
+    def _log_learning(self, epoch: int, last: bool) -> None:
+        """Write the chart of how fast each layer learns, from the second point on; at
+        the last epoch also as a file, larger than TensorBoard's cards."""
         if max(map(len, self._learning.values()), default=0) < 2:
             return
         unit = "epochs" if self._counts_epochs else "mini-batches"
@@ -331,12 +333,14 @@ class Dashboard:
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
         from torch.utils.tensorboard.summary import histogram
 
-        # Finite weights at their largest give activations that are not.
+        # Activations may overflow although the weights are finite.
         finite = values.detach()[values.isfinite()]
         if not len(finite):
             return
-        wide = torch.promote_types(finite.dtype, torch.float32)  # NumPy has no bfloat16
-        summary = histogram(tag, finite.to(wide).cpu().numpy(), bins=64)
+        dtype = torch.promote_types(
+            finite.dtype, torch.float32
+        )  # NumPy has no bfloat16
+        summary = histogram(tag, finite.to(dtype).cpu().numpy(), bins=64)
         self._add(summary, "histograms", self._step(epoch))
 
     def _image(self, tag: str, picture: Image, epoch: int) -> None:
@@ -356,7 +360,7 @@ class Dashboard:
     def _add(
         self, summary: Any, plugin: str, step: int, moment: float | None = None
     ) -> None:
-        """Add one value; the first of each tag brings its caption along."""
+        """Add one value; the first one of each tag carries the tag's caption."""
         (value,) = summary.value
         if value.tag not in self._described:
             self._described.add(value.tag)
@@ -435,14 +439,23 @@ def thin(
 
 
 def is_pictured(epoch: int) -> bool:
-    """Whether `epoch` is one of 0, 1, 2, 5, 10, 20, 50, ...: TensorBoard shows ten
-    pictures of a kind, and most happens early."""
+    """Whether pictures are drawn at the end of `epoch`: 0, 1, 2, 5, 10, 20, 50, ...
+
+    TensorBoard shows ten pictures of a kind, and most of the learning is early.
+
+    Args:
+        epoch: 0 for the untrained network.
+
+    Examples:
+        >>> [epoch for epoch in range(30) if is_pictured(epoch)]
+        [0, 1, 2, 5, 10, 20]
+    """
     return epoch == 0 or str(epoch).rstrip("0") in ("1", "2", "5")
 
 
 @torch.inference_mode()
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    """The class of the largest output for each of the images, uint8 (n, n_in)."""
+    """The classes that the model answers for images, uint8 (n, n_in)."""
     dtype = next(model.parameters()).dtype
     chunks = images.split(ANSWERED_AT_ONCE)
     with evaluating(model):
@@ -450,9 +463,9 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> Any:
-    """What makes a row of the HPARAMS tab: its columns, the run's values, and that it
-    is complete. Its metrics are the last points of the curves. With
-    ``SummaryWriter.add_hparams`` it would be a run of its own, one folder down."""
+    """The three summaries of a row of the HPARAMS tab: columns, values, and the end of
+    the run. The metrics are the last points of the curves. ``add_hparams`` would write
+    them as another run, in a folder of its own."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
@@ -464,8 +477,8 @@ def _hyperparameters(values: Mapping[str, Any]) -> Any:
 
 
 def _describe(value: Any, plugin: str, text: str) -> None:
-    """The caption, in a form that both of TensorBoard's readers take: the one in Rust
-    believes metadata that name their data class only."""
+    """Attach a caption in the form that both of TensorBoard's readers accept: the one
+    in Rust ignores metadata without a data class."""
     from tensorboard.compat.proto import summary_pb2
 
     value.metadata.summary_description = text
@@ -487,6 +500,6 @@ def _count_epochs(contents: Sequence[bytes]) -> bool:
 
 
 def _as_code(content: Mapping[str, Any]) -> str:
-    """Markdown that TensorBoard shows as it stands."""
+    """Markdown of a code block."""
     lines = json.dumps(content, indent=2, default=str).splitlines()
     return "\n".join(f"    {line}" for line in lines)
