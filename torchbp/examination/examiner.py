@@ -90,7 +90,9 @@ AFTER: dict[str, tuple[str, ...]] = {
     "output-gradients": ("gradients-unchanged",),
     "unneeded-gradients": ("requires_grad-subsets",),
     "retain_graph": ("inputs-unchanged", "gradients-unchanged", "determinism"),
-    "changes-in-between": ("saved-on-ctx", "inputs-unchanged", "gradients-unchanged"),
+    "changes-in-between": (
+        "first-derivatives", "saved-on-ctx", "inputs-unchanged", "gradients-unchanged",
+    ),
     "outputs-freed": ("saved-on-ctx",),
     "N-d-inputs": ("raw-gradients", "reference", "output-gradients"),
     "empty-inputs": ("raw-gradients", "N-d-inputs"),
@@ -103,7 +105,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "compiled-backward": ("compile",),
     "autocast": ("float32", "bfloat16"),
     "A1": ("first-derivatives", "linear-in-g"),
-}
+}  # fmt: skip
 # Where a function may draw other random numbers: in another dtype, order or shape.
 DRAWN_ANEW = (
     "float32", "bfloat16", "float16", "reference", "input-layouts", "N-d-inputs",
