@@ -638,9 +638,13 @@ class ReadsInputMemory(Square):
 
 
 class WrongIn3D(Sigmoid):
+    """Raises an error in 1-D, which must not hide the mistake."""
+
     @staticmethod
     def backward(ctx, grad_a):
         x, _, a = ctx.saved_tensors
+        if x.dim() < 2:
+            raise RuntimeError("expected two or more dimensions")
         grad_x, grad_W, grad_b = pull_back(ctx, grad_a, Sigmoid.slope)
         if x.dim() == 3 and grad_W is not None:
             delta = grad_a * a * (1 - a)
@@ -1454,7 +1458,7 @@ WRONG_FUNCTIONS = [
         ViewsInput.apply, Square.apply, (X,), "input-layouts", "raised RuntimeError"
     ),
     WrongFunction(
-        SignOfGradient.apply, Square.apply, (X,), "linear-in-g", "takes the sign of"
+        SignOfGradient.apply, Square.apply, (X,), "linear-in-g", "ignores the size of"
     ),
     WrongFunction(
         IgnoresGradient.apply,
