@@ -381,6 +381,9 @@ def test_errors_are_findings():
         "the backward raised RuntimeError: no such luck"
     )
     assert report["forward"].status == "pass"
+    report = torchbp.examine(Broken, X, only=["forward", "float32", "vmap"])
+    assert checks(report, "fail") == {"float32"}
+    assert report["vmap"].reason == "see float32"
     report = torchbp.examine(lambda x: 1 / 0, X)
     (only,) = report.findings
     assert only.status == "fail" and "ZeroDivisionError" in only.reason

@@ -245,12 +245,14 @@ def _title(s: Subject) -> str:
 
 
 def _findings(s: Subject, chosen: list[str]) -> Iterator[Finding]:
-    """The finding of every check."""
-    blocked = s.underivable or ("see first-derivatives" if s.backward_error else "")
+    """The finding of every check; an error of backward is that of one check."""
+    ordered = ("first-derivatives", *chosen)
+    bearer = next((n for n in ordered if n in chosen and n not in OF_VALUES), "")
+    blocked = s.underivable or (f"see {bearer}" if s.backward_error else "")
     unexplained: set[str] = set()
     for name in chosen:
         causes = [n for n in _causes(name) if n in unexplained]
-        if s.backward_error and name == "first-derivatives":
+        if s.backward_error and name == bearer:
             reason = f"the backward raised {first_line(s.backward_error)}"
             yield Finding(name, "fail", reason, fix_for(s.backward_error, _RAISED))
         elif blocked and name not in OF_VALUES:
@@ -278,9 +280,8 @@ def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
         return Finding(name, "pass", check(s))
     except Verdict as verdict:
         if verdict.status == "fail" and name in DRAWN_ANEW and s.is_random:
-            return Finding(
-                name, "not applicable", "it draws other random numbers there"
-            )
+            reason = "it draws other random numbers in this check"
+            return Finding(name, "not applicable", reason)
         return Finding(name, verdict.status, verdict.reason, verdict.fix)
     except Exception as error:
         reason = f"the check stopped at {first_line(error)}"
