@@ -23,6 +23,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import torchbp
 from torchbp import functional
+from torchbp.nn import ACTIVATIONS
 
 F64 = torch.float64
 has_compiler = pytest.mark.skipif(
@@ -41,7 +42,9 @@ def silu_slope(z: Tensor) -> Tensor:
     return s * (1 + z * (1 - s))
 
 
-Softplus = torchbp.define_layer("Softplus", F.softplus, lambda a: -torch.expm1(-a))
+Bipolar = torchbp.define_layer(
+    "Bipolar", lambda z: torch.tanh(z / 2), lambda a: (1 - a * a) / 2
+)
 SiLU = torchbp.define_layer("SiLU", F.silu, silu_slope, saves="z")
 Square = torchbp.define_layer("Square", torch.square, lambda z: 2 * z, saves="z")
 LogCosh = torchbp.define_cost(
@@ -89,10 +92,16 @@ LAYERS = {
     "sigmoid": Layer(torchbp.BPLinearSigmoid, torch.sigmoid, terms=torch.sigmoid),
     "tanh": Layer(torchbp.BPLinearTanh, torch.tanh, terms=lambda z: z.tanh().square()),
     "relu": Layer(torchbp.BPLinearReLU, torch.relu, has_kink=True),
-    "softplus (a)": Layer(Softplus, F.softplus),
+    "softplus": Layer(torchbp.BPLinearSoftplus, F.softplus),
+    "bipolar (a)": Layer(
+        Bipolar, lambda z: torch.tanh(z / 2), terms=lambda z: torch.full_like(z, 0.5)
+    ),
     "silu (z)": Layer(SiLU, F.silu, terms=lambda z: torch.sigmoid(z) * (1 + z.abs())),
     "square (z)": Layer(Square, torch.square),
 }
+BUILT_IN = [
+    name for name, layer in LAYERS.items() if layer.module in ACTIVATIONS.values()
+]
 all_layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 
 

@@ -25,6 +25,7 @@ SIGMA = {
     "sigmoid": (sigmoid, lambda z: sigmoid(z) * sigmoid(-z)),
     "tanh": (math.tanh, lambda z: 1 / math.cosh(z) ** 2),
     "relu": (lambda z: max(z, 0.0), lambda z: 1.0 if z > 0 else 0.0),
+    "softplus": (lambda z: max(z, 0.0) + math.log1p(math.exp(-abs(z))), sigmoid),
     "identity": (lambda z: z, lambda z: 1.0),
 }
 
@@ -81,10 +82,12 @@ class Result:
 
 def layers_of(model) -> list[Layer]:
     """Weights, biases and σ of a torchbp.MLP, known by the names of its layers."""
-    names = {"BPLinearSigmoid": "sigmoid", "BPLinearTanh": "tanh",
-             "BPLinearReLU": "relu", "BPLinear": "identity"}  # fmt: skip
     return [
-        (layer.weight.tolist(), layer.bias.tolist(), names[type(layer).__name__])
+        (
+            layer.weight.tolist(),
+            layer.bias.tolist(),
+            type(layer).__name__.removeprefix("BPLinear").lower() or "identity",
+        )
         for layer in model.layers
     ]
 

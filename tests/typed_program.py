@@ -15,17 +15,14 @@ from torchbp.examination import Report
 from torchbp.inspection.comparison import Comparison
 from torchbp.inspection.observation import Record
 from torchbp.nn import BPLinear
-from torchbp.training import checkpoint
-from torchbp.training.trainer import AutogradSGD, Score, Trainer
+from torchbp.training import AutogradSGD, Score, Trainer, checkpoint
 
 x, labels = torch.rand(5, 784), torch.arange(5)
 
 # Layers and costs of one's own are classes, whose instances are modules.
-Softplus = torchbp.define_layer(
-    "Softplus", nn.functional.softplus, lambda a: 1 - torch.exp(-a)
-)
-assert_type(Softplus, type[BPLinear])
-layer = Softplus(784, 30, bias=False)
+Arsinh = torchbp.define_layer("Arsinh", torch.asinh, lambda a: 1 / torch.cosh(a))
+assert_type(Arsinh, type[BPLinear])
+layer = Arsinh(784, 30, bias=False)
 assert_type(layer, BPLinear)
 a: Tensor = layer(x)
 Absolute = torchbp.define_cost(
@@ -38,7 +35,7 @@ assert_type(functional.linear_sigmoid(x, layer.weight), Tensor)
 assert_type(costs.log_likelihood_cost(a, labels), Tensor)
 
 # Networks, both engines, and what comes of them.
-model = torchbp.MLP([784, 30, 10], activation=Softplus, output="sigmoid")
+model = torchbp.MLP([784, 30, 10], activation=Arsinh, output="sigmoid")
 cost = torchbp.QuadraticCost()
 value, gradients = torchbp.backprop(model, cost, x, labels)
 assert_type(value, Tensor)

@@ -36,7 +36,7 @@ For layers ℓ = 1 ... L, σ entrywise, ⊙ elementwise, C = (1/n) Σ_x C_x::
 - BP3 and BP4 are sums over the examples. The 1/n of the mean enters once, in the cost
   (A1), and travels down with δ.
 - σ' is written in terms of a wherever a determines it (sigmoid a(1 - a), tanh 1 - a²,
-  ReLU [a > 0]), so z is not stored.
+  ReLU [a > 0], softplus 1 - e^-a), so z is not stored.
 - Softmax is not entrywise; there δ^L = Jᵀ ∇_a C, which BP1 as stated leaves out. So the
   log-likelihood cost takes z, and gives δ^L = (softmax(z) - y)/n directly.
 """
@@ -61,6 +61,7 @@ from torchbp.nn import (
     BPLinear,
     BPLinearReLU,
     BPLinearSigmoid,
+    BPLinearSoftplus,
     BPLinearTanh,
     define_layer,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "BPLinear",
     "BPLinearReLU",
     "BPLinearSigmoid",
+    "BPLinearSoftplus",
     "BPLinearTanh",
     "CrossEntropyCost",
     "ExplicitSGD",

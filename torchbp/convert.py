@@ -1,4 +1,4 @@
-"""Between our layers and native ones, both ways; parameters are kept by identity."""
+"""Conversion between our layers and native ones, which share their parameters."""
 
 from __future__ import annotations
 
@@ -14,23 +14,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchbp.nn import MLP, BPLinear, BPLinearReLU, BPLinearSigmoid, BPLinearTanh
+from torchbp.nn import ACTIVATIONS, MLP, BPLinear
 
 __all__ = ["from_native", "to_native"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
-_NATIVE: dict[type[BPLinear], type[nn.Module] | None] = {
-    BPLinear: None,
-    BPLinearSigmoid: nn.Sigmoid,
-    BPLinearTanh: nn.Tanh,
-    BPLinearReLU: nn.ReLU,
-}
+_NATIVE = {layer: layer.native for layer in ACTIVATIONS.values()}
 _OURS = {native: ours for ours, native in _NATIVE.items() if native is not None}
 _CONVERTED = {nn.Linear, *_NATIVE, *_OURS}
 
-# Hooks that see a module's output, and so notice where it is cut. A pre-hook sees the
-# input, which the linear part keeps (pruning computes the weight in one).
+# Hooks that see a module's output, z or a. A pre-hook sees the input, which stays that
+# of the linear part (pruning computes the weight in a pre-hook).
 _OUTPUT_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -42,14 +37,15 @@ _INPUT_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 def to_native(model: nn.Module) -> nn.Module:
-    """The same network of ``nn.Linear`` and activation modules, sharing its parameters.
+    """Return the same network made of ``nn.Linear`` and activation modules, which share
+    its parameters.
 
     Args:
         model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
             ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
             each of our layers becomes two entries, elsewhere, or where it has a name or
             hooks on its output, a small ``nn.Sequential``. An MLP whose instance has
-            more than its class gives it (attributes, buffers, other modules) stays one.
+            attributes, buffers or modules of its own stays an MLP.
 
     Raises:
         ValueError: a layer from ``define_layer``, or one with parametrizations, which
@@ -73,14 +69,14 @@ def to_native(model: nn.Module) -> nn.Module:
 
 
 def from_native(model: nn.Module) -> nn.Module:
-    """The same network of our layers, sharing its parameters.
+    """Return the same network made of our layers, which share its parameters.
 
     Args:
         model: any module; it is left as it is. Every ``nn.Linear`` becomes a
-            :class:`torchbp.BPLinear`; with an ``nn.Sigmoid``, ``nn.Tanh`` or
-            ``nn.ReLU`` right behind it in the same ``nn.Sequential`` the two become one
-            layer, unless hooks look at what lies between them or the activation has
-            options other than its defaults.
+            :class:`torchbp.BPLinear`; with an activation that one of our layers has
+            (``nn.Sigmoid``, ...) right behind it in the same ``nn.Sequential`` the two
+            become that layer, unless hooks look at what lies between them or the
+            activation has options other than its defaults.
 
     Raises:
         ValueError: as :func:`to_native`, but for layers of ours.
@@ -98,15 +94,15 @@ def from_native(model: nn.Module) -> nn.Module:
 
 
 class _Converter:
-    """Rebuilds a tree of modules; one that stands in two places stays one."""
+    """Rebuilds a tree of modules; a module that is in two places stays one module."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Each with its original, which must live as long as its id is a key.
+        # With the originals, which must live as long as their ids are keys.
         self.done: dict[tuple[object, ...], tuple[object, list[nn.Module]]] = {}
         self.names = {id(module): name for name, module in model.named_modules()}
         self.copies: list[nn.Module] = []
         self.result = self.convert(model)
-        for copy in self.copies:  # which may still grow
+        for copy in self.copies:  # the list grows during the loop
             for name, value in vars(copy).items():
                 if name not in ("_modules", "_parameters", "_buffers"):
                     vars(copy)[name] = self.redirected(value)
@@ -118,18 +114,18 @@ class _Converter:
     def once(
         self, originals: list[nn.Module], make: Callable[..., list[nn.Module]]
     ) -> list[nn.Module]:
-        """What `make` makes of the originals, made at the first call only."""
+        """Return what `make` returns for the originals, called once for each group."""
         key = (make.__name__, *map(id, originals))
         if key not in self.done:
             self.done[key] = (originals, make(*originals))
         return self.done[key][1]
 
     def rebuild(self, module: nn.Module) -> list[nn.Module]:
-        """`module` with every layer below it converted, as a list of one."""
+        """Return a copy of `module`, its layers converted, as a list of one."""
         if hasattr(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 "convert: expected a module that is not compiled, got one that is; "
-                "convert the module that was given to the compiler"
+                "convert the module that the compiler was called with"
             )
         self.check_instance(module)
         converted = self.layer(module)
@@ -138,7 +134,10 @@ class _Converter:
         if type(module) is MLP and isinstance(self, _ToNative) and _is_flat(module):
             return [self.flattened(module)]
         result = self.copied(module, type(module))
-        self.done[("rebuild", id(module))] = (module, [result])  # it may hold itself
+        self.done[("rebuild", id(module))] = (
+            module,
+            [result],
+        )  # for a module in itself
         if type(module) is nn.Sequential:
             result._modules = self.sequence(module._modules)  # type: ignore[assignment]
         else:
@@ -148,7 +147,7 @@ class _Converter:
         return [result]
 
     def check_instance(self, module: nn.Module) -> None:
-        """Raise ValueError if a copy of the instance would not compute what it does."""
+        """Raise ValueError if a copy of the instance would compute something else."""
         what = _alteration(module)
         if what is not None:
             name = self.names.get(id(module))
@@ -159,8 +158,8 @@ class _Converter:
             )
 
     def copied(self, module: nn.Module, cls: type[_M]) -> _M:
-        """A module of class `cls` with the state of `module`: its parameters, buffers
-        and children are the same objects, the dictionaries that hold them are not."""
+        """Return a module of class `cls` with the state of `module`: its parameters,
+        buffers and children are the same objects, in new dictionaries."""
         result = cls.__new__(cls)  # copy.copy is refused by parametrized modules
         result.__dict__ = {
             key: value.copy() if isinstance(value, (dict, set)) else value
@@ -170,8 +169,8 @@ class _Converter:
         return result
 
     def redirected(self, value: Any) -> Any:
-        """An attribute's `value` with the copies of this network's modules where it
-        holds modules, or methods of modules, as hooks often are."""
+        """Return an attribute's `value`, in which the network's modules, and methods of
+        them (as hooks often are), are replaced by their copies."""
         if isinstance(value, nn.Module):
             return self.convert(value) if id(value) in self.names else value
         if inspect.ismethod(value):
@@ -193,12 +192,12 @@ class _Converter:
         return value
 
     def layer(self, module: nn.Module) -> nn.Module | None:
-        """The counterpart of `module` by itself, or None if it is no layer."""
+        """Return the counterpart of `module`, or None if it is no layer."""
         raise NotImplementedError
 
     def sequence(self, children: Mapping[str, Any]) -> OrderedDict[str, nn.Module]:
-        """The counterparts of the children of an ``nn.Sequential``, by name. Numbers
-        stay a count; a name that the user gave stays with its layer."""
+        """Return the counterparts of the children of an ``nn.Sequential``, by name:
+        numbers count the new children, and a name that the user gave stays."""
         named = OrderedDict[str, nn.Module]()
         for name, module in self.counterparts(children):
             named[str(len(named)) if name.isdigit() else name] = module
@@ -207,7 +206,7 @@ class _Converter:
     def counterparts(
         self, children: Mapping[str, Any]
     ) -> Iterator[tuple[str, nn.Module]]:
-        """What each child becomes; two may come under one number."""
+        """Yield what each child becomes; two may have the same number."""
         raise NotImplementedError
 
 
@@ -222,7 +221,7 @@ class _ToNative(_Converter):
         return self.with_hooks(container, module, _OUTPUT_HOOKS)
 
     def pair(self, layer: BPLinear) -> list[nn.Module]:
-        """nn.Linear, and the activation unless it is the identity."""
+        """Return nn.Linear, and the activation unless it is the identity."""
         self.check_instance(layer)
         if type(layer) not in _NATIVE:
             raise ValueError(
@@ -234,11 +233,11 @@ class _ToNative(_Converter):
         if activation is None:
             return [linear]
         for name in _OUTPUT_HOOKS:
-            getattr(linear, name).clear()  # the container has them: they expect a
+            getattr(linear, name).clear()  # they expect a: the container has them
         return [linear, activation().train(layer.training)]
 
     def flattened(self, model: MLP) -> nn.Module:
-        """An MLP as one nn.Sequential."""
+        """Return an MLP as one nn.Sequential."""
         flat = nn.Sequential(self.sequence(_numbered(model.layers)))
         flat.training = model.training
         return self.with_hooks(flat, model, _OUTPUT_HOOKS + _INPUT_HOOKS)
@@ -246,7 +245,7 @@ class _ToNative(_Converter):
     def with_hooks(
         self, target: nn.Module, source: nn.Module, names: Iterable[str]
     ) -> nn.Module:
-        """`target`, with those hooks of `source`."""
+        """Give `target` those hooks of `source`, and return it."""
         for name in names:
             setattr(target, name, getattr(source, name).copy())
         target._is_full_backward_hook = source._is_full_backward_hook
@@ -287,20 +286,20 @@ class _FromNative(_Converter):
 
 
 def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
-    """Whether nobody would notice that z is no longer passed between the two, and
-    nothing that the activation carries is lost."""
+    """Whether the two may become one layer: no hook sees z between them, and the
+    activation has no state or options of its own."""
     return (
         type(activation) in _OURS
         and activation.training == linear.training
         and not _watched(linear)
-        # inplace changes where the result lies, not its numbers.
+        # `inplace` changes the memory of the result, not its numbers.
         and _is_new(activation, type(activation)(), ("training", "inplace"))
     )
 
 
 def _is_flat(model: MLP) -> bool:
-    """Whether an MLP has no more than its layers, and hooks that an nn.Sequential may
-    have as well."""
+    """Whether an MLP has nothing but its layers, and hooks that an nn.Sequential can
+    have, too."""
     hooks = (*_OUTPUT_HOOKS, *_INPUT_HOOKS, "_is_full_backward_hook")
     return (
         model._modules.keys() == {"layers"}
@@ -310,8 +309,8 @@ def _is_flat(model: MLP) -> bool:
 
 
 def _is_new(module: nn.Module, new: nn.Module, ignored: Iterable[str]) -> bool:
-    """Whether an instance has the attributes of a `new` one of its class, but for those
-    that are `ignored`, or for an altered call, which is refused by name."""
+    """Whether an instance has the attributes of a `new` one of its class, apart from
+    the `ignored` ones and from an altered call, for which there is another error."""
     own, fresh = (
         {k: v for k, v in vars(m).items() if k not in ignored} for m in (module, new)
     )
@@ -323,8 +322,8 @@ def _is_new(module: nn.Module, new: nn.Module, ignored: Iterable[str]) -> bool:
 
 
 def _alteration(module: nn.Module) -> str | None:
-    """What makes an instance compute something else than its class, if anything: a copy
-    would go on calling the original, and a layer of another class would lose it."""
+    """What makes an instance compute something else than its class, in words, or None.
+    A copy would call the original's, and a layer of another class would lose it."""
     cls = type(module)
     tensors = [*module._parameters.values(), *module._buffers.values()]
     if any(is_lazy(t) for t in tensors if t is not None):
@@ -332,8 +331,8 @@ def _alteration(module: nn.Module) -> str | None:
     for name, value in vars(module).items():
         if name == "_compiled_call_impl" and value is not None:
             return "compiled by module.compile()"
-        # A class's default that an instance of its own kind overrides is an option, but
-        # a layer becomes one of another class.
+        # An attribute that overrides the class's default is an option; but a layer is
+        # converted to another class, which does not have it.
         is_call = callable(getattr(nn.Module, name, None))
         is_layer = cls in _CONVERTED and value is not getattr(cls, name, value)
         if is_call or is_layer:

@@ -4,7 +4,7 @@ A cost is the mean over the examples of a per-example cost, C = (1/n) Σ_x C_x (
 depends on the network's parameters through its outputs only (A2). Its backward returns
 ∇C, which starts the sweep: the last layer multiplies it by σ' and has δ^L. A cost whose
 argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity last
-layer.
+layer. The rest of the package knows of a cost what its Function and its module say.
 
 n is the number of rows, all leading dimensions together, not the number of numbers:
 torch's means also divide by the number of outputs K.
@@ -20,7 +20,7 @@ here                       in torch                 C is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from torchbp._autograd import TwoFormFunction, autocast_dtype, call, varying
-from torchbp._checks import check_reads_no_parameter, explain_storage
-from torchbp._define import check_name, make_class, place
+from torchbp._checks import A2, cost_fits, explain_cost, explain_storage
+from torchbp._define import check_cost, check_name, make_class, place
 
 __all__ = [
     "COSTS",
@@ -48,17 +48,17 @@ __all__ = [
 ]
 
 
-_A2 = (
-    "target: expected one that is not differentiated (A2: a cost depends on the "
-    "parameters through the outputs only), got {}"
-)
-
-
 class CostFunction(TwoFormFunction):
     """C = (1/n) Σ_x C_x(v, y) for outputs v (a or z) and targets y, both (*, K).
 
     A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here,
     so neither of them divides by n.
+
+    Attributes:
+        one_hot_nabla: ∇C_x of v and one-hot rows y, put into `out`, with a `factor` of
+            1 - `multiple` y: the form in which the explicit engine has it. None: the
+            engine calls `nabla`.
+        multiple: see `one_hot_nabla`.
 
     Examples:
         >>> class Linear(CostFunction):
@@ -85,6 +85,9 @@ class CostFunction(TwoFormFunction):
     def nabla(v: Tensor, y: Tensor) -> Tensor:
         """∂C_x/∂v of every row of `v` and `y`: (*, K), (*, K) -> (*, K)."""
         raise NotImplementedError
+
+    one_hot_nabla: ClassVar[Callable[..., Tensor] | None] = None
+    multiple: ClassVar[int] = 1
 
     @classmethod
     def check_parts(cls, v: Tensor) -> None:
@@ -120,7 +123,7 @@ class CostFunction(TwoFormFunction):
     @classmethod
     def push_forward(cls, ctx: Any, dv: Any, dy: Any) -> Any:
         if dy is not None:
-            raise ValueError(_A2.format("one with a tangent"))
+            raise ValueError(A2.format("one with a tangent"))
         v, y = ctx.saved_tensors
         return (cls.nabla(v, y) * dv).sum(-1).mean()
 
@@ -134,6 +137,8 @@ class QuadraticFunction(CostFunction):
         (tensor([0.1562]), tensor([[ 0.2500, -0.5000]]))
     """
 
+    one_hot_nabla = None  # `nabla` is a single operation
+
     @staticmethod
     def per_example(a: Tensor, y: Tensor) -> Tensor:
         return (a - y).square().sum(-1) / 2
@@ -144,8 +149,8 @@ class QuadraticFunction(CostFunction):
 
     @classmethod
     def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
-        # The mean of per_example in one operation less, 2.5 µs of 7 at 10 x 10; not a
-        # sum over everything, which overflows in float16.
+        # The mean of per_example in one operation less; not a sum over everything,
+        # which overflows in float16.
         return (v - y).square().mean() * (v.shape[-1] / 2)
 
 
@@ -158,6 +163,8 @@ class CrossEntropyFunction(CostFunction):
         (tensor([0.8201]), tensor([[ 0.5000, -0.1192]]))
     """
 
+    multiple = 2
+
     @staticmethod
     def per_example(z: Tensor, y: Tensor) -> Tensor:
         # 1 - σ(z) = σ(-z), and ln σ is linear where σ underflows.
@@ -167,6 +174,11 @@ class CrossEntropyFunction(CostFunction):
     def nabla(z: Tensor, y: Tensor) -> Tensor:
         # σ(z) - y would be 0 for y = 1 and z > 17 in float32, where -e^-z is right.
         return (1 - y) * torch.sigmoid(z) - y * torch.sigmoid(-z)
+
+    @staticmethod
+    def one_hot_nabla(z: Tensor, y: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        # σ(z) - y = s σ(s z) with s = 1 - 2y, without loss where σ(z) is near y.
+        return torch.mul(z, factor, out=out).sigmoid_().mul_(factor)
 
 
 class LogLikelihoodFunction(CostFunction):
@@ -185,8 +197,7 @@ class LogLikelihoodFunction(CostFunction):
     def per_example(z: Tensor, y: Tensor) -> Tensor:
         _, shifted, rest = _softmax_parts(z)
         log_p = shifted - torch.log1p(rest)
-        # 0 · ln 0 = 0: a class that the target rules out costs nothing, however far
-        # off.
+        # 0 · ln 0 = 0: a class that the target rules out costs nothing.
         return -(y * log_p.masked_fill(y == 0, 0)).sum(-1)
 
     @staticmethod
@@ -198,6 +209,12 @@ class LogLikelihoodFunction(CostFunction):
         p = shifted.exp() / total
         q = torch.where(top, rest / total, 1 - p)
         return p * (y.sum(-1, keepdim=True) - y) - y * q
+
+    @staticmethod
+    def one_hot_nabla(z: Tensor, y: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        # softmax(z) - y, where y is 1 as minus the sum of the others.
+        others = torch.softmax(z, 1, out=out).mul_(factor).sum(1, keepdim=True)
+        return out.addcmul_(y, others, value=-1)
 
 
 def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,28 +300,8 @@ def function_of(cost: Any) -> type[CostFunction]:
     )
 
 
-# torch's losses by the names of their classes and functions, and what stands for them.
-# torch's means divide by the number of outputs K as well.
-_COUNTERPARTS = {
-    ("MSELoss", "mse_loss"): "QuadraticCost, whose C is K/2 times as large",
-    (
-        "BCEWithLogitsLoss",
-        "binary_cross_entropy_with_logits",
-    ): "CrossEntropyCost, whose C is K times as large",
-    (
-        "BCELoss",
-        "binary_cross_entropy",
-    ): "CrossEntropyCost, which takes z and applies the sigmoid itself",
-    ("CrossEntropyLoss", "cross_entropy"): "LogLikelihoodCost, with the same C",
-    (
-        "NLLLoss",
-        "nll_loss",
-    ): "LogLikelihoodCost, which takes z and applies the log-softmax itself",
-}
-
-
 def counterpart(cost: Any) -> str:
-    """What to use instead of a cost of another kind, to be added to an error's text.
+    """The end of an error message about a cost of another kind: what to use instead.
 
     Examples:
         >>> counterpart(nn.CrossEntropyLoss())
@@ -313,39 +310,18 @@ def counterpart(cost: Any) -> str:
     native = getattr(cost, "func", cost)  # of a functools.partial
     kinds = native.__mro__ if isinstance(native, type) else type(native).__mro__
     names = [getattr(kind, "__name__", "") for kind in (native, *kinds)]
-    for natives, ours in _COUNTERPARTS.items():
-        for name in natives:
+    for ours in COSTS.values():
+        for name, difference in ours.replaces.items():
             if name in names:
-                return f"; the counterpart of {name} is {ours}"
+                named = f"; the counterpart of {name} is {ours.__name__}"
+                return f"{named}, {difference}"
     return "; define_cost makes one of C_x and its gradient" if callable(cost) else ""
 
 
 def check(input: Tensor, target: Tensor) -> None:
-    """Raise what :func:`cost` says it raises, but for labels out of range."""
-    if not input.is_floating_point():
-        raise TypeError(f"input: expected a real floating dtype, got {input.dtype}")
-    if input.dim() == 0:
-        raise ValueError("input: expected shape (*, K), got a 0-d tensor")
-    shape = tuple(input.shape)
-    if shape[-1] == 0:
-        raise ValueError(f"input: expected shape (*, K) with K >= 1, got {shape}")
-    labels = not (target.is_floating_point() or target.is_complex())
-    if target.dtype == torch.bool or not (labels or target.dtype == input.dtype):
-        raise TypeError(
-            f"target: expected the input's {input.dtype} or integer labels, "
-            f"got {target.dtype}"
-        )
-    if tuple(target.shape) != (shape[:-1] if labels else shape):
-        raise ValueError(
-            f"target: expected shape {shape}, or {shape[:-1]} for integer labels, "
-            f"got {tuple(target.shape)} {target.dtype}"
-        )
-    if target.device != input.device:
-        raise ValueError(
-            f"target: expected the input's device {input.device}, got {target.device}"
-        )
-    if target.requires_grad:
-        raise ValueError(_A2.format("requires_grad=True"))
+    """Raise the errors that :func:`cost` documents, but for labels out of range."""
+    if not cost_fits(input, target):
+        raise explain_cost(input, target)
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
@@ -435,20 +411,28 @@ def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
     return cost(LogLikelihoodFunction, input, target)
 
 
-for _f, _function, _takes in (
-    (quadratic_cost, QuadraticFunction, "a"),
-    (cross_entropy_cost, CrossEntropyFunction, "z"),
-    (log_likelihood_cost, LogLikelihoodFunction, "z"),
-):
-    _f.function, _f.takes = _function, _takes  # type: ignore[attr-defined]
-
-
 class _Cost(nn.Module):
-    """A cost as a module."""
+    """The cost {name}, C = 1/n Σ_x C_x, by its own C_x and ∇C_x.
 
+    Shape:
+        input {takes} (*, K), rows are examples; target (*, K), numbers of the input's
+        dtype, or (*), integer labels, which stand for their one-hot rows. C is 0-d.
+
+    Attributes:
+        takes: "{takes}".
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for arguments that do not fit.
+    """
+
+    # The docstring is that of define_cost's classes, with their own name and takes.
     function: ClassVar[type[CostFunction]]
     takes: ClassVar[str]
-    native: ClassVar[str | None] = None
+    native: ClassVar[type[nn.Module] | None] = None
+    # C is `scale` times the native loss's sum, over n.
+    scale: ClassVar[float] = 1.0
+    # torch's losses that it stands for, by name, and how it differs from each.
+    replaces: ClassVar[Mapping[str, str]] = {}
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """C of the network's outputs `input` and the targets `target`, 0-d."""
@@ -468,7 +452,8 @@ class QuadraticCost(_Cost):
 
     Attributes:
         takes: "a", what the last layer returns, whatever its σ.
-        native: the name of its counterpart in torch.
+        native: its counterpart in torch.
+        scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
         TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
@@ -485,7 +470,10 @@ class QuadraticCost(_Cost):
 
     function = QuadraticFunction
     takes = "a"
-    native = "nn.MSELoss"
+    native, scale = nn.MSELoss, 0.5
+    replaces: ClassVar = dict.fromkeys(
+        ("MSELoss", "mse_loss"), "whose C is K/2 times as large"
+    )
 
 
 class CrossEntropyCost(_Cost):
@@ -506,7 +494,8 @@ class CrossEntropyCost(_Cost):
 
     Attributes:
         takes: "z", what an identity layer returns.
-        native: the name of its counterpart in torch.
+        native: its counterpart in torch.
+        scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
         TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
@@ -522,7 +511,13 @@ class CrossEntropyCost(_Cost):
 
     function = CrossEntropyFunction
     takes = "z"
-    native = "nn.BCEWithLogitsLoss"
+    native = nn.BCEWithLogitsLoss
+    replaces: ClassVar = {
+        "BCEWithLogitsLoss": "whose C is K times as large",
+        "binary_cross_entropy_with_logits": "whose C is K times as large",
+        "BCELoss": "which takes z and applies the sigmoid itself",
+        "binary_cross_entropy": "which takes z and applies the sigmoid itself",
+    }
 
 
 class LogLikelihoodCost(_Cost):
@@ -542,7 +537,8 @@ class LogLikelihoodCost(_Cost):
 
     Attributes:
         takes: "z", what an identity layer returns.
-        native: the name of its counterpart in torch.
+        native: its counterpart in torch.
+        scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
         TypeError, ValueError: in ``forward``, for arguments that are no dense tensors
@@ -558,7 +554,13 @@ class LogLikelihoodCost(_Cost):
 
     function = LogLikelihoodFunction
     takes = "z"
-    native = "nn.CrossEntropyLoss"
+    native = nn.CrossEntropyLoss
+    replaces: ClassVar = {
+        "CrossEntropyLoss": "with the same C",
+        "cross_entropy": "with the same C",
+        "NLLLoss": "which takes z and applies the log-softmax itself",
+        "nll_loss": "which takes z and applies the log-softmax itself",
+    }
 
 
 COSTS: dict[str, type[_Cost]] = {
@@ -566,20 +568,13 @@ COSTS: dict[str, type[_Cost]] = {
     "cross-entropy": CrossEntropyCost,
     "log-likelihood": LogLikelihoodCost,
 }
-
-
-_COST_DOC = """The cost {name}, C = 1/n Σ_x C_x, by its own C_x and ∇C_x.
-
-    Shape:
-        input {takes} (*, K), rows are examples; target (*, K), numbers of the input's
-        dtype, or (*), integer labels, which stand for their one-hot rows. C is 0-d.
-
-    Attributes:
-        takes: "{takes}".
-
-    Raises:
-        TypeError, ValueError: in ``forward``, for arguments that do not fit.
-    """
+for _name, _cost in COSTS.items():
+    _f = globals()[f"{_name.replace('-', '_')}_cost"]
+    _f.function, _f.takes = _cost.function, _cost.takes
+# The native losses, for the help of an option.
+COUNTERPARTS = ", ".join(
+    f"{name}: nn.{c.native.__name__} in torch" for name, c in COSTS.items() if c.native
+)
 
 
 def define_cost(
@@ -593,14 +588,14 @@ def define_cost(
     Args:
         name: the class's name, e.g. "AbsoluteCost".
         cost: C_x of every row, (*, K) outputs and (*, K) targets -> (*).
-        grad: ∂C_x/∂output of every row, -> (*, K). The 1/n of A1 is not its business.
+        grad: ∂C_x/∂output of every row, -> (*, K), without the 1/n of A1.
         takes: "a" if the outputs are activations, "z" if weighted inputs.
 
     Raises:
         TypeError: `cost` or `grad` is not callable or does not return a tensor.
         ValueError: `name` is not an identifier, `takes` is neither "a" nor "z", a
-            result has another shape than said, an argument is overwritten, or a tensor
-            is read that requires grad and would never get its gradient.
+            result has another shape than documented, an argument is overwritten, or a
+            tensor is read that requires grad and would never get its gradient.
 
     Both are tried on three outputs; where that fails in torch, as with ten class
     weights, they are tried at the first call, on its number of outputs.
@@ -618,76 +613,12 @@ def define_cost(
     check_name(name)
     if takes not in ("a", "z"):
         raise ValueError(f'takes: expected "a" or "z", got {takes!r}')
-    parts: dict[str, Any] = {
+    parts = {
         "per_example": staticmethod(cost),
         "nabla": staticmethod(grad),
+        **check_cost(cost, grad),
     }
-    takes_three = [_takes_three("cost", cost), _takes_three("grad", grad)]
-    if not all(takes_three):
-        parts |= {"is_checked": False}
-        parts |= {"check_parts": classmethod(_check_parts)}
     function = make_class(f"{name}Function", CostFunction, parts)
-    doc = _COST_DOC.format(name=name, takes=takes)
+    doc = (_Cost.__doc__ or "").format(name=name, takes=takes)
     members = {"__doc__": doc, "function": function, "takes": takes}
     return place(make_class(name, _Cost, members))
-
-
-def _takes_three(role: str, f: Any) -> bool:
-    """Whether a user's C_x or ∇C_x passes its check on three outputs; False where it
-    takes another number only, as with one weight for each class."""
-    if not callable(f):
-        raise TypeError(f"{role}: expected a callable, got {type(f).__name__}")
-    probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
-    try:
-        with torch.no_grad():
-            f(probe.clone(), probe.flip(0))
-    except (RuntimeError, IndexError, ValueError, AssertionError):
-        # Torch's own about shapes, dtypes and devices, or a check of the user's.
-        check_reads_no_parameter(role, f)
-        return False
-    _check_part(role, f, probe)
-    return True
-
-
-def _check_parts(cls: Any, v: Tensor) -> None:
-    """:meth:`CostFunction.check_parts` of a cost that does not take three outputs."""
-    if not _has_numbers(v) or cls.is_checked:  # in this order for torch.compile
-        return
-    numbers = torch.linspace(0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device)
-    with torch.inference_mode(False):  # which hides who requires grad
-        probe = numbers.clone().reshape(2, -1)
-        _check_part("cost", cls.per_example, probe)
-        _check_part("grad", cls.nabla, probe)
-    cls.is_checked = True
-
-
-def _has_numbers(v: Tensor) -> bool:
-    """Whether results can be looked at: not while a compiler or a mode traces."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or v.is_meta
-    )
-
-
-def _check_part(role: str, f: Any, probe: Tensor) -> None:
-    """Try a user's C_x or ∇C_x on the two rows of `probe`."""
-    K = probe.shape[1]
-    shape = (2,) if role == "cost" else (2, K)
-    with torch.enable_grad():
-        arguments = probe.clone(), probe.flip(0)
-        result = f(*arguments)
-    if not isinstance(result, Tensor):
-        raise TypeError(f"{role}: expected it to return a Tensor, got {result!r}")
-    check_reads_no_parameter(role, f, result)
-    if tuple(result.shape) != shape:
-        raise ValueError(
-            f"{role}: expected shape {shape} from outputs and targets (2, {K}), "
-            f"got {tuple(result.shape)}"
-        )
-    if not (
-        torch.equal(arguments[0], probe) and torch.equal(arguments[1], probe.flip(0))
-    ):
-        raise ValueError(
-            f"{role}: expected its arguments unchanged, got one overwritten"
-        )

@@ -5,7 +5,9 @@ grad_a = ∂C/∂a and makes δ = grad_a ⊙ σ'(z), from which every gradient f
 notation is set out once, in the docstring of :mod:`torchbp`.
 
 :class:`LinearFunction` (σ = identity) holds the one definition of BP2-BP4. The other
-layers change σ and σ' only; :func:`define_function` makes more of them.
+layers change σ and σ' only; :func:`define_function` makes more of them. What a Function
+says of its σ (`sigma`, `slope` or `gate`, `max_slope`, `is_smooth`, `one`) is all that
+the rest of the package knows of it.
 """
 
 from __future__ import annotations
@@ -14,27 +16,27 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchbp._autograd import (
     HAS_BOXED_GRADS,
     TwoFormFunction,
     autocast_dtype,
-    autocast_off,
     call,
-    may_overwrite,
+    casting,
     times,
     transforming,
     varying,
+    where_positive,
 )
-from torchbp._checks import check_entrywise, check_reads_no_parameter, explain
-from torchbp._define import check_name, make_class
+from torchbp._checks import explain, layer_fits
+from torchbp._define import check_name, check_sigma, make_class
 
 __all__ = [
     "LinearFunction",
     "LinearReLUFunction",
     "LinearSigmoidFunction",
+    "LinearSoftplusFunction",
     "LinearTanhFunction",
     "boxed_gradients",
     "define_function",
@@ -43,6 +45,7 @@ __all__ = [
     "linear",
     "linear_relu",
     "linear_sigmoid",
+    "linear_softplus",
     "linear_tanh",
     "transforming",
 ]
@@ -54,6 +57,15 @@ class LinearFunction(TwoFormFunction):
     Use it through :func:`linear`, which checks its arguments; ``LinearFunction.apply(x,
     W, b)`` does not. Second derivatives are autograd through the operations of
     `backward`, which are all differentiable.
+
+    Attributes:
+        max_slope: the largest σ' (for |z| <= 10), by which saturation is judged.
+        is_smooth: whether σ' is known to be continuous, so that finite differences mean
+            something at every z.
+        slope: σ'(a), put into `out` if that is given: the form in which the explicit
+            engine has σ', beside a `sigma` that takes `out`, too. None: the engine
+            calls `gate` instead.
+        one: a z with σ(z) = 1 exactly, None where there is none.
 
     Examples:
         >>> x, b = torch.ones(2, 3), torch.zeros(4)
@@ -67,27 +79,30 @@ class LinearFunction(TwoFormFunction):
     """
 
     boxed_grads_call = HAS_BOXED_GRADS
-    # The largest σ' (for |z| <= 10), by which saturation is judged.
     max_slope: ClassVar[float] = 1.0
+    is_smooth: ClassVar[bool] = True
+    slope: ClassVar[Callable[..., Tensor] | None] = None
+    one: ClassVar[float | None] = None
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        """σ(z), entrywise. Leaves `z` as it is: whoever watches the operations, such as
-        selective activation checkpointing, may have kept the product."""
+        """Return σ(z), entrywise, and leave `z` as it is: selective activation
+        checkpointing and other modes that watch the operations may have saved it."""
         return z
 
     @staticmethod
     def gate(grad_a: Tensor, s: Any) -> Tensor:
-        """`grad_a` ⊙ σ'(z), from the `s` that is saved. Changes neither argument.
+        """Return `grad_a` ⊙ σ'(z), of the `s` that is saved, and change neither.
 
-        Where σ' does not vary, its derivative is 0 and not missing: :func:`varying`."""
+        Where σ' does not vary, its derivative is 0 and not missing: see `varying`."""
         return grad_a
 
     @staticmethod
     def saved(output: Any) -> Tensor | None:
-        """What σ' is computed from, of the `output` of `evaluate`: a, z or nothing."""
-        # The identity layer must not save its output: an in-place operation on it, as
-        # in Sequential(BPLinear, ReLU(inplace=True)), would then break the graph.
+        """The part of `evaluate`'s `output` that σ' is computed from: a, z or None.
+
+        The identity layer must not save its output: an in-place operation on it, as in
+        Sequential(BPLinear, ReLU(inplace=True)), would then break the graph."""
         return None
 
     @classmethod
@@ -103,18 +118,18 @@ class LinearFunction(TwoFormFunction):
     def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
         output = cls.evaluate(x, W, b)
         need_x, need_W, _ = ctx.needs_input_grad
-        # grad_x reads W and grad_W reads x: what nobody asks for is not kept alive.
+        # grad_x reads W and grad_W reads x: only what is asked for is kept alive.
         ctx.save_for_backward(
             x if need_W else None, W if need_x else None, cls.saved(output)
         )
-        ctx.set_materialize_grads(False)  # no zeros for a gradient that is not there
+        ctx.set_materialize_grads(False)  # no zeros in place of a missing gradient
         return output
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         x, W, s = ctx.saved_tensors
-        # What is saved lives until backward ends, but native layers let go of a as soon
-        # as δ is made. This keeps everything if the graph is retained.
+        # Saved tensors live until backward ends, but native layers free a as soon as δ
+        # is made. This call does that, and does nothing if the graph is retained.
         if not torch.compiler.is_compiling() and cls.boxed_grads_call:
             ctx.maybe_clear_saved_tensors()
         delta = cls.error(grads[0] if isinstance(grads[0], list) else list(grads), s)
@@ -125,9 +140,8 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def error(cls, grads: list[Any], s: Any) -> Tensor | None:
-        """δ, from the `grads` that arrive and the `s` that is saved; takes grad_a
-        out of the list, so that it is freed on return.
-        """
+        """Return δ, of the `grads` that arrive and the `s` that is saved, and take
+        grad_a out of the list, so that it is freed on return."""
         grad_a = grads.pop()
         if grad_a is None:
             return None
@@ -140,11 +154,15 @@ class LinearFunction(TwoFormFunction):
 
 
 class LayerFromOutput(LinearFunction):
-    """A layer whose σ' is given in terms of a, so that z need not be kept."""
+    """A layer whose σ' is given in terms of a, so that z is not saved."""
 
     @staticmethod
     def saved(output: Any) -> Tensor | None:
         return output
+
+    @classmethod
+    def gate(cls, grad_a: Tensor, s: Any) -> Tensor:
+        return times(cls.slope(s), grad_a)  # type: ignore[misc]
 
 
 class LayerFromWeightedInput(LinearFunction):
@@ -179,25 +197,26 @@ class LayerFromWeightedInput(LinearFunction):
 
 
 def saved_of(function: type[LinearFunction], a: Tensor, z: Tensor) -> Any:
-    """What a layer saves for σ', of its a and z."""
+    """The tensor that σ' of a layer is computed from, given both a and z."""
     gives_z = issubclass(function, LayerFromWeightedInput)
     return function.saved((a, z) if gives_z else a)
 
 
 def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """z = x Wᵀ + b, never a view: autograd lets nobody work in place on a Function's
-    output that is one, and some builds of torch compute three dimensions as a view of
-    two."""
+    """Return z = x Wᵀ + b, never as a view: autograd refuses in-place work on a view
+    that a Function returned, and some builds of torch compute three dimensions as a
+    view of two."""
     if x.dim() == 2 or torch.compiler.is_compiling():
-        return F.linear(x, W, b)
+        return torch.nn.functional.linear(x, W, b)
     if x.is_nested:
         raise TypeError("input: expected a dense Tensor, got a nested one")
-    z = F.linear(x, W, b)
+    z = torch.nn.functional.linear(x, W, b)
     return torch.ops.aten._unsafe_view(z, z.shape) if z._is_view() else z
 
 
 def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
-    """The change of z = x Wᵀ + b along the tangents of x, W and b, None for none."""
+    """The derivative of z = x Wᵀ + b along the tangents of x, W and b, each of which
+    may be None."""
     terms = [] if dx is None else [dx @ W.t()]
     if dW is not None:
         terms.append(x @ dW.t())
@@ -209,13 +228,13 @@ def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
 def gradients(
     delta: Tensor, x: Tensor, W: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """∂C/∂x, ∂C/∂W and ∂C/∂b from δ, or None for each that nobody asked for.
+    """Return ∂C/∂x, ∂C/∂W and ∂C/∂b, with None for each that is not needed.
 
     Args:
         delta: δ, (*, n_out).
         x: a^{ℓ-1}, (*, n_in).
         W: W^ℓ, (n_out, n_in).
-        needs: which of the three are wanted.
+        needs: which of the three to compute.
 
     Examples:
         >>> x, W = torch.tensor([[5.0, 7.0]]), torch.ones(1, 2)
@@ -239,11 +258,11 @@ def gradients(
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """(*, n) -> (examples, n)."""
+    """Reshape (*, n) to (examples, n), both sizes given in full: reshape(-1, n) raises
+    for n = 0, and flatten has no rule in the vmap that
+    autograd.grad(is_grads_batched=True) runs."""
     if t.dim() == 2:
         return t
-    # Both sizes spelt out: reshape(-1, n) raises for n = 0, and flatten has no rule in
-    # the vmap that autograd.grad(is_grads_batched=True) runs.
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
@@ -251,80 +270,82 @@ class LinearSigmoidFunction(LayerFromOutput):
     """a = σ(x Wᵀ + b) with σ(z) = 1/(1 + e^-z) and σ' = a(1 - a).
 
     Examples:
-        >>> a = torch.tensor([0.5, 0.9])
-        >>> LinearSigmoidFunction.gate(torch.ones(2), a)  # σ' = a(1 - a)
+        >>> LinearSigmoidFunction.slope(torch.tensor([0.5, 0.9]))
         tensor([0.2500, 0.0900])
     """
 
-    max_slope = 0.25
+    max_slope, one = 0.25, 40.0
 
     @staticmethod
-    def sigma(z: Tensor) -> Tensor:
-        return z.sigmoid()
+    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.sigmoid(z, out=out)
 
     @staticmethod
-    def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
-        # a - a·a: 1.9 µs with the product at 10 x 30; grad_a * a * (1 - a) takes 4.
-        return times(torch.addcmul(a, a, a, value=-1), grad_a)
+    def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.addcmul(a, a, a, value=-1, out=out)  # one operation, a - a·a
 
 
 class LinearTanhFunction(LayerFromOutput):
     """a = tanh(x Wᵀ + b), σ' = 1 - a².
 
     Examples:
-        >>> a = torch.tensor([0.0, 0.5])
-        >>> LinearTanhFunction.gate(torch.ones(2), a)  # σ' = 1 - a²
+        >>> LinearTanhFunction.slope(torch.tensor([0.0, 0.5]))
         tensor([1.0000, 0.7500])
     """
 
-    @staticmethod
-    def sigma(z: Tensor) -> Tensor:
-        return z.tanh()
+    one = 20.0
 
     @staticmethod
-    def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
+    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.tanh(z, out=out)
+
+    @staticmethod
+    def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
+        one = a.new_ones(()) if out is None else out.fill_(1)
         # 1 - a·a in one operation: its product is not rounded before the difference,
         # which at saturation is all that is left (0.1 % of σ' at z = 7 in float32).
-        return times(torch.addcmul(a.new_ones(()), a, a, value=-1), grad_a)
+        return torch.addcmul(one, a, a, value=-1, out=out)
 
 
 class LinearReLUFunction(LayerFromOutput):
     """a = max(0, x Wᵀ + b), σ' = [a > 0] (0 at z = 0, as torch has it).
 
     Examples:
-        >>> a = torch.tensor([0.0, 0.5])
-        >>> LinearReLUFunction.gate(torch.ones(2), a)  # σ' = [a > 0]
+        >>> LinearReLUFunction.slope(torch.tensor([0.0, 0.5]))
         tensor([0., 1.])
     """
 
+    is_smooth, one = False, 1.0
+
     @staticmethod
-    def sigma(z: Tensor) -> Tensor:
-        return z.relu()
+    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.relu(z) if out is None else torch.clamp_min(z, 0, out=out)
+
+    @staticmethod
+    def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.sign(a, out=out)  # of an a >= 0
 
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
-        # Not a product: 0 · inf would be NaN at a neuron that is off.
-        if torch.compiler.is_compiling():  # this way it fuses best
-            return torch.where(a <= 0, torch.zeros_like(grad_a), grad_a)
-        large = a.is_cpu and type(a) is Tensor and a.numel() > _LARGE
-        if large and may_overwrite(grad_a):
-            return _masked(grad_a, a)
-        return varying(grad_a.masked_fill(a.logical_not(), 0), a)
+        return where_positive(grad_a, a)
 
 
-_LARGE = 4096  # numbers; below, _masked's five calls cost more than the branches
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+class LinearSoftplusFunction(LayerFromOutput):
+    """a = ln(1 + e^z) with z = x Wᵀ + b, σ' = 1 - e^-a.
 
+    Examples:
+        >>> LinearSoftplusFunction.slope(torch.tensor([0.0, 1e-9]))
+        tensor([0.0000e+00, 1.0000e-09])
+    """
 
-def _masked(grad_a: Tensor, a: Tensor) -> Tensor:
-    """grad_a where a > 0, else 0, without a branch for each number: at 128 x 512 that
-    takes 20 µs, where masked_fill and where take 195 on a CPU that guesses half of
-    them wrong."""
-    bits = _BITS[a.itemsize]
-    # As an integer a positive float is positive; from 1 and 0 come all bits and none.
-    # abs takes the sign off -0.0, which is off, and off NaN, where native is on.
-    mask = a.abs().view(bits).clamp_(max=1).neg_()
-    return mask.bitwise_and_(grad_a.view(bits)).view(a.dtype)
+    @staticmethod
+    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch._C._nn.softplus(z, out=out)  # type: ignore[call-arg]
+
+    @staticmethod
+    def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
+        # -(e^-a - 1), since 1 - e^-a loses every digit for small a.
+        return torch.neg(torch.expm1(torch.neg(a, out=out), out=out), out=out)
 
 
 def layer(
@@ -363,12 +384,12 @@ def layer(
         ValueError: input: expected last dimension 2 to fit weight (3, 2), got ...
     """
     try:
-        # The cheap test first: these run at every call.
-        if torch._C._is_any_autocast_enabled():
-            dtype = autocast_dtype(input)
-            if dtype is not None:
-                return _layer_autocast(function, dtype, input, weight, bias)
-        if _fits(input, weight, bias):
+        # The cheap tests first: these run at every call.
+        if torch._C._is_any_autocast_enabled() and autocast_dtype(input) is not None:
+            # Before the Function, so that autograd casts the gradients back.
+            with casting(input, weight, bias) as arguments:
+                return layer(function, *arguments)
+        if layer_fits(input, weight, bias):
             output = call(function, input, weight, bias)
             return output[0] if type(output) is tuple else output  # (a, z), σ' from z
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -376,41 +397,7 @@ def layer(
         if reason is None:
             raise
         raise reason from error
-    raise explain(input, weight, bias) or AssertionError("_fits and explain differ")
-
-
-def _layer_autocast(
-    function: type[LinearFunction],
-    dtype: torch.dtype,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """The layer under autocast: casts first, so that autograd records them and brings
-    the gradients back, and so that what is saved has the dtype that was computed in."""
-
-    def cast(t: Any) -> Any:
-        eligible = isinstance(t, Tensor) and t.is_floating_point()
-        return t.to(dtype) if eligible and t.dtype != torch.float64 else t
-
-    with autocast_off(input.device.type):
-        return layer(function, cast(input), cast(weight), cast(bias))
-
-
-def _fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether these pass wherever torch's own linear would be too generous: it takes
-    1-D weights, integers, biases that broadcast or are promoted, and a weight on
-    "meta". The rest it finds itself, and at 10 x 30 each test counts: all of them took
-    1.2 µs of 25."""
-    return (
-        W.dim() == 2
-        and W.is_floating_point()
-        and x.device == W.device
-        and (
-            b is None
-            or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
-        )
-    )
+    raise explain(input, weight, bias) or AssertionError("unexplained")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -494,6 +481,29 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return layer(LinearReLUFunction, input, weight, bias)
 
 
+def linear_softplus(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """ln(1 + e^z) with z = input weightᵀ + bias, σ' = 1 - e^-a, with BP2-BP4 by hand.
+
+    Args:
+        input: a^{ℓ-1}, (*, n_in).
+        weight: W^ℓ, (n_out, n_in).
+        bias: b^ℓ, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: as :func:`layer`.
+
+    Examples:
+        >>> z = torch.zeros(1, 1, requires_grad=True)
+        >>> a = linear_softplus(z, torch.ones(1, 1))  # ln 2
+        >>> a.backward()
+        >>> round(a.item(), 4), round(z.grad.item(), 4)
+        (0.6931, 0.5)
+    """
+    return layer(LinearSoftplusFunction, input, weight, bias)
+
+
 def define_function(
     name: str,
     sigma: Callable[[Tensor], Tensor],
@@ -503,7 +513,7 @@ def define_function(
     """A layer Function from a user's own σ and σ', both entrywise.
 
     Args:
-        name: the class's name, e.g. "LinearSoftplusFunction".
+        name: the class's name, e.g. "LinearSiLUFunction".
         sigma: σ(z).
         sigma_prime: σ' as a function of a = σ(z) if `saves` is "a", of z if it is "z".
         saves: "a", or "z" for a σ that is not one-to-one (SiLU, x²).
@@ -524,20 +534,10 @@ def define_function(
         (8.0, 12.0)
     """
     check_name(name)
-    if saves not in ("a", "z"):
+    bases = {"a": LayerFromOutput, "z": LayerFromWeightedInput}
+    if saves not in bases:
         raise ValueError(f'saves: expected "a" or "z", got {saves!r}')
-    aliases = check_entrywise("sigma", sigma)
-    check_entrywise("sigma_prime", sigma_prime)
-    z = torch.linspace(-10, 10, 2001, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():  # on both sides of 0, where a σ may have two formulas
-        a = sigma(z)
-        check_reads_no_parameter("sigma", sigma, a)
-        slopes = sigma_prime(a if saves == "a" else z).abs()
-        check_reads_no_parameter("sigma_prime", sigma_prime, slopes)
-    slopes = slopes[slopes.isfinite()]
-
-    def evaluate_sigma(z: Tensor) -> Tensor:
-        return sigma(z).clone() if aliases else sigma(z)
+    own_sigma, max_slope = check_sigma(sigma, sigma_prime, saves)
 
     def gate(grad_a: Tensor, s: Tensor) -> Tensor:
         slope = sigma_prime(s)
@@ -545,27 +545,27 @@ def define_function(
 
     members = {
         "__doc__": f"a = {getattr(sigma, '__name__', 'σ')}(x Wᵀ + b), σ' from {saves}.",
-        "max_slope": slopes.max().item() if len(slopes) else 1.0,
-        "sigma": staticmethod(evaluate_sigma),
+        "max_slope": max_slope,
+        "is_smooth": False,
+        "sigma": staticmethod(own_sigma),
         "gate": staticmethod(gate),
     }
-    base: type[LinearFunction]
-    base = LayerFromOutput if saves == "a" else LayerFromWeightedInput
-    return make_class(name, base, members)
+    return make_class(name, bases[saves], members)
 
 
 def boxed_gradients(enabled: bool) -> None:
-    """Whether a backward frees its incoming gradient as soon as δ is made (default on
-    torch ≥ 2.13, the first that can; peak memory of a layer falls by about a fifth).
+    """Switch on or off that each backward frees its incoming gradient as soon as δ is
+    made, by which the peak memory of a layer falls by about a fifth. The default is on
+    for torch >= 2.13, the first that can.
 
     Compiled autograd refuses Functions that do so when the forward ran in eager mode:
-    switch it off there, before the forward pass.
+    switch it off before the forward pass.
 
     Args:
-        enabled: whether it does, from now on, in every layer.
+        enabled: whether they do from now on, in every layer.
 
     Raises:
-        RuntimeError: switched on with a torch that has no boxed gradients.
+        RuntimeError: `enabled` with a torch that has no boxed gradients.
 
     Examples:
         >>> before = LinearFunction.boxed_grads_call

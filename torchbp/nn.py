@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchbp import costs, functional
 from torchbp._define import check_name, make_class, place
+from torchbp.functional import LinearFunction
 
 __all__ = [
     "ACTIVATIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "BPLinear",
     "BPLinearReLU",
     "BPLinearSigmoid",
+    "BPLinearSoftplus",
     "BPLinearTanh",
     "check_takes",
     "define_layer",
@@ -41,6 +43,8 @@ class BPLinear(nn.Linear):
     Attributes:
         weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
         bias: b, (n_out), or None.
+        function: the Function behind it, with σ and σ'.
+        native: torch's module of the same σ; None for the identity, or without one.
 
     Raises:
         TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
@@ -59,10 +63,11 @@ class BPLinear(nn.Linear):
         <All keys matched successfully>
     """
 
-    function: ClassVar[type[functional.LinearFunction]] = functional.LinearFunction
+    function: ClassVar[type[LinearFunction]] = LinearFunction
+    native: ClassVar[type[nn.Module] | None] = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """σ(x Wᵀ + b) of `input` x, (*, n_in) -> (*, n_out)."""
+        """Return σ(x Wᵀ + b) for the `input` x, (*, n_in) -> (*, n_out)."""
         return functional.layer(self.function, input, self.weight, self.bias)
 
 
@@ -94,7 +99,7 @@ class BPLinearSigmoid(BPLinear):
         torch.Size([10, 30])
     """
 
-    function = functional.LinearSigmoidFunction
+    function, native = functional.LinearSigmoidFunction, nn.Sigmoid
 
 
 class BPLinearTanh(BPLinear):
@@ -123,7 +128,7 @@ class BPLinearTanh(BPLinear):
         True
     """
 
-    function = functional.LinearTanhFunction
+    function, native = functional.LinearTanhFunction, nn.Tanh
 
 
 class BPLinearReLU(BPLinear):
@@ -152,7 +157,37 @@ class BPLinearReLU(BPLinear):
         True
     """
 
-    function = functional.LinearReLUFunction
+    function, native = functional.LinearReLUFunction, nn.ReLU
+
+
+class BPLinearSoftplus(BPLinear):
+    """a = ln(1 + e^z), z = x Wᵀ + b, σ' = 1 - e^-a; for ``Sequential(nn.Linear,
+    nn.Softplus)``.
+
+    Args:
+        in_features: n_in.
+        out_features: n_out.
+        bias: whether there is a b.
+        device, dtype: of the parameters.
+
+    Shape:
+        input (*, n_in) -> (*, n_out), where * is any number of dimensions.
+
+    Attributes:
+        weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
+        bias: b, (n_out), or None.
+
+    Raises:
+        TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
+            (*, n_in) with the parameters' dtype and on their device.
+
+    Examples:
+        >>> layer = BPLinearSoftplus(784, 30)
+        >>> bool((layer(torch.rand(10, 784)) > 0).all())
+        True
+    """
+
+    function, native = functional.LinearSoftplusFunction, nn.Softplus
 
 
 def define_layer(
@@ -164,7 +199,7 @@ def define_layer(
     """A new layer class from a user's own σ and σ', with BP2-BP4 as for every layer.
 
     Args:
-        name: the class's name, e.g. "BPLinearSoftplus".
+        name: the class's name, e.g. "BPLinearSiLU".
         sigma: σ(z), entrywise; must not overwrite z.
         sigma_prime: σ' as a function of a if `saves` is "a", of z if it is "z".
         saves: "a" keeps the output, which native layers keep too; "z" keeps the
@@ -174,15 +209,15 @@ def define_layer(
         TypeError, ValueError: as :func:`torchbp.functional.define_function`.
 
     Examples:
-        >>> BPLinearSoftplus = define_layer(
-        ...     "BPLinearSoftplus", nn.functional.softplus, lambda a: 1 - torch.exp(-a)
+        >>> BPLinearArsinh = define_layer(
+        ...     "BPLinearArsinh", torch.asinh, lambda a: 1 / torch.cosh(a)
         ... )
-        >>> BPLinearSoftplus(3, 2)
-        BPLinearSoftplus(in_features=3, out_features=2, bias=True)
+        >>> BPLinearArsinh(3, 2)
+        BPLinearArsinh(in_features=3, out_features=2, bias=True)
     """
     check_name(name)
     function = functional.define_function(f"{name}Function", sigma, sigma_prime, saves)
-    # What stands between a layer's first line and its examples is the same for all.
+    # All layers' docstrings are the same between the first line and the examples.
     details = (BPLinearSigmoid.__doc__ or "").split("\n", 1)[-1].partition("Examples:")
     doc = f"{function.__doc__}\n{details[0].rstrip()}\n"
     return place(make_class(name, BPLinear, {"__doc__": doc, "function": function}))
@@ -192,26 +227,28 @@ ACTIVATIONS: dict[str, type[BPLinear]] = {
     "sigmoid": BPLinearSigmoid,
     "tanh": BPLinearTanh,
     "relu": BPLinearReLU,
+    "softplus": BPLinearSoftplus,
     "identity": BPLinear,
 }
 
 
 def _init_scaled(layer: BPLinear) -> None:
-    """W ~ N(0, 1/n_in), b ~ N(0, 1): z of order 1 whatever n_in (book, chapter 3)."""
+    """Draw W ~ N(0, 1/n_in), b ~ N(0, 1): z is of order 1 for any n_in (book, chapter
+    3)."""
     nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
 
 
 def _init_normal(layer: BPLinear) -> None:
-    """W, b ~ N(0, 1): the book's first, chapter 1, which saturates wide layers."""
+    """Draw W, b ~ N(0, 1): the book's first, chapter 1, saturates wide layers."""
     nn.init.normal_(layer.weight)
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
 
 
 def _init_torch(layer: BPLinear) -> None:
-    """What the constructor of ``nn.Linear`` has done already."""
+    """Leave the parameters as the constructor of ``nn.Linear`` made them."""
 
 
 INITIALISATIONS: dict[str, Callable[[BPLinear], None]] = {
@@ -226,8 +263,8 @@ class MLP(nn.Module):
 
     Args:
         sizes: neurons of every layer, inputs first: [784, 30, 10].
-        activation: of the hidden layers: a name ("sigmoid", "tanh", "relu", "identity")
-            or a class from :func:`define_layer`.
+        activation: of the hidden layers: a name ("sigmoid", "tanh", "relu", "softplus",
+            "identity") or a class from :func:`define_layer`.
         output: of the last layer, likewise; None means the same as `activation`. Costs
             that take z want "identity".
         init: "scaled" W ~ N(0, std 1/√n_in), b ~ N(0, 1); "normal" W, b ~ N(0, 1);
@@ -285,14 +322,14 @@ class MLP(nn.Module):
             INITIALISATIONS[init](layer)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
-        """The last layer's a of `input`, (*, sizes[0]) -> (*, sizes[-1])."""
+        """Return the last layer's a for `input`, (*, sizes[0]) -> (*, sizes[-1])."""
         for layer in self.layers:
             input = layer(input)
         return input
 
 
 def _check_sizes(sizes: Any) -> tuple[int, ...]:
-    """`sizes` as a tuple, or the error that says what is wrong with them."""
+    """Return `sizes` as a tuple of integers, or raise."""
     try:
         result = tuple(sizes)
     except TypeError:
@@ -311,7 +348,7 @@ def _check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 def _layer_class(role: str, activation: Any) -> type[BPLinear]:
-    """The layer class that a name stands for; a layer class stands for itself."""
+    """Return the layer class of that name; a layer class is returned as it is."""
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
@@ -325,12 +362,13 @@ def _layer_class(role: str, activation: Any) -> type[BPLinear]:
 
 
 def check_takes(model: nn.Module, cost: Any) -> None:
-    """Refuse a cost that takes z on a network whose last layer gives a.
+    """Raise unless the cost fits the network: one that takes z needs a network whose
+    last layer is the identity.
 
-    Whoever joins a model and a cost calls this: the mistake would apply σ twice, and
-    train all the same, only worse. A cost that takes a fits every last layer, since the
-    identity layer's a is its z. A model with a ``forward`` of its own is let through:
-    its structure does not tell what comes last.
+    All code that joins a model and a cost calls this: the mistake would apply σ twice,
+    and train all the same, only worse. A cost that takes a fits every last layer, since
+    the identity layer's a is its z. A model with a ``forward`` of its own passes: its
+    structure does not tell what comes last.
 
     Args:
         model: the network.
@@ -363,7 +401,7 @@ def check_takes(model: nn.Module, cost: Any) -> None:
         raise TypeError(f"cost: expected an instance, got the class {name}")
     last = _last_layer(model)
     gives_a = type(last).__module__ == nn.Sigmoid.__module__ or (
-        isinstance(last, BPLinear) and last.function is not functional.LinearFunction
+        isinstance(last, BPLinear) and last.function is not LinearFunction
     )
     if takes == "z" and gives_a:
         raise ValueError(
@@ -376,8 +414,8 @@ _PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd
 
 
 def _last_layer(model: nn.Module) -> nn.Module | None:
-    """The module whose output is the model's, where the structure tells: an MLP, an
-    ``nn.Sequential`` or a layer. None for a model with a forward of its own."""
+    """The module whose output is the model's, known for an MLP, an ``nn.Sequential``
+    or a layer; None for a model with a forward of its own."""
     if isinstance(model, BPLinear) or not list(model.children()):
         return model
     if type(model) is MLP:

@@ -6,20 +6,15 @@ import random
 
 import pytest
 import torch
-from cases import Softplus, assert_raises_one_line, rand
+from cases import Bipolar, assert_raises_one_line, rand
 from torch import nn
 from torch.testing import assert_close
 
 import torchbp
 from torchbp import from_native, to_native
 
-NATIVE = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "identity": None}
-OURS = (
-    torchbp.BPLinear,
-    torchbp.BPLinearSigmoid,
-    torchbp.BPLinearTanh,
-    torchbp.BPLinearReLU,
-)
+NATIVE = {name: layer.native for name, layer in torchbp.nn.ACTIVATIONS.items()}
+OURS = list(torchbp.nn.ACTIVATIONS.values())
 
 
 def outputs_and_gradients(model, x):
@@ -205,7 +200,7 @@ class OwnLayer(torchbp.BPLinearSigmoid):
     pass
 
 
-@pytest.mark.parametrize("kind", [Softplus, OwnLayer])
+@pytest.mark.parametrize("kind", [Bipolar, OwnLayer])
 @pytest.mark.parametrize("wrap", [
     lambda layer: layer,
     lambda layer: nn.Sequential(nn.Flatten(), layer),
@@ -217,8 +212,8 @@ def test_custom_layers_are_refused(kind, wrap):
 
 
 def test_custom_layers_are_refused_inside_an_mlp():
-    parts = ("to_native", "expected", "got", "Softplus")
-    model = torchbp.MLP([2, 2, 2], activation=Softplus)
+    parts = ("to_native", "expected", "got", "Bipolar")
+    model = torchbp.MLP([2, 2, 2], activation=Bipolar)
     assert_raises_one_line(ValueError, parts, to_native, model)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import F64, LAYERS, SiLU, all_layers, operands, rand
+from cases import BUILT_IN, F64, LAYERS, SiLU, all_layers, operands, rand
 from torch import nn
 from torch.autograd import graph
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import torchbp
 
-SIZES = [6, 5, 4, 3, 2]
-NAMES = ["sigmoid", "tanh", "relu", "linear"]  # one layer each, in this order
+# One layer each, in this order.
+NAMES = [*(name for name in BUILT_IN if name != "linear"), "linear"]
+SIZES = [6, 5, 4, *[3] * (len(NAMES) - 3), 2]
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_hooks_see_what_native_hooks_see(pair):
         records.append(record)
     ours, native = records
     assert [name for name, _ in ours] == [name for name, _ in native]
-    assert len(ours) == 16
+    assert len(ours) == 4 * len(NAMES)
     for (_, a), (_, b) in zip(ours, native, strict=True):
         assert_close(a, b, **bounds.near())
 
@@ -486,7 +487,7 @@ def test_no_more_is_packed_than_by_native_layers(pair):
         with graph.saved_tensors_hooks(pack, lambda t: t):
             cost(model)
         counts.append(len({t.data_ptr() for t in packed}))
-    assert counts[0] == counts[1]
+    assert counts[0] <= counts[1]  # native softplus packs z, and ours a
 
 
 def test_mutation_of_saved_outputs_where_torch_allows_it(pair):
@@ -572,7 +573,7 @@ def test_tools_that_call_linear_themselves_lose_sigma(pair):
     """Documented, with to_native as the way out; the identity layer is not hurt."""
     ours, _ = pair
     assert not torch.allclose(rewritten(ours, X), ours(X))
-    assert torch.equal(rewritten(ours[3:], ours[:3](X)), ours(X))
+    assert torch.equal(rewritten(ours[-1:], ours[:-1](X)), ours(X))
     assert_close(rewritten(torchbp.to_native(ours), X), ours(X))
 
 

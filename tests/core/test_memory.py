@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import LAYERS, all_layers, rand
+from cases import BUILT_IN, LAYERS, all_layers, rand
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -164,7 +164,7 @@ def bytes_saved(model, x):
 LAYER_BYTES = 7 * 4  # a batch of 7 rows, float32: times the width of a layer
 
 
-@pytest.mark.parametrize("name", ["linear", "sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_bytes_kept_for_backward(name):
     """Exactly the activations, and no z: half of what a z beside each a would take."""
     model, x = network(LAYERS[name], 11, 5, 3), rand(7, 11, dtype=F32)
@@ -172,7 +172,7 @@ def test_bytes_kept_for_backward(name):
     assert bytes_saved(model, x) == LAYER_BYTES * (11 + 5 + last)
 
 
-@pytest.mark.parametrize("name", ["linear", "sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_frozen_layers_keep_nothing(name):
     """Below the first trained layer nothing is kept; above it, no input for a W that
     is not trained."""
@@ -210,7 +210,7 @@ def test_without_grad_only_the_output_stays(layer, mode):
 LIMIT = 1.0 if HAS_BOXED_GRADS else 1.4
 
 
-@pytest.mark.parametrize("name", ["linear", "sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize(
     "shape", [(128, 512, 512), (1024, 256, 256)], ids=lambda s: "{}x{}->{}".format(*s)
 )

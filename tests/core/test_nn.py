@@ -12,8 +12,8 @@ import torch
 from cases import (
     F64,
     LAYERS,
+    Bipolar,
     SiLU,
-    Softplus,
     Square,
     all_layers,
     assert_raises_one_line,
@@ -24,19 +24,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import torchbp
+from torchbp.costs import COSTS
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 
-NATIVE = {
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "identity": nn.Identity,
-}
-COSTS = {
-    "quadratic": torchbp.QuadraticCost,
-    "cross-entropy": torchbp.CrossEntropyCost,
-    "log-likelihood": torchbp.LogLikelihoodCost,
-}
+NATIVE = {name: layer.native or nn.Identity for name, layer in ACTIVATIONS.items()}
 
 
 # ---------------------------------------------------------------- the layers
@@ -134,7 +125,7 @@ def test_input_of_the_wrong_width(layer):
 
 
 def test_defined_layers_stand_where_they_were_defined():
-    for module in (Softplus, SiLU, Square):
+    for module in (Bipolar, SiLU, Square):
         assert module.__module__ == "cases" and module.__qualname__ == module.__name__
 
 
@@ -150,7 +141,7 @@ def test_mlp_keys_and_sizes():
     assert [tuple(layer.weight.shape) for layer in model.layers] == [(5, 7), (3, 5)]
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, Softplus])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, Bipolar])
 @pytest.mark.parametrize("output", [None, *ACTIVATIONS, SiLU])
 def test_mlp_layers(activation, output):
     model = torchbp.MLP([4, 3, 3, 2], activation, output)
@@ -320,7 +311,7 @@ ERRORS = {
     "size negative": ({"sizes": [3, -1]}, ValueError, "sizes", "positive", "[3, -1]"),
     "activation unknown": (
         {"sizes": [3, 2], "activation": "gelu"},
-        ValueError, "activation", "sigmoid, tanh, relu, identity", "'gelu'",
+        ValueError, "activation", "sigmoid, tanh, relu, softplus, identity", "'gelu'",
     ),
     "activation a native class": (
         {"sizes": [3, 2], "activation": nn.Sigmoid},

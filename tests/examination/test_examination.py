@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import warnings
@@ -705,48 +703,6 @@ def test_a_backward_that_raises_in_float64_only_is_examined_in_its_own_dtype():
     assert "its backward raised RuntimeError" in report["first-derivatives"].reason
 
 
-class NumPyInBackward(wrong_functions.Square):
-    """Reads the memory of what may be a batched tensor."""
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        g = torch.from_numpy(grad.data.cpu().numpy().copy())
-        return 2 * x * g
-
-
-def test_numpy_in_a_backward_does_not_end_the_process():
-    # In a child, since this once ended the process.
-    report = torchbp.examine(NumPyInBackward, X, isolate=True)
-    assert report["batched-gradients"].status == "not supported"
-    assert "which has no memory" in report["batched-gradients"].reason
-    assert len(report.findings) == len(CHECKS)
-
-
-class EndsTheProcess(wrong_functions.Square):
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        if not x.is_contiguous():
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return 2 * x * grad
-
-
-def test_code_that_crashes_is_isolated():
-    report = torchbp.examine(EndsTheProcess, X, isolate=True)
-    assert checks(report, "fail") == {"input-layouts"}
-    assert "SIGSEGV" in report["input-layouts"].reason
-    assert report["first-derivatives"].status == "pass"
-    assert report["vmap"].reason == "see input-layouts"
-
-
-def test_isolation_changes_nothing_else():
-    plain = torchbp.examine(wrong_functions.MeanForSum, *LAYER)
-    assert torchbp.examine(wrong_functions.MeanForSum, *LAYER, isolate=True) == plain
-    with pytest.raises(TypeError, match="fn: expected a Function"):
-        torchbp.examine(3, isolate=True)
-
-
 def test_a_function_of_ten_thousand_inputs_is_sampled():
     calls = []
 
@@ -855,7 +811,7 @@ def test_options_of_the_command(capsys):
     assert [f["check"] for f in written["findings"]] == ["forward", "vmap"]
     line = ["examine", "wrong_functions:RoundsStraightThrough", "--input", "3,4"]
     assert main(line) == 1
-    assert main([*line, "--surrogate", "torch:clone", "--isolate"]) == 0
+    assert main([*line, "--surrogate", "torch:clone"]) == 0
 
 
 @pytest.mark.parametrize(

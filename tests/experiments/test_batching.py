@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import torchbp
 from experiments import batching as experiment
 from experiments.support import reporting
-from torchbp.data.sets import Split, Splits
+from torchbp.data import Split, Splits
 
 
 def _split(n: int) -> Split:
@@ -34,7 +34,7 @@ def noise_images(monkeypatch):
 
 def settings(tmp_path, **changes):
     few = {"batch_size": 7, "draws": 20, "repeats": 1, "logdir": str(tmp_path)}
-    return experiment.Settings(**{**few, "name": "one", **changes})
+    return experiment.BatchingSettings(**{**few, "name": "one", **changes})
 
 
 def test_everything_is_measured_and_written(noise_images, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_the_prediction_is_the_spread_of_the_examples(tmp_path):
     """tr Σ from all examples' gradients, one by one."""
     few = settings(tmp_path, draws=2)
     noise = experiment.draw_batches(few, DATA.train)
-    model = experiment.build(few, DATA.train)
+    model = experiment.initial_network(few, DATA.train)
     x, y = torchbp.data.scale(DATA.train.images), DATA.train.labels
     each = torch.stack([
         experiment.flat(experiment.batched(model, x[i : i + 1], y[i : i + 1]))
@@ -94,8 +94,8 @@ def test_the_prediction_is_the_spread_of_the_examples(tmp_path):
 def _ways(**changes):
     times = dict.fromkeys(experiment.WAYS, 0.001)
     times |= {experiment.BATCHED: 1e-4, experiment.RECORDED: 2e-4} | changes
-    off = {"float32": 1e-7, "float64": 1e-16}
-    return [experiment.Way(way, seconds, off) for way, seconds in times.items()]
+    errors = {"float32": 1e-7, "float64": 1e-16}
+    return [experiment.BatchWay(way, seconds, errors) for way, seconds in times.items()]
 
 
 def _noise(power=-0.5, factor=1.0):
@@ -109,9 +109,9 @@ def _failed(ways=None, noise=None):
 
 def test_claims_hold_on_what_they_say_and_fail_on_the_rest():
     assert _failed() == []
-    for dtype, off in (("float32", 1e-4), ("float64", 1e-10)):
+    for dtype, error in (("float32", 1e-4), ("float64", 1e-10)):
         first, *others = _ways()
-        wrong = dataclasses.replace(first, off={**first.off, dtype: off})
+        wrong = dataclasses.replace(first, errors={**first.errors, dtype: error})
         assert [c[:2] for c in _failed([wrong, *others])] == ["A1"]
     (claim,) = _failed(_ways(**{experiment.BATCHED: 2e-3}))
     assert "faster" in claim

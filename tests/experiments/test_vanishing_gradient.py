@@ -38,7 +38,7 @@ def settings(tmp_path, **changes):
         "depth": 3, "width": 5, "seeds": 2, "examples": 40, "epochs": 2,
         "logdir": str(tmp_path), "name": "one",
     }  # fmt: skip
-    return experiment.Settings(**{**small, **changes})
+    return experiment.VanishingSettings(**{**small, **changes})
 
 
 def test_everything_is_measured_and_written(tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_the_prediction_is_of_bp2_s_product(n, n_next):
 
 
 def _start(activation, init, norms, predicted, speeds=None):
-    return experiment.Start(
+    return experiment.InitialState(
         activation, init, len(norms), norms, speeds or norms, predicted, 0.0
     )
 
@@ -148,7 +148,7 @@ def _found(changes=None):
         for depth in (1, 2, 3)
     ]
     courses = [
-        experiment.Course(
+        experiment.TrainingCourse(
             s.activation, s.init, s.depth, [s.norms] * 2, [s.speeds] * 2, False
         )
         for s in starts
@@ -164,7 +164,7 @@ def test_all_claims_hold_on_what_they_say():
     ("kind", "factor", "failed"),
     [
         (("sigmoid", "torch"), 1.1, "every initialisation"),
-        (("sigmoid", "scaled"), 0.6, "less than half at every layer"),
+        (("sigmoid", "scaled"), 0.6, "less than half per layer"),
         (("sigmoid", "scaled"), 1.1, "slower its first layer"),
         (("sigmoid", "scaled"), 1.1, "are the smallest"),
         (("tanh", "scaled"), 0.4, "less than half as much"),
@@ -183,8 +183,8 @@ def test_the_prediction_and_the_course_can_fail():
         if (s.activation, s.init, s.depth) == ("tanh", "torch", 3)
     )  # fmt: skip
     for predicted, said in (
-        ([0.8, 0.8], ["BP2 predicts the factor a layer, within 10%"]),
-        ([0.3, 1.2], ["and the factor at each layer, within 40%"]),
+        ([0.8, 0.8], ["BP2 predicts the mean factor of a layer, within 10%"]),
+        ([0.3, 1.2], ["and the factor of each layer, within 40%"]),
     ):
         wrong = dataclasses.replace(starts[deepest], predicted=predicted)
         claims = experiment.judge(
@@ -198,7 +198,7 @@ def test_the_prediction_and_the_course_can_fail():
         ]
         claims = experiment.judge(starts, later)
         assert [c for c, holds in claims.items() if not holds] == [
-            "sigmoid, scaled: in training, too, ‖δ^1‖ and ‖∂C/∂b^1‖ are the smallest"
+            "sigmoid, scaled: ‖δ^1‖ and ‖∂C/∂b^1‖ are the smallest in training, too"
         ]
 
 

@@ -22,11 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchbp
 from tests import bounds
-from tests.cases import COSTS, SiLU, Softplus
+from tests.cases import COSTS, SiLU
 from torchbp import ExplicitSGD
 from torchbp.explicit import kernel
+from torchbp.explicit.parameters import place_of
 
-BUILT_IN = ["sigmoid", "tanh", "relu", "identity"]
+BUILT_IN = [
+    name
+    for name, layer in torchbp.nn.ACTIVATIONS.items()
+    if layer.function in kernel.ACTIVATIONS
+]
 KERNELS = ["auto", "torch", "compiled"]
 ROOT = Path(__file__).parents[2]
 LIMIT = 300  # seconds that a child process may take, on any machine
@@ -146,7 +151,7 @@ def test_saturated_outputs_keep_their_costs_and_errors(built, name):
     torch.testing.assert_close(ours, exact, **bound)
 
 
-@pytest.mark.parametrize("activation", BUILT_IN[:3])
+@pytest.mark.parametrize("activation", [n for n in BUILT_IN if n != "identity"])
 def test_sigma_and_its_slope_are_exact_to_a_few_units(built, activation):
     """One neuron, W = 1, b = 0, all z from saturation to saturation: its output and,
     by BP3, its error."""
@@ -389,7 +394,7 @@ def test_each_call_has_a_description_of_its_examples(built):
     model = network_of([7, 5, 3])
     engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel="compiled")
     engine.step(INPUTS, LABELS)
-    (steps,) = engine._made.values()
+    (steps,) = engine._cache.values()
     seen = []
 
     def train(layers, depth, examples, *rest):
@@ -446,7 +451,7 @@ def test_an_epoch_and_its_steps_use_what_was_chosen(built, monkeypatch):
     ("model", "cost", "reason"),
     [
         (network_of([4, 3]).double(), "quadratic", "torch.float64 parameters on cpu"),
-        (network_of([4, 5, 3], Softplus), "quadratic", "Softplus layers"),
+        (network_of([4, 5, 3], "softplus"), "quadratic", "LinearSoftplus layers"),
         (network_of([4, 5, 3], SiLU), "quadratic", "SiLU layers"),
     ],
 )
@@ -507,7 +512,8 @@ def test_one_call_is_short_enough_for_an_interrupt(built):
     for sizes, m in (([784, 30, 10], 10), ([784, 800, 10], 10), ([784, 800, 10], 500)):
         model = network_of(sizes)
         engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel="compiled")
-        steps = engine._steps(engine._direct(), m, 1, True, True)
+        places = tuple(map(place_of, model.layers))
+        steps = engine._steps(places, m, 1, True, True)
         products = 3 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
         assert steps.rows_at_once % m == 0
         one_batch = steps.rows_at_once == m

@@ -9,7 +9,7 @@ import bounds
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import COSTS, LAYERS, LogCosh, Softplus, assert_raises_one_line
+from cases import COSTS, LAYERS, LogCosh, SiLU, assert_raises_one_line
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -679,7 +679,7 @@ def test_places_where_it_cannot_be_called():
 
 
 def test_layers_defined_elsewhere_are_known_by_their_own_sigma():
-    model = nn.Sequential(Softplus(4, 5), torchbp.BPLinearSigmoid(5, 3)).double()
+    model = nn.Sequential(SiLU(4, 5), torchbp.BPLinearSigmoid(5, 3)).double()
     assert torchbp.compare(model, LogCosh(), *data(6)).ok
 
 

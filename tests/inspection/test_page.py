@@ -193,7 +193,7 @@ def test_the_model_stays_as_it_is(tmp_path):
 # ---------------------------------------------------------------- its numbers
 
 
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "identity")
+ACTIVATIONS = torchbp.nn.ACTIVATIONS
 COSTS = torchbp.costs.COSTS
 
 

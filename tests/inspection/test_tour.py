@@ -201,7 +201,7 @@ def test_each_equation_points_at_its_lines(capsys):
             equation = section[:3]
             assert equation in text.partition("#")[2]
             homes.setdefault(equation, set()).add(name)
-    explicit, layers = "torchbp/explicit/engine.py", "torchbp/functional.py"
+    explicit, layers = "torchbp/explicit/algorithm.py", "torchbp/functional.py"
     assert homes == {
         "BP1": {explicit, layers, "torchbp/costs.py"},
         "BP2": {explicit, layers},

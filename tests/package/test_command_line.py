@@ -14,6 +14,7 @@ import io
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 import torchbp.__main__ as program
 from experiments import mnist
 from torchbp import data
+from torchbp.nn import ACTIVATIONS
 
 SHORT = settings(
     max_examples=60,
@@ -45,7 +47,7 @@ ODD_NAMES = [
 OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "--dataset": (["digits", "auto"], ["mnist", "kmnist", "", "MNIST", "imagenet"]),
     "--data": (["data"], ["file", "absent", *ODD_NAMES]),
-    "--activation": (["sigmoid", "tanh", "relu", "identity"], ["", "gelu"]),
+    "--activation": ([*ACTIVATIONS], ["", "gelu"]),
     "--cost": (["quadratic", "cross-entropy", "log-likelihood"], ["", "mse"]),
     "--init": (["scaled", "normal", "torch"], ["", "zero"]),
     "--recipe": (["best"], ["", "worst"]),
@@ -373,8 +375,8 @@ def test_each_target_of_examine(here: Path, target: str) -> None:
 # The experiments: all that is refused before anything is measured
 
 SCRIPTS = (
-    "batching", "gradcheck", "learning_slowdown", "nielsen", "vanishing_gradient",
-    "why_backprop",
+    "batching", "benchmark", "gradcheck", "learning_slowdown", "nielsen",
+    "vanishing_gradient", "why_backprop",
 )  # fmt: skip
 
 
@@ -385,10 +387,11 @@ class Accepted(BaseException):
 def options_of(script: str) -> dict[str, str]:
     """The script's options with a value that is right, as its settings have it."""
     module = importlib.import_module(f"experiments.{script}")
-    defaults = vars(module.Settings())
+    settings = typing.get_type_hints(module.main)["settings"]
+    defaults = vars(settings())
     return {
         f"--{field.name.replace('_', '-')}": str(defaults[field.name])
-        for field in dataclasses.fields(module.Settings)
+        for field in dataclasses.fields(settings)
         if field.name not in ("quick", "logdir", "data", "name", "sizes")
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from torchbp._numeric import central_difference
 from torchbp.examination.subject import Subject
 from torchbp.examination.tools import F64, flat, largest_of, random_like
 
@@ -90,11 +92,10 @@ class Slopes:
 
     def slope(self, direction: Sequence[Tensor | None], step: float) -> Tensor:
         """The derivative of each output along the direction."""
-        near = self._moved(direction, step) - self._moved(direction, -step)
-        slope = near / (2 * step)
+        slope = central_difference(partial(self._moved, direction), step)
         if self.is_coarse:
-            far = self._moved(direction, 2 * step) - self._moved(direction, -2 * step)
-            slope = (8 * near - far) / (12 * step)
+            wider = central_difference(partial(self._moved, direction), 2 * step)
+            slope = (4 * slope - wider) / 3
         # An output that is infinite has no slope; the others have theirs.
         return torch.where(self.values.isfinite(), slope, 0)
 

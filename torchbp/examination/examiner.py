@@ -168,7 +168,7 @@ def examine(
         TypeError: `fn` or `surrogate` cannot be called, or an input is complex or
             sparse.
         ValueError: the parameters of a module as `reference` or `surrogate` do not fit,
-            there is no such check, or `isolate` is not possible on this system.
+            there is no such check, or `isolate` is not possible in this process.
 
     An error in a check is a finding. The inputs, the generators of random numbers, the
     grad mode and a module's buffers are restored. Where `fn` does not take float64,

@@ -53,7 +53,8 @@ def in_a_child(run: Callable[[], Iterator[Any]], checks: Sequence[str]) -> list[
         checks: the checks that it runs, in order.
 
     Raises:
-        ValueError: processes cannot be forked on this system, or CUDA is in use.
+        ValueError: processes cannot be forked on this system, CUDA is in use, or
+            autograd cannot run in a fork of this process.
         Exception: what `run` raises.
     """
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -88,12 +89,26 @@ def _send(run: Callable[[], Iterator[Any]], sender: Any) -> None:
     """Send what `run` yields or raises, and end the process."""
     torch.set_num_threads(1)  # a fork has none of its parent's threads
     try:
+        _check_autograd()
         for item in run():
             sender.send(item)
     except Exception as error:
         sender.send(error)
     sender.close()
     os._exit(0)  # without the parent's exit handlers
+
+
+def _check_autograd() -> None:
+    """Refuse to examine where torch's autograd refuses to run: in a fork of a process
+    in which it has started threads, for a GPU or for a backward inside a backward."""
+    x = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    try:
+        x.neg().backward()
+    except RuntimeError:
+        raise ValueError(
+            "isolate: expected a process in which autograd has started no threads; "
+            "examine in a fresh one: python -m torchbp examine ... --isolate"
+        ) from None
 
 
 def _completed(received: list[Any], checks: Sequence[str], status: int) -> list[Any]:

@@ -518,13 +518,7 @@ def _double(t: Tensor) -> Tensor:
 
 def _native(cost: Any) -> Cost:
     """The cost under native autograd: the mean of C_x as its definition has it."""
-    functions = {
-        costs.quadratic_cost: costs.QuadraticFunction,
-        costs.cross_entropy_cost: costs.CrossEntropyFunction,
-        costs.log_likelihood_cost: costs.LogLikelihoodFunction,
-    }
-    function = next((f for c, f in functions.items() if c is cost), None)
-    function = function or getattr(cost, "function", None)
+    function = getattr(cost, "function", None)
     if not (isinstance(function, type) and issubclass(function, costs.CostFunction)):
         return cost  # type: ignore[no-any-return]
 

@@ -31,6 +31,9 @@ const SIGMA = {
     text: (z) => `tanh(${number(z)})`, slope: (a) => `1 − (${a})^{2}` },
   relu: { of: (z) => Math.max(0, z), prime: (a) => (a > 0 ? 1 : 0), terms: () => 1, most: 1,
     text: (z) => `max(0, ${number(z)})`, slope: (a) => `[${a} > 0]` },
+  softplus: { of: (z) => (z > 20 ? z : Math.log1p(Math.exp(z))), // as torch has it
+    prime: (a) => -Math.expm1(-a), terms: (a) => -Math.expm1(-a), most: 1,
+    text: (z) => `ln(1 + e^{${number(z)}})`, slope: (a) => `1 − exp(−${a})` },
   identity: { of: (z) => z, prime: () => 1, terms: () => 1, most: 1,
     text: (z) => number(z), slope: () => "1" },
 };

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchbp import costs, functional
 from torchbp._files import write_atomically
 from torchbp._version import __version__
-from torchbp.explicit import check_rates
+from torchbp.explicit import Rates
 from torchbp.inspection.comparison import is_chain
 from torchbp.inspection.lessons import LESSONS, steps
 from torchbp.inspection.observation import Record, backward_pass
@@ -37,11 +37,7 @@ __all__ = ["save_page"]
 FEW_WEIGHTS = 500
 MOST_NUMBERS = 5_000_000  # up to 27 MB as float32
 SIGMAS = {layer.function: name for name, layer in ACTIVATIONS.items()}
-COSTS = {
-    costs.QuadraticFunction: "quadratic",
-    costs.CrossEntropyFunction: "cross-entropy",
-    costs.LogLikelihoodFunction: "log-likelihood",
-}
+COSTS = {cost.function: name for name, cost in costs.COSTS.items()}
 
 
 def save_page(
@@ -97,7 +93,7 @@ def save_page(
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     check_takes(model, cost)
     costs.check_tensors(input, target)
-    check_rates(lr, 0.0, model)
+    Rates(lr).check_dtype(model)
     networks = [_network(model, cost, input, target, float(lr))]
     for lesson in LESSONS:
         example = lesson.network()

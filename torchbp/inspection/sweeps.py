@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchbp import functional
 from torchbp.inspection.observation import Record, observe
-from torchbp.nn import BPLinear
+from torchbp.nn import ACTIVATIONS, BPLinear
 
 # Central differences with this step err by its square (1e-10, times the third
 # derivative over 6), and by the rounding of C over the step.
@@ -344,11 +344,10 @@ class Twin:
         return slopes, kinks, ROUNDING * size / step
 
 
-_SMOOTH = (
-    functional.LinearFunction.sigma,
-    functional.LinearSigmoidFunction.sigma,
-    functional.LinearTanhFunction.sigma,
-)
+# By σ, since a subclass of a built-in Function may have a σ of its own.
+_SMOOTH = [
+    layer.function.sigma for layer in ACTIVATIONS.values() if layer.function.is_smooth
+]
 
 
 def _may_have_kinks(call: Call) -> bool:

@@ -34,7 +34,7 @@ SIZES = (2, 3, 1)
 LR = 0.5
 # Of the sum of both sides' sizes; both are computed in float64.
 TOLERANCE = 1e-12
-HOMES = ("explicit/engine.py", "costs.py", "functional.py")
+HOMES = ("explicit/algorithm.py", "costs.py", "functional.py")
 
 
 @dataclass(frozen=True)
@@ -431,7 +431,8 @@ class Tour:
             "",
             f"  python -m torchbp tour --seed {self.seed + 1}   another network",
             "  python -m torchbp observe         a batch of examples, layer by layer",
-            "  torchbp/explicit/engine.py        all of this as code, on one screen",
+            "  torchbp/explicit/algorithm.py     all of this as code, on one screen",
+            "  python -m torchbp exercises       each equation, for you to write",
         ]
         return Section("The check: against native autograd", "", lines)
 
