@@ -401,7 +401,8 @@ def test_a_file_system_without_hard_links(driver, undisturbed, tmp_path):
     answer = driver.run("--resume", folder, "--epochs", 5)
     assert answer["status"] == 0
     assert (
-        f"NOTE: {folder / 'checkpoint.pt'}: no such checkpoint; going" in answer["err"]
+        f"NOTE: {folder / 'checkpoint.pt'}: no such checkpoint; continuing"
+        in answer["err"]
     )
     assert_undisturbed(folder, undisturbed("explicit", 5))
 
