@@ -306,7 +306,7 @@ def test_a_quota_on_the_size_of_files(driver, tmp_path):
     resume = ["--resume", folder, "--epochs", 2]
     answer = driver.run(*resume, largest=150_000)
     assert_stopped(answer, folder, "File too large", epoch=1)
-    assert f"to continue: --resume {folder}" in answer["err"]
+    assert f"--resume {folder}" in answer["err"]
     assert driver.run(*resume)["status"] == 0
 
 
