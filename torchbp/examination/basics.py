@@ -146,7 +146,7 @@ def _nonlinearity(
         return Fail("backward ignores the output's gradient", _LINEAR)
     if {2.0, 2.0**-10} <= unscaled:
         return Fail(
-            "backward takes the sign of the output's gradient, not its size", _LINEAR
+            "backward ignores the size of the output's gradient, as sign does", _LINEAR
         )
     if -1.0 in wrong:
         return Fail(

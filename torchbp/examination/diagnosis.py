@@ -62,7 +62,7 @@ def _recognised(
             if same and _alike(one.ours, other.right, _tolerance(slopes)):
                 return (
                     f"{s.names[k]}: the gradient is that of {s.names[j]}",
-                    "return gradients in the order of forward's arguments",
+                    "return each argument's own gradient, in forward's order",
                 )
     k = wrong[0]
     return off(s.names[k], seen[k], slopes.at[k].shape), f"{CALCULUS}; {INTENDED}"

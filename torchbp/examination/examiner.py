@@ -90,7 +90,9 @@ AFTER: dict[str, tuple[str, ...]] = {
     "output-gradients": ("gradients-unchanged",),
     "unneeded-gradients": ("requires_grad-subsets",),
     "retain_graph": ("inputs-unchanged", "gradients-unchanged", "determinism"),
-    "changes-in-between": ("saved-on-ctx", "inputs-unchanged", "gradients-unchanged"),
+    "changes-in-between": (
+        "first-derivatives", "saved-on-ctx", "inputs-unchanged", "gradients-unchanged",
+    ),
     "outputs-freed": ("saved-on-ctx",),
     "N-d-inputs": ("raw-gradients", "reference", "output-gradients"),
     "empty-inputs": ("raw-gradients", "N-d-inputs"),
@@ -103,7 +105,7 @@ AFTER: dict[str, tuple[str, ...]] = {
     "compiled-backward": ("compile",),
     "autocast": ("float32", "bfloat16"),
     "A1": ("first-derivatives", "linear-in-g"),
-}
+}  # fmt: skip
 # Where a function may draw other random numbers: in another dtype, order or shape.
 DRAWN_ANEW = (
     "float32", "bfloat16", "float16", "reference", "input-layouts", "N-d-inputs",
@@ -166,7 +168,7 @@ def examine(
         TypeError: `fn` or `surrogate` cannot be called, or an input is complex or
             sparse.
         ValueError: the parameters of a module as `reference` or `surrogate` do not fit,
-            there is no such check, or `isolate` is not possible on this system.
+            there is no such check, or `isolate` is not possible in this process.
 
     An error in a check is a finding. The inputs, the generators of random numbers, the
     grad mode and a module's buffers are restored. Where `fn` does not take float64,
@@ -243,12 +245,14 @@ def _title(s: Subject) -> str:
 
 
 def _findings(s: Subject, chosen: list[str]) -> Iterator[Finding]:
-    """The finding of every check."""
-    blocked = s.underivable or ("see first-derivatives" if s.backward_error else "")
+    """The finding of every check; an error of backward is that of one check."""
+    ordered = ("first-derivatives", *chosen)
+    bearer = next((n for n in ordered if n in chosen and n not in OF_VALUES), "")
+    blocked = s.underivable or (f"see {bearer}" if s.backward_error else "")
     unexplained: set[str] = set()
     for name in chosen:
         causes = [n for n in _causes(name) if n in unexplained]
-        if s.backward_error and name == "first-derivatives":
+        if s.backward_error and name == bearer:
             reason = f"the backward raised {first_line(s.backward_error)}"
             yield Finding(name, "fail", reason, fix_for(s.backward_error, _RAISED))
         elif blocked and name not in OF_VALUES:
@@ -276,9 +280,8 @@ def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
         return Finding(name, "pass", check(s))
     except Verdict as verdict:
         if verdict.status == "fail" and name in DRAWN_ANEW and s.is_random:
-            return Finding(
-                name, "not applicable", "it draws other random numbers there"
-            )
+            reason = "it draws other random numbers in this check"
+            return Finding(name, "not applicable", reason)
         return Finding(name, verdict.status, verdict.reason, verdict.fix)
     except Exception as error:
         reason = f"the check stopped at {first_line(error)}"

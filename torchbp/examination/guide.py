@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from torchbp.examination.examiner import CHECKS
 
@@ -30,9 +31,11 @@ def explain(check: str | None = None) -> str:
     """
     pages = read_pages()
     if check is None:
-        lines = [f"{name:<22} {page.split('. ')[0]}" for name, page in pages.items()]
-        listed = "\n".join(" ".join(line.split("\n"))[:88] for line in lines)
-        return f"{listed}\n\n--explain CHECK prints the page of one."
+        lines = [
+            f"{name:<22} {shorten(page.split('. ')[0], 65, placeholder=' …')}"
+            for name, page in pages.items()
+        ]
+        return "\n".join([*lines, "", "--explain CHECK prints the page of one."])
     name = check.replace(" ", "-")
     if name not in pages:
         raise ValueError(

@@ -106,15 +106,16 @@ def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
     if not below and (kind or "normal") not in _KINDS:
         names = ", ".join(_KINDS)
         raise ValueError(f"--input {text}: expected {names} or int<N, got {kind!r}")
-    options: Any = {"generator": generator, "device": "cpu"}
     try:
-        if below:
-            return torch.randint(int(below[1]), shape, **options)
-        if kind == "bool":
-            return torch.randint(2, shape, **options).bool()
-        draw_all = torch.rand if kind == "uniform" else torch.randn
+        if below or kind == "bool":
+            high = int(below[1]) if below else 2
+            t = torch.randint(high, shape, generator=generator, device="cpu")
+            return t if below else t.bool()
+        t = torch.empty(shape, dtype=torch.float64, device="cpu")
         # In float64 first: the same numbers in every dtype, to its rounding.
-        t = draw_all(shape, dtype=torch.float64, **options)
+        if kind == "uniform":
+            return t.uniform_(generator=generator).to(dtype)
+        t.normal_(generator=generator)
         return (t.softmax(-1) if kind == "simplex" and shape else t).to(dtype)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # too large
         raise ValueError(

@@ -1,6 +1,6 @@
 """A mini-batch's step as a list of bound calls on buffers made beforehand.
 
-With ten images a step is a dozen torch calls of about a microsecond each. So what
+With ten images a step is a dozen torch calls of about a microsecond each, so what
 counts is their number, and that they allocate next to nothing. :class:`Steps` makes the
 buffers for one batch size and binds every call to them once. A step is then ``for op in
 ops: op()``; on CUDA it is one replay of the graph captured from the same calls.
