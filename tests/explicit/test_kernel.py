@@ -58,7 +58,9 @@ def rounding(sizes, rows, steps):
     return bounds.network(torch.float32, longest, len(sizes), steps)
 
 
-WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 64, 97, 127, 131, 257]))
+WIDTHS = st.one_of(
+    st.integers(1, 20), st.sampled_from([31, 32, 33, 64, 97, 127, 131, 144, 257])
+)
 
 
 @st.composite
