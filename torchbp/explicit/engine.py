@@ -36,7 +36,6 @@ from torchbp.explicit.parameters import (
     PackedParameters,
     copy_back,
     in_place,
-    mark_changed,
     place_of,
 )
 from torchbp.explicit.steps import BUILT_IN, FAST, Steps, Unit
@@ -129,7 +128,7 @@ class ExplicitSGD:
         self.kernel = kernel
         if kernel not in ("auto", "torch"):  # raises an error if it is not available
             self._choose_kernel(1, is_bytes=True, may_build=True)
-        self._checked: tuple[Any, ...] = ()  # rates and dtype that fit together
+        self._checked: tuple[Any, Any] = (None, None)  # rates and dtype that fit
         # Steps by what they are bound to; the least recently used go first.
         self._cache: OrderedDict[Any, Steps | loops.CompiledSteps] = OrderedDict()
         self._packed = PackedParameters()
@@ -178,9 +177,7 @@ class ExplicitSGD:
         )
         if is_compiled:
             loop: loops.CompiledSteps = self._steps(places, m, 1, False, True)
-            C = loop.take_one(x, y)
-            mark_changed(loop.units)
-            return C
+            return loop.take_one(x, y)
         with self._mode(x):
             calls: Steps = self._steps(places, m, 1, False, False)
             calls.x.copy_(x)
@@ -345,10 +342,10 @@ class ExplicitSGD:
 
     def _check_rates(self) -> None:
         """Raise ValueError unless the rates fit the parameters' dtype."""
-        checked = self._rates, self._layers[0].weight.dtype
-        if checked != self._checked:
-            self._rates.check_dtype(self._layers[0])
-            self._checked = checked
+        rates, dtype = self._rates, self._layers[0].weight.dtype
+        if rates is not self._checked[0] or dtype is not self._checked[1]:
+            rates.check_dtype(self._layers[0])
+            self._checked = rates, dtype
 
     @contextlib.contextmanager
     def _mode(self, like: Tensor) -> Iterator[None]:

@@ -247,9 +247,9 @@ void add_dots(Matrix out, Matrix x, Matrix M, int64_t rows, int64_t first) {
     for (int j = 0; j < N; ++j) x_r[j] = vectors(x.row(r) + first)[j];
     for (int64_t p = 0; p < M.rows; ++p) {
       const Unaligned* M_p = unaligned(M.row(p) + first);
-      Vector sum = M_p[0] * x_r[0];
-      for (int j = 1; j < N; ++j) sum += M_p[j] * x_r[j];
-      out.row(r)[p] += sum_of(sum);
+      Vector sum[2] = {M_p[0] * x_r[0]};  // two, of which neither waits for the other
+      for (int j = 1; j < N; ++j) sum[j % 2] += M_p[j] * x_r[j];
+      out.row(r)[p] += sum_of(sum[0] + sum[1]);
     }
   }
 }

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torchbp import costs, nn
 from torchbp.costs import CostFunction
@@ -342,7 +343,10 @@ class CompiledSteps:
         self.units, self.make_steps = units, make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
         self.can_read = all(map(_can_read, units))
+        self.trained = [unit.W for unit in units if unit.updates_weight]
+        self.trained += [u.b for u in units if u.updates_bias and u.b is not None]
         self.rates = Rates(0.0)
+        self.cost_like = torch.empty((), dtype=torch.float32, device="cpu")
         self.all_rows = torch.arange(m, device="cpu")
         products = sum(unit.W.numel() for unit in units) * 3 * m
         self.rows_at_once = max(1, PRODUCTS_AT_ONCE // max(products, 1)) * m
@@ -361,12 +365,14 @@ class CompiledSteps:
         return torch.cat([self._take(images, targets, part) for part in parts])
 
     def take_one(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take the step of one mini-batch; return its cost, 0-d."""
+        """Take the step of one mini-batch; return its cost, 0-d. The loops know only
+        addresses, so autograd is told that what is trained was written to."""
         x, y = x.contiguous().resolve_neg(), y.contiguous().resolve_neg()
-        C = torch.empty((), dtype=torch.float32, device="cpu")
-        if self._train(x, y, self.all_rows, C):
-            return C
-        return self._take(x, y, self.all_rows)[0]
+        C = torch.empty_like(self.cost_like)  # in half the time of torch.empty
+        if not self._train(x, y, self.all_rows, C):
+            C = self._take(x, y, self.all_rows)[0]
+        increment_version(self.trained)
+        return C
 
     def _take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
         """As :meth:`take`, by one call of the loops, or by torch calls if that

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from torchbp.explicit.steps import Unit, memory_key, padded_width
 from torchbp.nn import BPLinear
@@ -40,14 +39,6 @@ def in_place(layers: Sequence[BPLinear]) -> list[Unit]:
         )
         for layer in layers
     ]
-
-
-def mark_changed(units: Sequence[Unit]) -> None:
-    """Tell autograd that the trained parameters were written to: the compiled loops
-    know only their addresses."""
-    changed = [unit.W for unit in units if unit.updates_weight]
-    changed += [unit.b for unit in units if unit.updates_bias and unit.b is not None]
-    increment_version(changed)
 
 
 class PackedParameters:
