@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -293,14 +293,7 @@ def draw(figure: Any, noise: list[Noise]) -> None:
     ax.legend()
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, BatchingSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, BatchingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

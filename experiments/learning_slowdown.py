@@ -29,7 +29,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -392,14 +391,7 @@ def draw(figure: Any, trainings: dict[str, list[Curve]]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, SlowdownSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, SlowdownSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

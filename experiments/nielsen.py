@@ -367,14 +367,7 @@ def draw(figure: Any, lines: Sequence[Reproduction], runs: Runs) -> None:
     right.set_xlabel("training examples")
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, NielsenSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, NielsenSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

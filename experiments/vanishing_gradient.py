@@ -30,7 +30,6 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -388,14 +387,7 @@ def draw(
     right.legend(fontsize=8, ncols=2)
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, VanishingSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, VanishingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -370,14 +370,7 @@ def draw(figure: Any, ways: list[GradientCost], errors: list[DifferenceErrors]) 
     right.legend(fontsize=8, loc="lower left")
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, WhySettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, WhySettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())
