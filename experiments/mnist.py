@@ -26,7 +26,6 @@ import dataclasses
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -358,14 +357,6 @@ def terminate(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def report_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread, except for the OSError of the event file's
-    thread, which the main thread reports."""
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
-
-
 if __name__ == "__main__":
-    threading.excepthook = report_thread_failure
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(command_line())

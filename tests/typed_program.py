@@ -12,8 +12,7 @@ from typing_extensions import assert_type
 import torchbp
 from torchbp import costs, data, functional
 from torchbp.examination import Report
-from torchbp.inspection.comparison import Comparison
-from torchbp.inspection.observation import Record
+from torchbp.inspection import Comparison, Record
 from torchbp.nn import BPLinear
 from torchbp.training import AutogradSGD, Score, Trainer, checkpoint
 

@@ -1,4 +1,4 @@
-"""The relative distance of tensors, and central differences."""
+"""The relative distance of tensors, central differences, and the dtype of long sums."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ def central_difference(f: Callable[[float], Value], epsilon: float) -> Value:
         2.0
     """
     return (f(epsilon) - f(-epsilon)) / (2 * epsilon)
+
+
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for sums over many examples: float64 where the device has it.
+
+    Args:
+        device: where the sums are made.
+
+    Examples:
+        >>> summing_dtype(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -87,7 +87,8 @@ def run_program(
 
 def _discard_output() -> None:
     """Point standard output to nowhere, so that Python's last flush does not fail."""
-    with suppress(OSError, ValueError):  # a stream without a file descriptor
+    # The stream that replaces standard output may have no file descriptor.
+    with suppress(AttributeError, OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -116,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but refuse ``--option=--``."""
         for text in sys.argv[1:] if args is None else args:
             if text.startswith("--") and text.endswith("=--"):
-                # Python 3.11 makes an empty list of this, whatever the type.
+                # Python 3.11 would turn this into an empty list of any type.
                 self.error(f"argument {text[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 

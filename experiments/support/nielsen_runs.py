@@ -1,7 +1,7 @@
 """The trainings of experiments/nielsen.py, in one process or in several.
 
-Not joblib: it would replace the queue of tasks, but not the initialisation of workers
-with data and threads, the stop after an epoch, or the end of workers with their parent.
+Not joblib: it would replace the queue of tasks alone. Workers would still need code for
+their data and threads, to stop after an epoch on Ctrl-C, and to end with their parent.
 """
 
 from __future__ import annotations

@@ -189,8 +189,9 @@ class TrainingSettings:
 def number_of_threads(settings: TrainingSettings) -> int:
     """Return the number of CPU threads; by default one for batches below 128.
 
-    There a second thread costs more time than it saves, above all when another program
-    uses its core. One thread also makes the bits independent of the number of cores.
+    In small batches a second thread costs more time than it saves, above all when
+    another program uses its core. One thread also makes the bits independent of the
+    number of cores.
     """
     automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
     return settings.threads or automatic

@@ -192,13 +192,13 @@ def test_a_resumed_run_may_say_it_in_another_way(capsys, tmp_path):
     assert [line["epoch"] for line in lines] == [3, 3]
 
 
-def test_how_a_sitting_speaks_is_its_own_business(capsys, tmp_path):
+def test_the_output_format_belongs_to_the_session(capsys, tmp_path):
     metrics = mnist.main(settings(tmp_path, output="quiet"))
     assert mnist.command_line(["--resume", metrics["run"], "--epochs", "3"]) == 0
     assert "epoch 3/3" in capsys.readouterr().out
 
 
-def test_settings_of_a_sitting_that_was_cut_short_are_kept(capsys, tmp_path):
+def test_settings_of_a_session_that_was_cut_short_are_saved(capsys, tmp_path):
     metrics = mnist.main(settings(tmp_path))
     options = {"epochs": 4, "engine": "explicit", "checkpoint_every": 2}
     stop_after(2, lambda: mnist.resume(metrics["run"], **options))

@@ -18,7 +18,8 @@ import torch
 
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.inspection.tour import WIDTH, Tour
+from torchbp.inspection.layout import WIDTH
+from torchbp.inspection.tour import Tour
 
 ROOT = Path(__file__).parents[2]
 SEEDS = range(6)
@@ -292,7 +293,7 @@ class Terminal:
 @pty
 def test_a_key_at_a_terminal_then_ctrl_c():
     terminal = Terminal()
-    first = terminal.until("1 of 10: any key to go on, q to leave --")
+    first = terminal.until("1 of 10: any key to continue, q to quit --")
     assert "\x1b[1m1/10   The network and the example\x1b[0m" in first
     assert "2/10" not in first
     terminal.press(b" ")

@@ -151,6 +151,12 @@ def test_the_files_of_equations_are_short(name):
     assert sum(bool(line.strip()) and i not in documented for i, line in lines) <= 250
 
 
+def test_the_whole_algorithm_is_one_short_file():
+    """`backprop`, with its docstring, and little else: what a reader comes for first."""
+    path = PACKAGE / "explicit" / "algorithm.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 120
+
+
 # What makes a tensor without another tensor to take the device and the dtype from; a
 # torch.Generator() is on the CPU wherever torch's default device is.
 FACTORIES = {function.__name__ for function in _device_constructors()}

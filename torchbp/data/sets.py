@@ -267,22 +267,22 @@ def _load_family(name: str, root: Path, download: bool) -> Splits:
     """Load MNIST, Fashion-MNIST or KMNIST; download missing files if allowed."""
     if root.exists() and not root.is_dir():
         raise DataError(f"expected a folder as root, got the file {root}")
-    found = _locate(name, root)
-    missing = [file for file in _FILES if file not in found]
+    located = _locate(name, root)
+    missing = [file for file in _FILES if file not in located]
     for path in (path for file in missing for path, _ in _candidates(name, root, file)):
         # A download would replace it, unless another process has just done so.
         if os.path.lexists(path) and not path.is_file():
             came = "a folder" if path.is_dir() else "a link to nothing or a device"
             raise DataError(f"{path}: expected a file, got {came}; move or remove it")
     if missing and not download:
-        state = f"lacks {len(missing)} of 4 files" if found else "holds no file"
+        state = f"lacks {len(missing)} of 4 files" if located else "holds no file"
         state = state if root.exists() else "does not exist and holds no file"
         raise DataError(f"{root} {state} of {name}: {_remedy(name, root, missing)}")
     dataset = _dataset_class(name)
     with tempfile.TemporaryDirectory(prefix="torchbp-") as scratch:
         raw = Path(scratch, dataset.__name__, "raw")
         raw.mkdir(parents=True)
-        for file, path in found.items():
+        for file, path in located.items():
             (raw / file).write_bytes(_verified(path, file, name, dataset))
         if missing:
             _download(name, root, missing, dataset)
@@ -314,12 +314,12 @@ def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
 
 def _locate(name: str, root: Path) -> dict[str, Path]:
     """Find the files that belong to a data set for certain or by their checksum."""
-    found: dict[str, Path] = {}
+    located: dict[str, Path] = {}
     for file in _FILES:
         for path, is_certain in _candidates(name, root, file):
             if is_certain and path.is_file():
-                found.setdefault(file, path)
-    return found
+                located.setdefault(file, path)
+    return located
 
 
 def _candidates(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:

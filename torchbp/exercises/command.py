@@ -12,7 +12,8 @@ NAME is a name, a number or a file: bp2, 3 or 3_bp2.py. The files are looked for
 current folder, or in --folder. Its file .torchbp-exercises has what was right, and
 which hints were shown.
 
-Exit status: 0 what was checked is right, 1 it is not, 2 a usage error, 130 interrupted.
+Exit status: 0 what was checked (last) is right, 1 it is not, 2 a usage error, 130 a
+loop was interrupted.
 """
 
 from __future__ import annotations

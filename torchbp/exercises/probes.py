@@ -97,7 +97,8 @@ def call(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
 
 
 def backward(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
-    """The gradients that a Function returns for its output's, the last argument."""
+    """The gradients that a Function returns for its output's, which is the last
+    argument, and its output."""
     *inputs, grad = arguments.values()
     output = names[case.subject].apply(*[t.requires_grad_() for t in inputs])
     if not isinstance(output, Tensor):
@@ -105,7 +106,8 @@ def backward(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
     if output.shape != grad.shape:
         shapes = f"{tuple(grad.shape)}, got {tuple(output.shape)}"
         raise Misfit(f"forward: expected a tensor of shape {shapes}")
-    return torch.autograd.grad(output, inputs, grad, allow_unused=True)
+    gradients = torch.autograd.grad(output, inputs, grad, allow_unused=True)
+    return *gradients, output.detach()
 
 
 def find_slope(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:

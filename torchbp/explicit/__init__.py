@@ -10,7 +10,7 @@
 
 from torchbp.explicit.algorithm import backprop
 from torchbp.explicit.checks import Rates, layers_of
-from torchbp.explicit.engine import ExplicitSGD, summing_dtype
+from torchbp.explicit.engine import ExplicitSGD
 from torchbp.explicit.kernel import KERNELS
 from torchbp.explicit.kernel import explain_failure as kernel_failure
 
@@ -21,5 +21,4 @@ __all__ = [
     "backprop",
     "kernel_failure",
     "layers_of",
-    "summing_dtype",
 ]

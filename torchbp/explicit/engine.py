@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from torchbp import costs
 from torchbp._autograd import without_autocast
+from torchbp._numeric import summing_dtype
 from torchbp.explicit import kernel as loops
 from torchbp.explicit.checks import (
     Rates,
@@ -42,7 +43,7 @@ from torchbp.explicit.steps import BUILT_IN, FAST, Steps, Unit
 from torchbp.functional import LinearFunction
 from torchbp.nn import check_takes
 
-__all__ = ["ExplicitSGD", "summing_dtype"]
+__all__ = ["ExplicitSGD"]
 
 # Examples gathered at once: 25 batches of ten, whose 800 kB stay in a core's cache.
 EXAMPLES_AT_ONCE = 250
@@ -376,16 +377,3 @@ class ExplicitSGD:
 def _kind_of(images: Tensor, examples: int) -> tuple[bool, bool]:
     """Whether images are bytes, and whether so many examples are worth a build."""
     return images.dtype == torch.uint8, examples >= loops.BUILT_FROM
-
-
-def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for sums over many examples: float64 where the device has it.
-
-    Args:
-        device: where the sums are made.
-
-    Examples:
-        >>> summing_dtype(torch.device("cpu"))
-        torch.float64
-    """
-    return torch.float32 if device.type == "mps" else torch.float64

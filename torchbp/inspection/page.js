@@ -23,19 +23,17 @@ function softmax(z) {
   return powers.map((power) => power / sum(powers));
 }
 
-// σ, σ' from a, the sizes of the terms of σ', and how both are written.
+// σ, σ' from a, the sizes of its terms if larger, its largest value if not 1, how both are written.
 const SIGMA = {
-  sigmoid: { of: logistic, prime: (a) => a * (1 - a), terms: (a) => a * (1 - a), most: 0.25,
+  sigmoid: { of: logistic, prime: (a) => a * (1 - a), most: 0.25,
     text: (z) => `1 / (1 + e^{${number(-z)}})`, slope: (a) => `${a} (1 − ${a})` },
-  tanh: { of: Math.tanh, prime: (a) => 1 - a * a, terms: (a) => 1 + a * a, most: 1,
+  tanh: { of: Math.tanh, prime: (a) => 1 - a * a, terms: (a) => 1 + a * a,
     text: (z) => `tanh(${number(z)})`, slope: (a) => `1 − (${a})^{2}` },
-  relu: { of: (z) => Math.max(0, z), prime: (a) => (a > 0 ? 1 : 0), terms: () => 1, most: 1,
+  relu: { of: (z) => Math.max(0, z), prime: (a) => (a > 0 ? 1 : 0),
     text: (z) => `max(0, ${number(z)})`, slope: (a) => `[${a} > 0]` },
-  softplus: { of: (z) => (z > 20 ? z : Math.log1p(Math.exp(z))), // as torch has it
-    prime: (a) => -Math.expm1(-a), terms: (a) => -Math.expm1(-a), most: 1,
+  softplus: { of: (z) => (z > 20 ? z : Math.log1p(Math.exp(z))), prime: (a) => -Math.expm1(-a),
     text: (z) => `ln(1 + e^{${number(z)}})`, slope: (a) => `1 − exp(−${a})` },
-  identity: { of: (z) => z, prime: () => 1, terms: () => 1, most: 1,
-    text: (z) => number(z), slope: () => "1" },
+  identity: { of: (z) => z, prime: () => 1, text: (z) => number(z), slope: () => "1" },
 };
 
 // C_x, ∇C_x and the sizes of its terms, of v: a^L, or z^L for a cost that applies the last σ
@@ -110,7 +108,7 @@ function descend({ layers, pass, lr }) {
 // ------------------------------------------------------------------------------- what was recorded
 function numbers({ f4, f8 }) {
   const { buffer } = Uint8Array.from(atob(f4 ?? f8), (c) => c.charCodeAt(0));
-  return Array.from(f4 === undefined ? new Float64Array(buffer) : new Float32Array(buffer));
+  return Array.from(f4 ? new Float32Array(buffer) : new Float64Array(buffer));
 }
 
 function matrix(packed, scale = 1) {
@@ -155,7 +153,7 @@ function check({ layers, pass, cost, chain, Y, eps, tiny, max }) {
   }
   range(layers.length).reverse().forEach((l) => {
     const { W, b, sigma } = layers[l], here = pass.layers[l], above = pass.layers[l + 1];
-    const { of, prime, terms } = SIGMA[sigma] ?? { terms: () => 0 };
+    const { of, prime, terms = prime ?? (() => 0) } = SIGMA[sigma] ?? {};
     each(here.delta, (delta, i, j) => {
       const equation = l === last && chain ? "BP1" : "BP2";
       let from = [here.grad_a[i][j], Math.abs(here.grad_a[i][j])];
@@ -247,8 +245,7 @@ const state = { which: 0, net: null, step: 0, example: 0, l: 0, j: 0, k: null, r
 const output = () => state.net.layers.length - 1;
 const steps = () => state.net.steps[state.net.cost];
 const step = () => steps()[state.step];
-const stepOf = (kind, l) => steps().findIndex((each) =>
-  each.kind === kind && (each.l === l || kind === "update"));
+const stepOf = (kind, l) => steps().findIndex((s) => s.kind === kind && (s.l === l || kind === "update"));
 const isReached = (kind, l) => stepOf(kind, l) >= 0 && stepOf(kind, l) <= state.step;
 const costOf = (l) => (l === output() && state.net.chain ? COSTS[state.net.cost] : undefined);
 const sigmaOf = (l) => SIGMA[costOf(l)?.sigma ?? state.net.layers[l].sigma];

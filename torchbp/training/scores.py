@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from torchbp._numeric import summing_dtype
 from torchbp.data import Split, scale
-from torchbp.explicit import summing_dtype
 from torchbp.inspection import evaluating
 from torchbp.nn import check_takes
 
