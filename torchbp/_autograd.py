@@ -39,8 +39,8 @@ class TwoFormFunction(Function):
 
     A subclass provides ``evaluate(*inputs)`` (the forward mathematics),
     ``tensors_to_save(inputs, output)`` (every tensor that backward or jvp may read) and
-    ``push_forward(ctx, *tangents)`` (the jvp), besides its own ``forward(ctx, ...)``
-    and ``backward``.
+    ``push_forward(ctx, *tangents)`` (the jvp), besides its own static ``forward`` and
+    ``backward``, to which a keyword ``cls`` is given: their class.
     """
 
     transformable: ClassVar[Any]
@@ -59,8 +59,8 @@ class TwoFormFunction(Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("forward", "backward", "setup_context", "jvp"):
-            _bind(cls, name)
+        _bind(cls, "forward")
+        _bind(cls, "backward")
         if not issubclass(cls, _Transformable):
             members = {
                 "__module__": cls.__module__,
@@ -73,23 +73,21 @@ class TwoFormFunction(Function):
 
 
 def _bind(cls: type, name: str) -> None:
-    """Turn the classmethod `name` into a plain function that knows its class.
+    """Give `cls` a copy of its function `name` whose keyword `cls` is the class.
 
-    torch and torch.func call classmethods like any callable, but torch.compile takes a
-    bound method for ``forward`` apart wrongly (torch 2.15 hands it the class twice).
+    Not a classmethod: torch.compile takes a bound method for ``forward`` apart wrongly
+    (torch 2.15 hands it the class twice). Not a wrapper: it would run at every call.
     """
-    member = getattr(cls, name)
-    function = getattr(member, "__func__", None) or getattr(member, "unbound", None)
-    if function is None:  # torch's own staticmethod, not overridden
-        return
-
-    def bound(*args: Any) -> Any:
-        return function(cls, *args)
-
-    bound.__name__, bound.__qualname__ = name, f"{cls.__qualname__}.{name}"
-    bound.__doc__ = function.__doc__
-    bound.unbound = function  # type: ignore[attr-defined]
-    setattr(cls, name, staticmethod(bound))
+    function = getattr(cls, name)
+    code = function.__code__
+    if "cls" not in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
+        return  # torch's own, or one that needs no class
+    copy = types.FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = {"cls": cls}
+    copy.__qualname__, copy.__doc__ = f"{cls.__qualname__}.{name}", function.__doc__
+    setattr(cls, name, staticmethod(copy))
 
 
 class _Transformable:
@@ -104,7 +102,7 @@ class _Transformable:
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)  # a tangent that is not given is None
+        ctx.set_materialize_grads(False)  # a missing tangent is None
         saved = cls.tensors_to_save(inputs, output)  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

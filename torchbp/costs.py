@@ -103,14 +103,15 @@ class CostFunction(TwoFormFunction):
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         return tuple(inputs)
 
-    @classmethod
-    def forward(cls, ctx: Any, v: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, y: Tensor, *, cls: Any) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, y)
         return cls.evaluate(v, y)
 
-    @classmethod
-    def backward(cls, ctx: Any, grad_C: Tensor | None) -> Any:  # type: ignore[override]
+    @staticmethod
+    def backward(ctx: Any, *grads: Any, cls: Any = None) -> Any:
+        (grad_C,) = grads
         if grad_C is None:
             return None, None
         v, y = ctx.saved_tensors

@@ -114,8 +114,8 @@ class LinearFunction(TwoFormFunction):
         x, W, _ = inputs
         return x, W, cls.saved(output)
 
-    @classmethod
-    def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, *, cls: Any) -> Any:
         output = cls.evaluate(x, W, b)
         need_x, need_W, _ = ctx.needs_input_grad
         # grad_x reads W and grad_W reads x: only what is asked for is kept alive.
@@ -125,14 +125,16 @@ class LinearFunction(TwoFormFunction):
         ctx.set_materialize_grads(False)  # no zeros in place of a missing gradient
         return output
 
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    @staticmethod
+    def backward(ctx: Any, *grads: Any, cls: Any = None) -> Any:
         x, W, s = ctx.saved_tensors
-        # Saved tensors live until backward ends, but native layers free a as soon as δ
-        # is made. This call does that, and does nothing if the graph is retained.
-        if not torch.compiler.is_compiling() and cls.boxed_grads_call:
+        if type(grads[0]) is list:  # boxed gradients
+            # Saved tensors live until backward ends, but native layers free a as soon
+            # as δ is made. This does, too, unless the graph is retained.
             ctx.maybe_clear_saved_tensors()
-        delta = cls.error(grads[0] if isinstance(grads[0], list) else list(grads), s)
+            delta = cls.error(grads[0], s)
+        else:
+            delta = cls.error(list(grads), s)
         del s
         if delta is None:
             return None, None, None
@@ -248,12 +250,13 @@ def gradients(
     grad_x = grad_W = grad_b = None
     if need_x:
         grad_x = delta @ W  # BP2 for the layer below, but for its σ'
-    if need_W or need_b:
+    if (need_W or need_b) and delta.dim() != 2:
         delta = as_rows(delta)  # (*, n_out) -> (examples, n_out)
     if need_b:
         grad_b = delta.sum(0)  # BP3
     if need_W:
-        grad_W = delta.t() @ as_rows(x)  # BP4
+        x = x if x.dim() == 2 else as_rows(x)
+        grad_W = delta.t() @ x  # BP4
     return grad_x, grad_W, grad_b
 
 
