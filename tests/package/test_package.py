@@ -152,7 +152,7 @@ def test_the_files_of_equations_are_short(name):
 
 
 def test_the_whole_algorithm_is_one_short_file():
-    """`backprop`, with its docstring, and little else: what a reader comes for first."""
+    """`backprop` with its docstring, and little else."""
     path = PACKAGE / "explicit" / "algorithm.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 120
 
