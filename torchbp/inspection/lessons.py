@@ -24,14 +24,14 @@ COSTS = {
     "log-likelihood": "−Σ_{j} y_{j} ln a_{j}",
 }
 TEXTS = {
-    "forward": "Each neuron multiplies what arrives by its weights, adds it up and adds "
-    "its bias: its weighted input z. Its activation is a = σ(z).",
+    "forward": "Each neuron multiplies what arrives by its weights, adds it up and "
+    "adds its bias: its weighted input z. Its activation is a = σ(z).",
     "cost": "How wrong the answers are, as one number: the mean over the examples of "
     "what each of them costs. To learn is to bring it down.",
-    "bp1": "The error δ = ∂C/∂z is how fast the cost changes with the activation, ∂C/∂a, "
-    "times the slope of σ there, σ'. Where σ is flat, the neuron is saturated: δ is "
-    "small, however wrong the answer is. The gradients of BP3 and BP4 are multiples of "
-    "δ, so the neuron learns slowly.",
+    "bp1": "The error δ = ∂C/∂z is how fast the cost changes with the activation, "
+    "∂C/∂a, times the slope of σ there, σ'. Where σ is flat, the neuron is saturated: "
+    "δ is small, however wrong the answer is. The gradients of BP3 and BP4 are "
+    "multiples of δ, so the neuron learns slowly.",
     "cancels": "With this cost, ∂C/∂a has σ' as its denominator, and BP1 multiplies by "
     "σ': it cancels. The error is how wrong the answer is. A saturated neuron that is "
     "wrong learns fast.",

@@ -521,7 +521,7 @@ function drawColumn(c, scales) {
   const at = (row) => ({ transform: `translate(${c.X} ${c.Y[row]})` });
   const nodes = c.shown.map((j, row) => {
     const v = values?.[j], saturated = s && isSaturated(c.l, s[j]) && "saturated";
-    const isFrom = sourceOf(state.l) === c.own && state.k === j;
+    const isFrom = sourceOf(state.l) === c.own && state.k === j && edgesOf(state.l)[0];
     const words = [`${c.isInput ? "input" : "neuron"} ${j + 1}`, values && `${symbol} ${number(v)}`,
       saturated, y && `wanted ${number(y[j])}`].filter(Boolean).join(", ");
     const body = make("circle", { r, class: `body ${v < 0 ? "neg" : isError ? "pos" : "act"}`,
