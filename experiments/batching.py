@@ -1,25 +1,25 @@
-"""A mini-batch's gradient: the mean of its examples' own, and an estimate of all.
+"""A mini-batch's gradient: the mean of its examples' gradients, and an estimate.
 
     python experiments/batching.py            on MNIST
     python experiments/batching.py --quick    fewer images and draws
 
-The claim: the gradient of a mini-batch is the mean of its examples' own,
+The claim: the gradient of a mini-batch is the mean of its examples' gradients,
 
     A1   C = (1/n) Σ_x C_x, so that ∂C/∂w = (1/n) Σ_x ∂C_x/∂w
 
-so that what ``torchbp.backprop`` and our layers under autograd compute for a batch at
-once, with the 1/n in the cost, is what taking its examples one at a time gives, and
-what ``torch.func`` gives as vmap(grad).
+so ``torchbp.backprop`` and our layers under autograd, which compute a batch at once
+with the 1/n in the cost, give the same as one example at a time and as ``torch.func``'s
+vmap(grad).
 
 A mini-batch of m examples drawn from all estimates the gradient over all, and
 
     E ‖∂C_m/∂w - ∂C/∂w‖²  =  (mean of ‖∂C_x/∂w‖² - ‖∂C/∂w‖²) / m
 
-so its error falls as 1/√m, while its cost grows as m. The right side comes from
-‖∂C_x/∂w‖² = (n ‖δ_x‖)² (‖a_x‖² + 1), layer by layer (BP3, BP4): no gradient of a single
-example is made for it.
+so its error falls as 1/√m, while its cost grows as m. The right side is computed from
+‖∂C_x/∂w‖² = (n ‖δ_x‖)² (‖a_x‖² + 1), layer by layer (BP3, BP4), without the gradient of
+any single example.
 
-Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments or data.
+Exit status: 0 the claims are shown, 1 a claim is not, 2 bad arguments or data.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapters 1 and 2.
 """
@@ -39,13 +39,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import one_hot
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find experiments and torchbp
 
 import torchbp
 from experiments.support import reporting
-from experiments.support.options import option
+from experiments.support.options import check_least, option
 from experiments.support.timing import take_turns
 from torchbp import data
+from torchbp._numeric import relative_distance
 from torchbp._terminal import aligned
 from torchbp.inspection import probe
 from torchbp.training import cpu_threads
@@ -55,53 +56,70 @@ BATCHES = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 COST = torchbp.QuadraticCost()
 LOOPED, MAPPED = "one by one, backprop", "torch.func, vmap(grad)"
 BATCHED, RECORDED = "batch, backprop", "batch, our layers and autograd"
-# Relative, between the ways: some roundings of the dtype.
+# Relative distance between the ways: some roundings of the dtype.
 AGREEMENT = {"float32": 1e-5, "float64": 1e-13}
 QUICK: dict[str, Any] = {"examples": 2000, "draws": 100, "repeats": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(reporting.OnImages):
-    """The batch that is taken apart, and how often one is drawn."""
+class BatchingSettings(reporting.ImageSettings):
+    """The batch of the comparison, and how many are drawn; each field is an option:
+    `examples`, `batch_size`, `draws`, `repeats`."""
 
     examples: int = option(10_000, "training images")
-    batch_size: int = option(100, "of the comparison of ways")
+    batch_size: int = option(100, "examples in the comparison of ways")
     draws: int = option(400, "mini-batches of each size")
-    repeats: int = option(7, "of every timing")
+    repeats: int = option(7, "turns of every timing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reporting.at_least(self, examples=2, batch_size=1, draws=2, repeats=1)
+        check_least(self, examples=2, batch_size=1, draws=2, repeats=1)
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to a mini-batch's gradient."""
+class BatchWay:
+    """One way to a mini-batch's gradient.
+
+    Attributes:
+        way: its name.
+        seconds: that it takes in float32.
+        errors: relative distance from the mean taken one by one, by dtype.
+    """
 
     way: str
     seconds: float
-    off: dict[str, float]  # by dtype: relative distance from the mean one by one
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far mini-batches of m are from all examples, relative to the latter."""
+    """The relative error of a mini-batch's gradient as an estimate of all examples'.
+
+    Attributes:
+        m: the size of the mini-batch.
+        measured: root mean square over the draws.
+        predicted: from the gradients of single examples.
+    """
 
     m: int
     measured: float
     predicted: float
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Measure, print the tables, and return what is in results.json."""
+def main(settings: BatchingSettings) -> dict[str, Any]:
+    """Measure, print the tables and return the content of results.json.
+
+    Args:
+        settings: what is measured.
+    """
     splits = reporting.load(settings)
-    print(reporting.stated(__doc__))
+    print(reporting.claim_of(__doc__))
     split = data.Split(*(t[: settings.examples] for t in splits.train))
-    with cpu_threads(1), reporting.Report("batching", settings) as report:
-        ways = compare(settings, split)
+    with cpu_threads(1), reporting.ExperimentRun("batching", settings) as run:
+        ways = measure_ways(settings, split)
         noise = draw_batches(settings, split)
         print(f"{way_table(ways, settings)}\n\n{noise_table(noise, len(split.labels))}")
-        return report.conclude(
+        return run.conclude(
             settings,
             {
                 "ways": [asdict(way) for way in ways],
@@ -115,7 +133,7 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def one_by_one(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The mean of the examples' gradients, each from a backprop of its own."""
+    """Return the mean of the examples' gradients, each by its own backprop."""
     sums = [torch.zeros_like(p) for p in model.parameters()]
     for row, target in zip(x.split(1), y.split(1), strict=True):
         _, grads = torchbp.backprop(model, COST, row, target)
@@ -125,7 +143,7 @@ def one_by_one(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def mapped(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The same, the examples' gradients all at once."""
+    """Return the mean of the examples' gradients, all at once by ``torch.func``."""
     values = {name: p.detach() for name, p in model.named_parameters()}
 
     def example(parameters: dict[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
@@ -138,10 +156,12 @@ def mapped(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def batched(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the batch's gradient by ``torchbp.backprop``."""
     return list(torchbp.backprop(model, COST, x, y)[1].values())
 
 
 def recorded(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the batch's gradient by our layers under autograd."""
     return list(torch.autograd.grad(COST(model(x), y), list(model.parameters())))
 
 
@@ -153,38 +173,40 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor], list[Tensor]]] = {
 }
 
 
-def build(settings: Settings, split: data.Split) -> torchbp.MLP:
+def initial_network(settings: BatchingSettings, split: data.Split) -> torchbp.MLP:
+    """Return the untrained network."""
     torch.manual_seed(settings.seed)
     return torchbp.MLP(
         [split.images.shape[1], HIDDEN, CLASSES], device="cpu", dtype=torch.float32
     )
 
 
-def compare(settings: Settings, split: data.Split) -> list[Way]:
-    """Every way on one mini-batch: what it gives and how long it takes."""
-    off: dict[str, dict[str, float]] = {way: {} for way in WAYS}
-    model = build(settings, split)
+def measure_ways(settings: BatchingSettings, split: data.Split) -> list[BatchWay]:
+    """Return the error and the time of every way on one mini-batch."""
+    errors: dict[str, dict[str, float]] = {way: {} for way in WAYS}
+    model = initial_network(settings, split)
     calls: dict[str, Callable[[], Any]] = {}
-    for dtype in (torch.float64, torch.float32):  # timed in the last
+    for dtype in (torch.float64, torch.float32):  # the last is timed
         model = model.to(dtype)
         x = data.scale(split.images[: settings.batch_size], dtype)
         y = one_hot(split.labels[: settings.batch_size], CLASSES).to(dtype)
         calls = {n: lambda f=f: f(model, x, y) for n, f in WAYS.items()}  # type: ignore[misc]  # noqa: B023
-        found = {name: flat(call()) for name, call in calls.items()}
-        for name, gradient in found.items():
-            distance = (gradient - found[LOOPED]).norm() / found[LOOPED].norm()
-            off[name][str(dtype).removeprefix("torch.")] = distance.item()
+        gradients = {name: flat(call()) for name, call in calls.items()}
+        for name, gradient in gradients.items():
+            error = relative_distance(gradient, gradients[LOOPED])
+            errors[name][str(dtype).removeprefix("torch.")] = error
     times = take_turns(calls, settings.repeats, 0, torch.device("cpu"))
-    return [Way(way, statistics.median(times[way]), off[way]) for way in WAYS]
+    return [BatchWay(n, statistics.median(times[n]), errors[n]) for n in WAYS]
 
 
 def flat(grads: list[Tensor]) -> Tensor:
+    """Return all gradients as one vector."""
     return torch.cat([g.flatten() for g in grads])
 
 
-def draw_batches(settings: Settings, split: data.Split) -> list[Noise]:
-    """Mini-batches of every size, drawn with replacement, beside all examples."""
-    model = build(settings, split)
+def draw_batches(settings: BatchingSettings, split: data.Split) -> list[Noise]:
+    """Compare mini-batches of every size, drawn with replacement, with all examples."""
+    model = initial_network(settings, split)
     x = data.scale(split.images)
     y = one_hot(split.labels, CLASSES).to(x.dtype)
     whole = flat(batched(model, x, y))
@@ -205,17 +227,19 @@ def draw_batches(settings: Settings, split: data.Split) -> list[Noise]:
 
 
 def exponent(noise: list[Noise]) -> float:
-    """p of error ~ m^p."""
-    m = [math.log(n.m) for n in noise]
-    return reporting.slope(m, [math.log(n.measured) for n in noise])
+    """Return p of error ~ m^p."""
+    points = [(math.log(n.m), math.log(n.measured)) for n in noise]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def judge(ways: list[Way], noise: list[Noise]) -> dict[str, bool]:
-    """Every claim, and whether the measurements show it."""
+def judge(ways: list[BatchWay], noise: list[Noise]) -> dict[str, bool]:
+    """Return whether the measurements show each claim."""
     times = {way.way: way.seconds for way in ways}
     return {
         "A1: a batch's gradient is the mean of its examples', whichever way": all(
-            off < AGREEMENT[dtype] for way in ways for dtype, off in way.off.items()
+            error < AGREEMENT[dtype]
+            for way in ways
+            for dtype, error in way.errors.items()
         ),
         "the batch at once is faster than its examples, whichever way": (
             max(times[BATCHED], times[RECORDED]) < min(times[LOOPED], times[MAPPED])
@@ -223,33 +247,35 @@ def judge(ways: list[Way], noise: list[Noise]) -> dict[str, bool]:
         "the error of a mini-batch falls as 1/√m (exponent -0.55 to -0.45)": (
             -0.55 < exponent(noise) < -0.45
         ),
-        "and is what the examples' gradients say, within 10%": all(
+        "and is what the examples' gradients predict, within 10%": all(
             abs(n.measured / n.predicted - 1) < 0.1 for n in noise
         ),
     }
 
 
-def way_table(ways: list[Way], settings: Settings) -> str:
-    offs = [f"off the first, {dtype}" for dtype in AGREEMENT]
-    lines = [["way", "µs, float32", *offs]]
+def way_table(ways: list[BatchWay], settings: BatchingSettings) -> str:
+    """Return the table of ways."""
+    titles = [f"error, {dtype}" for dtype in AGREEMENT]
+    lines = [["way", "µs, float32", *titles]]
     for way in ways:
-        offs = [f"{way.off[dtype]:.0e}" for dtype in AGREEMENT]
-        lines.append([way.way, f"{way.seconds * 1e6:,.0f}", *offs])
+        errors = [f"{way.errors[dtype]:.0e}" for dtype in AGREEMENT]
+        lines.append([way.way, f"{way.seconds * 1e6:,.0f}", *errors])
     return f"a batch of {settings.batch_size}\n{aligned(lines, left=1)}"
 
 
 def noise_table(noise: list[Noise], n: int) -> str:
+    """Return the table of mini-batch sizes; `n` is the number of images."""
     lines = [["m", "error, measured", "predicted"]]
     lines += [[str(n.m), f"{n.measured:.3f}", f"{n.predicted:.3f}"] for n in noise]
     title = (
-        f"mini-batches of m from {n:,} images: the root of the mean of ‖error‖², over "
-        f"‖∂C/∂w‖;\nit goes as m^{exponent(noise):.3f}"
+        f"mini-batches of m from {n:,} images: root mean square of ‖error‖ / ‖∂C/∂w‖,"
+        f"\nproportional to m^{exponent(noise):.3f}"
     )
     return f"{title}\n{aligned(lines, left=0)}"
 
 
 def curves(noise: list[Noise]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows."""
+    """Return the curves for TensorBoard."""
     return {
         f"error_over_batch_size/{name}": [(n.m, getattr(n, name)) for n in noise]
         for name in ("measured", "predicted")
@@ -257,7 +283,7 @@ def curves(noise: list[Noise]) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(figure: Any, noise: list[Noise]) -> None:
-    """The error over m."""
+    """Draw the error over m."""
     ax = figure.subplots()
     m = [n.m for n in noise]
     ax.loglog(m, [n.measured for n in noise], "o", label="measured")
@@ -267,10 +293,7 @@ def draw(figure: Any, noise: list[Noise]) -> None:
     ax.legend()
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    """The shell around :func:`main`; returns the exit status."""
-    return reporting.run(main, Settings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, BatchingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -3,17 +3,18 @@
     python experiments/benchmark.py                    training loops, then layers
     python experiments/benchmark.py --what networks    the training loops alone
     python experiments/benchmark.py --what layers      the layers alone
-    python experiments/benchmark.py --what sweeps      over batch size, width and depth
+    python experiments/benchmark.py --what scaling     over batch size, width and depth
     python experiments/benchmark.py --device cuda      on a GPU
     python experiments/benchmark.py --quick            under a minute
 
-Everything runs in one process; the variants take turns, in changing order, so that what
-slows the machine down meets them all. x native is the median over the turns of the time
-beside native PyTorch's in the same turn, and min the ratio of the two shortest times. A
-training loop whose weights are not native's after a short run is printed as WRONG, not
-as fast. The table, as JSON and for TensorBoard, goes to a folder in runs/.
+Everything runs in one process; the variants take turns in changing order, so that a
+disturbance affects all of them. "x native" is the median over the turns of a variant's
+time over native PyTorch's in the same turn, "min" the ratio of the two shortest times.
+A training loop whose weights differ from native's after a short run is printed as WRONG
+instead of its time. The results are written to a folder in runs/, as JSON and for
+TensorBoard.
 
-Exit status: 0, 1 if a loop was wrong, 2 for bad arguments or data.
+Exit status: 0; 1 a loop or a layer is wrong; 2 bad arguments or data.
 """
 
 from __future__ import annotations
@@ -22,18 +23,30 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find experiments and torchbp
 
-from experiments.support import layer_loops as layer_benchmark
-from experiments.support.timing import machine, ratios, synchronize, take_turns
+from experiments.support import layer_loops
+from experiments.support.options import (
+    DATA_HELP,
+    check_choices,
+    check_least,
+    option,
+    run_experiment,
+)
+from experiments.support.timing import (
+    machine,
+    measure_bandwidth,
+    measure_peak,
+    ratios,
+    take_turns,
+)
 from experiments.support.training_loops import (
     COMPILED,
     EXPLICIT,
@@ -46,8 +59,9 @@ from experiments.support.training_loops import (
     Workload,
 )
 from torchbp import data
-from torchbp._terminal import Parser
-from torchbp.training import RunFolder, choose_device, cpu_threads, event_writer
+from torchbp._numeric import relative_distance
+from torchbp._terminal import print_note
+from torchbp.training import EventWriter, RunFolder, choose_device, cpu_threads
 
 WORKLOADS = (
     Workload("nielsen", (784, 30, 10), 10, 3.0),
@@ -57,49 +71,51 @@ WORKLOADS = (
     Workload("wide-128", (784, 512, 512, 10), 128, 0.5),
 )
 EXAMPLES = 10_240  # in a turn: ten to a thousand steps
-# Beside native after a short run; float32 runs part by some 1e-6 of their weights then.
+# Of the weights with native's after a short run; float32 runs differ by some 1e-6 then.
 AGREEMENT, SHORT_RUN = 1e-4, 100
-# What is swept, with the others as in [784, 100, 10] at batches of 10.
+# What is scaled, with the others as in [784, 100, 10] at batches of 10.
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 256, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
-SWEPT = (NATIVE, "BP layers", EXPLICIT)
+SCALED_LOOPS = (NATIVE, "BP layers", EXPLICIT)
+TABLES = ("all", "networks", "layers", "scaling")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured, and how often."""
+class BenchmarkSettings:
+    """What is measured, and how often; each field is an option, described by its
+    help: `what`, `device`, `threads`, `no_compile`, `repeats`, `seconds`, `quick`,
+    `data`, `logdir`, `name`."""
 
-    what: str = "all"
-    device: str = "cpu"
-    threads: int = 1
-    compiled: bool = True
-    repeats: int = 7
-    seconds: float = 0.05  # of one turn of one layer, at the least
-    quick: bool = False
-    data: str | None = None
-    logdir: str = "runs"
-    name: str | None = None
+    what: str = option("all", "tables to print; all: networks and layers", TABLES)
+    device: str = option("cpu", "auto: CUDA if available")
+    threads: int = option(1, "CPU threads")
+    no_compile: bool = option(False, "omit torch.compile, which takes most of the time")
+    repeats: int = option(7, "turns of every timing")
+    seconds: float = option(0.05, "least duration of one turn of one layer")
+    quick: bool = option(False, "measure less")
+    data: str | None = option(None, DATA_HELP)
+    logdir: str = option("runs", "folder in which run folders are created")
+    name: str | None = option(None, "name of the run folder")
 
     def __post_init__(self) -> None:
-        if self.what not in WHAT:
-            raise ValueError(f"what: expected one of {WHAT}, got {self.what!r}")
-        if self.repeats < 1 or self.threads < 1:
-            raise ValueError(
-                f"repeats, threads: expected at least 1, got {self.repeats} and "
-                f"{self.threads}"
-            )
-
-
-WHAT = ("all", "networks", "layers", "sweeps")
+        check_choices(self)
+        check_least(self, repeats=1, threads=1, seconds=0)
 
 
 @dataclass(frozen=True)
-class Result:
-    """One training loop on one workload; times in microseconds a step.
+class LoopTiming:
+    """One training loop on one workload; times in microseconds per step.
 
-    `agrees` is the relative distance of its weights from native's after a short run,
-    None where it cannot be compared.
+    Attributes:
+        workload: its name.
+        loop: its name.
+        median: of the turns.
+        shortest: of the turns.
+        median_ratio: the median of loop / native, turn by turn.
+        min_ratio: the ratio of the shortest times.
+        agrees: relative distance of its weights from native's after a short run; None
+            if its cost is another.
     """
 
     workload: str
@@ -112,11 +128,19 @@ class Result:
 
     @property
     def is_wrong(self) -> bool:
+        """Whether the loop computes something else than native."""
         return self.agrees is not None and not self.agrees < AGREEMENT
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Measure, print the tables as they grow, and return what is in results.json."""
+def main(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Measure, print the tables and return the content of results.json.
+
+    Args:
+        settings: what is measured.
+
+    Raises:
+        AssertionError: a layer computes something else than its native counterpart.
+    """
     device = choose_device(settings.device)
     described = machine(device, settings.threads)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -130,8 +154,8 @@ def main(settings: Settings) -> dict[str, Any]:
                 results["networks"] = networks(settings, split, device)
             if settings.what in ("all", "layers"):
                 results["layers"] = layers(settings, device)
-            if settings.what == "sweeps":
-                results["sweeps"] = sweeps(settings, split, device)
+            if settings.what == "scaling":
+                results["scaling"] = scaling(settings, split, device)
     except BaseException:
         folder.discard()
         raise
@@ -141,13 +165,13 @@ def main(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def training_set(settings: Settings) -> data.Split:
-    """MNIST's training set or, where it is not, as many random bytes, and says so."""
+def training_set(settings: BenchmarkSettings) -> data.Split:
+    """Return MNIST's training set; random bytes, with a note, if it is not on disk."""
     try:
         root = settings.data
         return data.load("mnist", root, download=False).train
     except data.DataError as error:
-        print(f"NOTE: random bytes instead of MNIST: {error}", file=sys.stderr)
+        print_note(f"random bytes instead of MNIST: {error}")
     generator = torch.Generator("cpu").manual_seed(0)
     images = torch.randint(0, 256, (50_000, 784), generator=generator, device="cpu")
     labels = torch.randint(0, 10, (50_000,), generator=generator, device="cpu")
@@ -155,18 +179,18 @@ def training_set(settings: Settings) -> data.Split:
 
 
 def networks(
-    settings: Settings, split: data.Split, device: torch.device
+    settings: BenchmarkSettings, split: data.Split, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The table of training loops."""
+    """Print the table of training loops; return its rows."""
     repeats = 3 if settings.quick else settings.repeats
-    peak, bandwidth = measured_peak(device), measured_bandwidth(device)
+    peak, bandwidth = measure_peak(device), measure_bandwidth(device)
     print(
         f"\n{peak / 1e9:.0f} GFLOP/s in a product of large matrices, float32; "
         f"{bandwidth / 1e9:.0f} GB/s in a copy of memory"
     )
     results = []
     for workload in WORKLOADS[:1] if settings.quick else WORKLOADS:
-        torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
+        torch.compiler.reset()  # else the second shape is compiled with dynamic sizes
         images = half_dense(split) if workload.is_synthetic else split
         task = on_device(workload, images, device, settings.threads)
         print(
@@ -175,14 +199,14 @@ def networks(
             f"{'':26}{'µs/step':>10}{'min':>10}{'x native':>10}{'min':>8}  agrees"
         )
         loops = available(settings, task)
-        for result in compare(task, loops, repeats):
+        for result in time_loops(task, loops, repeats):
             results.append(result)
             print(line(result), flush=True)
     return [asdict(r) | {"is_wrong": r.is_wrong} for r in results]
 
 
 def half_dense(split: data.Split) -> data.Split:
-    """As many seeded random images, in which half of the pixels are zero."""
+    """Return as many random images, half of whose pixels are zero."""
     generator = torch.Generator("cpu").manual_seed(0)
     shape = split.images.shape
     images = torch.randint(1, 256, shape, generator=generator, device="cpu")
@@ -191,7 +215,13 @@ def half_dense(split: data.Split) -> data.Split:
 
 
 def floor(task: Task, peak: float, bandwidth: float) -> str:
-    """What a step cannot do without, and how long that takes at these speeds."""
+    """Return the line with the least work of a step and the time that it takes.
+
+    Args:
+        task: what is trained.
+        peak: FLOP/s.
+        bandwidth: bytes/s.
+    """
     images, workload = task.data.images, task.workload
     density = images.count_nonzero().item() / images.numel()
     flops = workload.flops(density)
@@ -204,19 +234,20 @@ def floor(task: Task, peak: float, bandwidth: float) -> str:
 
 
 def on_device(
-    workload: Workload, split: data.Split, device: torch.device, number: int
+    workload: Workload, split: data.Split, device: torch.device, threads: int
 ) -> Task:
+    """Return the task of a workload, its data moved to the device."""
     moved = data.Split(*(t.to(device) for t in split))
-    return Task(workload, moved, device, number)
+    return Task(workload, moved, device, threads)
 
 
-def available(settings: Settings, task: Task) -> dict[str, Loop]:
-    """The loops that can run here; says which cannot, and why."""
+def available(settings: BenchmarkSettings, task: Task) -> dict[str, Loop]:
+    """Return the loops that can run; print which cannot, and why."""
     loops = {}
     for name, make in LOOPS.items():
         if task.device.type != "cpu" and name not in ON_ANY_DEVICE:
             continue
-        if name in COMPILED and (settings.quick or not settings.compiled):
+        if name in COMPILED and (settings.quick or settings.no_compile):
             continue
         try:
             loops[name] = make(task)
@@ -225,8 +256,16 @@ def available(settings: Settings, task: Task) -> dict[str, Loop]:
     return loops
 
 
-def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result]:
-    """Check the loops against native on the same batches, then time them in turns."""
+def time_loops(
+    task: Task, loops: dict[str, Loop], repeats: int
+) -> Iterator[LoopTiming]:
+    """Compare the loops with native on the same batches, then time them in turns.
+
+    Args:
+        task: what is trained.
+        loops: by name, native among them.
+        repeats: turns of each.
+    """
     m, device = task.workload.batch_size, task.device
     generator = torch.Generator("cpu").manual_seed(0)
     n = len(task.data.labels)
@@ -236,7 +275,11 @@ def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result
         loop.run(order[: steps * m])
     expected = loops[NATIVE].weights()
     assert expected is not None
-    agrees = {name: distance(loop.weights(), expected) for name, loop in loops.items()}
+    weights = {name: loop.weights() for name, loop in loops.items()}
+    agrees = {
+        name: None if ours is None else relative_distance(ours, expected)
+        for name, ours in weights.items()
+    }
     steps = max(1, min(EXAMPLES, len(order)) // m)
     calls: dict[str, Callable[[], None]] = {
         name: lambda loop=loop: loop.run(order[: steps * m])  # type: ignore[misc]
@@ -244,7 +287,7 @@ def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result
     }
     times = take_turns(calls, repeats, 0, device)
     for name in loops:
-        yield Result(
+        yield LoopTiming(
             task.workload.name,
             name,
             statistics.median(times[name]) / steps * 1e6,
@@ -254,17 +297,10 @@ def compare(task: Task, loops: dict[str, Loop], repeats: int) -> Iterator[Result
         )
 
 
-def distance(actual: list[Tensor] | None, expected: list[Tensor]) -> float | None:
-    """The relative distance of all weights and biases together."""
-    if actual is None:
-        return None
-    a, b = (torch.cat([t.cpu().flatten() for t in ts]) for ts in (actual, expected))
-    return ((a - b).norm() / b.norm()).item()
-
-
-def line(result: Result) -> str:
+def line(result: LoopTiming) -> str:
+    """Return the line of one loop in the table."""
     if result.is_wrong:
-        return f"{result.loop:26}WRONG: its weights are off by {result.agrees:.0e}"
+        return f"{result.loop:26}WRONG: its weights differ by {result.agrees:.0e}"
     agrees = "other cost" if result.agrees is None else f"{result.agrees:.0e}"
     if result.loop == NATIVE:
         agrees = ""
@@ -274,58 +310,27 @@ def line(result: Result) -> str:
     )
 
 
-def measured_peak(device: torch.device) -> float:
-    """FLOP/s of a large float32 product."""
-    n = 1024 if device.type == "cpu" else 8192
-    a, b = torch.rand(2, n, n, device=device, dtype=torch.float32)
-    out = torch.empty_like(a)
-    shortest = math.inf
-    for _ in range(10):
-        synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        shortest = min(shortest, time.perf_counter() - started)
-    return 2 * n**3 / shortest
-
-
-def measured_bandwidth(device: torch.device) -> float:
-    """Bytes read a second, while they are copied."""
-    source = torch.zeros(64_000_000, device=device, dtype=torch.uint8)
-    target = torch.zeros_like(source)
-    shortest = math.inf
-    for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        shortest = min(shortest, time.perf_counter() - started)
-    return source.nbytes / shortest
-
-
-def layers(settings: Settings, device: torch.device) -> list[dict[str, Any]]:
-    """The table of single layers."""
-    sizes = layer_benchmark.SIZES[:2] if settings.quick else layer_benchmark.SIZES
-    compiled = settings.compiled and not settings.quick
-    modes = ("eager", "compiled") if compiled else ("eager",)
+def layers(settings: BenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
+    """Print the table of single layers; return its rows."""
+    sizes = layer_loops.SIZES[:2] if settings.quick else layer_loops.SIZES
+    eager_only = settings.quick or settings.no_compile
+    modes = ("eager",) if eager_only else ("eager", "compiled")
     repeats = settings.repeats if settings.quick else 2 * settings.repeats + 1
-    print(f"\n{layer_benchmark.HEADER}")
+    print(f"\n{layer_loops.HEADER}")
     rows = []
-    for row in layer_benchmark.measure_all(
-        sizes, modes, repeats, settings.seconds, device
-    ):
+    for row in layer_loops.measure_all(sizes, modes, repeats, settings.seconds, device):
         rows.append(asdict(row))
-        print(layer_benchmark.line(row), flush=True)
+        print(layer_loops.line(row), flush=True)
     return rows
 
 
-def sweeps(
-    settings: Settings, split: data.Split, device: torch.device
+def scaling(
+    settings: BenchmarkSettings, split: data.Split, device: torch.device
 ) -> dict[str, Any]:
-    """How the time of a step grows with batch size, width and depth: the exponent p of
-    time ~ size^p over the upper half of the sizes."""
+    """Print and return how the time of a step grows with batch size, width and depth:
+    the exponent p of time ~ size^p over the upper half of the sizes."""
     repeats = 3 if settings.quick else settings.repeats
-    swept: dict[str, list[tuple[int, Workload]]] = {
+    workloads: dict[str, list[tuple[int, Workload]]] = {
         "batch size": [
             (m, Workload("", (784, 100, 10), m, 0.5))
             for m in (BATCHES[::2] if settings.quick else BATCHES)
@@ -340,41 +345,37 @@ def sweeps(
         ],
     }
     results: dict[str, Any] = {}
-    for what, cases in swept.items():
-        times: dict[str, list[float]] = {name: [] for name in SWEPT}
+    for what, cases in workloads.items():
+        times: dict[str, list[float]] = {name: [] for name in SCALED_LOOPS}
         print(f"\nµs/step{what:>17}" + "".join(f"{size:>10}" for size, _ in cases))
         for _, workload in cases:
             task = on_device(workload, split, device, settings.threads)
-            loops = {name: LOOPS[name](task) for name in SWEPT}
-            for result in compare(task, loops, repeats):
-                time_ = math.nan if result.is_wrong else result.median
-                times[result.loop].append(time_)
+            loops = {name: LOOPS[name](task) for name in SCALED_LOOPS}
+            for result in time_loops(task, loops, repeats):
+                microseconds = math.nan if result.is_wrong else result.median
+                times[result.loop].append(microseconds)
         sizes = [size for size, _ in cases]
-        slopes = {name: slope(sizes, t) for name, t in times.items()}
+        exponents = {name: growth_exponent(sizes, t) for name, t in times.items()}
         for name, values in times.items():
             shown = "".join(
                 f"{'WRONG' if math.isnan(value) else f'{value:.1f}':>10}"
                 for value in values
             )
-            print(f"{name:24}{shown}   ~ size^{slopes[name]:.2f} at the end")
-        results[what] = {"sizes": sizes, "times": times, "slopes": slopes}
+            print(f"{name:24}{shown}   ~ size^{exponents[name]:.2f} at the end")
+        results[what] = {"sizes": sizes, "times": times, "exponents": exponents}
     return results
 
 
-def slope(sizes: list[int], times: list[float]) -> float:
-    """p of time ~ size^p over the upper half of the sizes, by least squares."""
-    half = len(sizes) // 2
-    x, y = ([math.log(v) for v in values[half:]] for values in (sizes, times))
-    if len(x) < 2:
-        x, y = ([math.log(v) for v in values[-2:]] for values in (sizes, times))
-    mx, my = statistics.mean(x), statistics.mean(y)
-    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mx) ** 2 for a in x)
+def growth_exponent(sizes: list[int], times: list[float]) -> float:
+    """Return p of time ~ size^p over the upper half of the sizes, at least two."""
+    first = min(len(sizes) // 2, len(sizes) - 2)
+    x, y = ([math.log(v) for v in values[first:]] for values in (sizes, times))
+    return statistics.linear_regression(x, y).slope
 
 
 def write_events(folder: Path, results: dict[str, Any]) -> None:
-    """The same figures for TensorBoard."""
-    with event_writer(folder) as writer:
+    """Write the figures of results.json for TensorBoard."""
+    with EventWriter(folder) as writer:
         described = "\n".join(f"    {k}: {v}" for k, v in results["machine"].items())
         writer.add_text("machine", described, 0)
         for row in results.get("networks", []):
@@ -385,47 +386,37 @@ def write_events(folder: Path, results: dict[str, Any]) -> None:
         for row in results.get("layers", []):
             tag = f"{row['size']}/{row['layer']} {row['mode']}"
             writer.add_scalar(f"layer_x_native/{tag}", row["median_ratio"], 0)
-        for what, sweep in results.get("sweeps", {}).items():
-            for name, times in sweep["times"].items():
-                for size, value in zip(sweep["sizes"], times, strict=True):
+        for what, growth in results.get("scaling", {}).items():
+            for name, times in growth["times"].items():
+                for size, value in zip(growth["sizes"], times, strict=True):
                     tag = f"us_per_step_over_{what.replace(' ', '_')}/{name}"
                     writer.add_scalar(tag, value, size)
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    default = Settings()
-    parser.add_argument("--what", choices=WHAT, default=default.what)
-    parser.add_argument("--device", default=default.device)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--repeats", type=int, default=default.repeats)
-    parser.add_argument("--seconds", type=float, default=default.seconds)
-    parser.add_argument(
-        "--no-compile", dest="compiled", action="store_false",
-        help="leave out what torch.compile makes, which takes most of the time",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument(
-        "--data", help="folder of MNIST: in it, its raw or MNIST/raw; also TORCHBP_DATA"
-    )
-    parser.add_argument("--logdir", default=default.logdir)
-    parser.add_argument("--name", help="of the folder there")
-    try:
-        results = main(Settings(**vars(parser.parse_args(arguments))))
-    except (ValueError, OSError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except AssertionError as error:
-        print(f"error: a layer is wrong: {error}", file=sys.stderr)
-        return 1
-    return int(has_wrong(results))
-
-
 def has_wrong(results: dict[str, Any]) -> bool:
-    """Whether a training loop computed something else."""
-    swept = [t for s in results.get("sweeps", {}).values() for t in s["times"].values()]
+    """Return whether a training loop computed something else."""
+    scaled = results.get("scaling", {}).values()
     return any(row["is_wrong"] for row in results.get("networks", [])) or any(
-        math.isnan(value) for times in swept for value in times
+        math.isnan(value)
+        for growth in scaled
+        for times in growth["times"].values()
+        for value in times
+    )
+
+
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    Args:
+        arguments: of the command line; those of the process if None.
+    """
+    return run_experiment(
+        main,
+        BenchmarkSettings,
+        __doc__,
+        arguments,
+        lambda results: int(has_wrong(results)),
+        statuses={AssertionError: 1},
     )
 
 

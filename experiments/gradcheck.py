@@ -1,13 +1,13 @@
 """Check every hand-written gradient against native autograd and finite differences.
 
-    python experiments/gradcheck.py                       a table, a verdict a line
+    python experiments/gradcheck.py                       a table with a verdict a line
     python experiments/gradcheck.py --device cuda         on another device
     python experiments/gradcheck.py --seed 1              with other numbers
 
 Columns: max abs is the largest difference from native PyTorch in the value and in any
-gradient, rel is that over the largest entry of what it is compared with, and numeric
-is rel against central finite differences (in float64 only: in shorter types their own
-error would hide ours).
+gradient; rel is that over the largest entry of native's; numeric is rel with central
+differences instead of native (in float64 only: in shorter types their own error would
+hide ours).
 
 Exit status: 0 all pass, 1 a check failed, 2 bad arguments or no such device.
 """
@@ -18,15 +18,24 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find experiments and torchbp
+
 import torchbp
+from experiments.support.options import (
+    check_choices,
+    check_seed,
+    option,
+    run_experiment,
+)
 from torchbp import costs, functional
-from torchbp._terminal import Parser
+from torchbp._numeric import central_difference
 from torchbp.nn import ACTIVATIONS
 from torchbp.training import choose_device
 
@@ -35,15 +44,15 @@ Pair = tuple[Operation, Operation]  # ours and native PyTorch's
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Against native: both sides run the same products of matrices and part by a handful of
-# roundings an entry; up to 4 ε of the largest entry were seen. In float64 and float32
-# 16 ε (2e-6) sees every wrong factor, in bfloat16 (0.13) and float16 (0.02) gross ones.
+# Ours and native run the same products of matrices and differ by a few roundings of
+# each entry. In float64 and float32 16 units in the last place of the largest entry
+# (2e-6) reveal every wrong factor, in bfloat16 (0.13) and float16 (0.02) gross errors.
 ROUNDINGS = 16
-# Central differences with a step of 1e-6 err by step² = 1e-12 from curvature, and from
-# rounding by ε/step = 2e-10 of Σ g f, which can be 100 times the largest gradient.
-STEP, NUMERIC_TOLERANCE = 1e-6, 1e-6
-SAMPLED = 50  # finite differences are taken at about so many entries of each argument
-KINK = 1e-4  # no |z| below: across ReLU's kink they mean nothing
+# With ε = 1e-6 central differences err by ε² = 1e-12 from curvature, and from rounding
+# by 2e-10 of Σ g f, which can be 100 times the largest gradient.
+EPSILON, NUMERIC_TOLERANCE = 1e-6, 1e-6
+SAMPLE = 50  # entries of each argument, about, at which differences are taken
+KINK = 1e-4  # the smallest |z|: across ReLU's kink differences are meaningless
 
 # rows (the dimensions before the last), n_in, n_out
 LAYER_SHAPES = (((), 3, 2), ((7,), 13, 5), ((2, 3), 4, 3), ((10,), 784, 30))
@@ -51,6 +60,7 @@ COST_SHAPES = ((5,), (7, 10), (2, 3, 4))
 
 
 def silu_prime(z: Tensor) -> Tensor:
+    """Return the derivative of z σ(z)."""
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
 
@@ -60,7 +70,7 @@ _SiLU = torchbp.define_layer("silu", F.silu, silu_prime, saves="z")
 
 
 def layer_pair(layer: type[torchbp.BPLinear], sigma: Operation) -> Pair:
-    """The layer class, and native PyTorch's, as functions of x, W and b."""
+    """Return the layer class, and native PyTorch's, as functions of x, W and b."""
     return (
         lambda x, W, b: functional.layer(layer.function, x, W, b),
         lambda x, W, b: sigma(F.linear(x, W, b)),
@@ -68,8 +78,8 @@ def layer_pair(layer: type[torchbp.BPLinear], sigma: Operation) -> Pair:
 
 
 def cost_pair(cost: Any) -> Pair:
-    """The cost class, and its native counterpart under A1: divided by the rows, not by
-    the numbers."""
+    """Return the cost class, and its native counterpart under A1: divided by the number
+    of rows, not of entries."""
     native = cost.native(reduction="sum")
 
     def loss(v: Tensor, y: Tensor) -> Tensor:
@@ -90,23 +100,37 @@ COSTS = {name: cost_pair(cost) for name, cost in costs.COSTS.items()}
 
 
 @dataclass(frozen=True)
-class Settings:
-    device: str = "auto"
-    seed: int = 0
+class GradcheckSettings:
+    """The numbers and the device of the checks.
+
+    Attributes:
+        device: "auto" for CUDA if available.
+        seed: of the random numbers.
+    """
+
+    device: str = option(
+        "auto", "auto: CUDA if available", ("auto", "cpu", "cuda", "mps")
+    )
+    seed: int = option(0, "seed of the random numbers")
 
     def __post_init__(self) -> None:
-        names = ("auto", "cpu", "cuda", "mps")
-        if self.device not in names:
-            raise ValueError(
-                f"device: expected one of {', '.join(names)}, got {self.device!r}"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        check_choices(self)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table; the errors are the largest over value and gradients."""
+class GradientCheck:
+    """One line of the table; the errors are the largest over value and gradients.
+
+    Attributes:
+        name: of the layer or cost.
+        shape: of its inputs.
+        dtype: of its inputs.
+        max_abs: largest difference from native.
+        max_rel: the same over the largest entry.
+        numeric: relative difference from central differences; None if not taken.
+        tolerance: for `max_rel`.
+    """
 
     name: str
     shape: str
@@ -118,6 +142,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Whether both errors are within their tolerances."""
         # NaN is not <= anything, so it fails.
         is_numeric_ok = self.numeric is None or self.numeric <= NUMERIC_TOLERANCE
         return self.max_rel <= self.tolerance and is_numeric_ok
@@ -137,11 +162,14 @@ HEADER = (
 )
 
 
-def main(settings: Settings) -> list[Row]:
-    """Every layer and cost in every shape and dtype.
+def main(settings: GradcheckSettings) -> list[GradientCheck]:
+    """Check every layer and cost in every shape and dtype.
+
+    Args:
+        settings: the numbers and the device.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not available.
     """
     device = choose_device(settings.device)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
@@ -171,7 +199,7 @@ def _times(shape: Sequence[int]) -> str:
 def draw_layer(
     generator: torch.Generator, lead: tuple[int, ...], n_in: int, n_out: int
 ) -> list[Tensor]:
-    """x, W and b with z of order 1, none of it next to 0."""
+    """Return x, W and b with z of order 1 and no |z| below KINK."""
     while True:
         x = _normal(generator, *lead, n_in)
         W = _normal(generator, n_out, n_in) / n_in**0.5
@@ -183,7 +211,7 @@ def draw_layer(
 def draw_cost(
     generator: torch.Generator, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, and targets that every cost takes: rows that sum to 1."""
+    """Return outputs, and targets that every cost accepts: rows that sum to 1."""
     return _normal(generator, *shape), _normal(generator, *shape).softmax(-1)
 
 
@@ -199,8 +227,18 @@ def check(
     constants: Sequence[Tensor],
     dtype: torch.dtype,
     device: torch.device,
-) -> Row:
-    """Ours against native, and in float64 against finite differences."""
+) -> GradientCheck:
+    """Compare ours with native, and in float64 with central differences.
+
+    Args:
+        name: of the layer or cost.
+        shape: of the inputs, for the table.
+        pair: ours and native's function.
+        arguments: what both are differentiated with respect to.
+        constants: their further arguments.
+        dtype: of all.
+        device: of all.
+    """
     ours, native = pair
     arguments, constants = (
         [t.to(device, dtype) for t in group] for group in (arguments, constants)
@@ -209,8 +247,8 @@ def check(
     value, expected = ours(*leaves, *constants), native(*leaves, *constants)
     tolerance = ROUNDINGS * torch.finfo(dtype).eps
     if value.shape != expected.shape:
-        return Row(name, shape, dtype, math.nan, math.nan, None, tolerance)
-    # Not ones: a gradient of 1 everywhere would hide a sum over the wrong axis.
+        return GradientCheck(name, shape, dtype, math.nan, math.nan, None, tolerance)
+    # Not ones: a gradient of 1 everywhere would hide a sum over the wrong dimension.
     g = torch.linspace(
         -1, 1.5, max(1, value.numel()), dtype=torch.float64, device="cpu"
     )
@@ -221,7 +259,7 @@ def check(
     numeric = None
     if dtype == torch.float64:
         numeric = against_differences(ours, leaves, constants, g, grads)
-    return Row(
+    return GradientCheck(
         name,
         shape,
         dtype,
@@ -233,15 +271,17 @@ def check(
 
 
 def _largest(errors: list[float]) -> float:
-    """The maximum; unlike `max`, NaN wherever there is one."""
+    """Return the maximum, or NaN if any number is NaN."""
     return torch.tensor(errors, dtype=torch.float64, device="cpu").amax().item()
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two entries, in float64."""
     return (actual.detach().double() - expected.detach().double()).abs().amax().item()
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two entries over the largest entry expected."""
     scale = expected.detach().double().abs().amax().item()
     error = _difference(actual, expected)
     return error / scale if scale else (0.0 if error == 0 else math.inf)
@@ -254,58 +294,54 @@ def against_differences(
     g: Tensor,
     grads: Sequence[Tensor],
 ) -> float:
-    """The largest error of the gradients of Σ g f, relative to each one's size, at
-    about SAMPLED entries of each argument."""
+    """Return the largest error of the gradients of Σ g f, relative to each gradient's
+    largest entry, at about SAMPLE entries of each argument."""
     arguments = [t.detach().clone() for t in leaves]
+
+    def weighted_sum() -> float:
+        return (f(*arguments, *constants) * g).sum().item()
+
     errors = []
     for argument, grad in zip(arguments, grads, strict=True):
         flat, slopes = argument.view(-1), grad.reshape(-1)
-        step = max(1, flat.numel() // SAMPLED)
-        for i in range(0, flat.numel(), step):
-            kept, values = flat[i].item(), []
-            for nudged in (kept + STEP, kept - STEP):
-                flat[i] = nudged
-                values.append((f(*arguments, *constants) * g).sum().item())
-            flat[i] = kept
-            slope = (values[0] - values[1]) / (2 * STEP)
-            # A gradient of zeros, as behind ReLU, is compared as it is.
+        for i in range(0, flat.numel(), max(1, flat.numel() // SAMPLE)):
+            slope = difference_at(weighted_sum, flat, i)
+            # A gradient of zeros, as behind ReLU, has no size to compare with.
             scale = max(1e-3, grad.abs().amax().item())
             errors.append(abs(slopes[i].item() - slope) / scale)
     return _largest(errors)
 
 
-def parse(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = Parser(__doc__)
-    default = Settings()
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument(
-        "--device",
-        choices=devices,
-        default=default.device,
-        help="auto: CUDA if there is one (default auto)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=default.seed, help="of the numbers (default 0)"
-    )
-    return vars(parser.parse_args(arguments))
+def difference_at(f: Callable[[], float], flat: Tensor, i: int) -> float:
+    """Return ∂f/∂flat[i] by a central difference; `flat` is restored."""
+    value = flat[i].item()
+
+    def moved(distance: float) -> float:
+        flat[i] = value + distance
+        return f()
+
+    slope = central_difference(moved, EPSILON)
+    flat[i] = value
+    return slope
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    """The thin shell around :func:`main`; returns the exit status."""
-    given = parse(arguments)
-    try:
-        settings = Settings(**given)
-        choose_device(settings.device)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows = main(settings)
+def print_table(rows: list[GradientCheck]) -> int:
+    """Print the table; return 1 if a check failed, else 0."""
     print(HEADER)
     for row in rows:
         print(row)
     failed = sum(not row.ok for row in rows)
     print(f"\n{len(rows) - failed} of {len(rows)} checks passed")
     return 1 if failed else 0
+
+
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    Args:
+        arguments: of the command line; those of the process if None.
+    """
+    return run_experiment(main, GradcheckSettings, __doc__, arguments, print_table)
 
 
 if __name__ == "__main__":

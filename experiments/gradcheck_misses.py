@@ -1,10 +1,10 @@
-"""Count which of the wrong Functions of the tests torch's gradcheck notices.
+"""Count which of the tests' wrong Functions torch's gradcheck detects.
 
     python experiments/gradcheck_misses.py       a line for each Function, and the count
 
-A Function counts as noticed where gradcheck raises on it and not on the right Function
-beside it. The column "all" adds gradgradcheck and batched gradients; the last one is
-the one check of `torchbp.examine` that finds it.
+A Function counts as detected if gradcheck raises on it but not on its right
+counterpart. The column "all" adds gradgradcheck and batched gradients; the last column
+names the check of `torchbp.examine` that detects it.
 
 Exit status: 0.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,23 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find torchbp
+
 import torchbp
-from torchbp._terminal import Parser
+from torchbp._terminal import Parser, run_program
 
 TESTS = Path(__file__).parents[1] / "tests"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One wrong Function.
+class Detection:
+    """Which tools detect one wrong Function.
 
     Attributes:
         name: of the Function.
-        first: whether gradcheck with its defaults notices it.
+        first: whether gradcheck with its defaults detects it.
         all: whether gradcheck, gradgradcheck or batched gradients do.
-        check: the check of `torchbp.examine` that finds it, "" if none does.
+        check: the check of `torchbp.examine` that detects it, "" if none does.
     """
 
     name: str
@@ -46,33 +48,35 @@ class Row:
     check: str
 
     def __str__(self) -> str:
-        first, all = ("yes" if noticed else "-" for noticed in (self.first, self.all))
+        first, all = ("yes" if found else "-" for found in (self.first, self.all))
         return f"{self.name:<26} {first:<10} {all:<5} {self.check}"
 
 
-def main() -> list[Row]:
-    """Try gradcheck and `torchbp.examine` on every wrong Function."""
+def main() -> list[Detection]:
+    """Apply gradcheck and `torchbp.examine` to every wrong Function."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
     wrong_functions = importlib.import_module("wrong_functions")
-    return [_row(wrong) for wrong in wrong_functions.WRONG_FUNCTIONS]
+    return [_detect(wrong) for wrong in wrong_functions.WRONG_FUNCTIONS]
 
 
-def _row(wrong: Any) -> Row:
+def _detect(wrong: Any) -> Detection:
+    """Apply every tool to one wrong Function."""
     report = torchbp.examine(wrong.wrong, *wrong.inputs, **wrong.options)
-    found = [*report.failures, *report.warnings]
-    first = _notices(gradcheck, wrong)
-    everything = first or _notices(gradgradcheck, wrong) or _notices(_batched, wrong)
-    return Row(wrong.name, first, everything, found[0].check if found else "")
+    findings = [*report.failures, *report.warnings]
+    first = _detects(gradcheck, wrong)
+    any_tool = first or _detects(gradgradcheck, wrong) or _detects(_batched, wrong)
+    return Detection(wrong.name, first, any_tool, findings[0].check if findings else "")
 
 
 def _batched(fn: Any, inputs: Any) -> bool:
     return gradcheck(fn, inputs, check_batched_grad=True)
 
 
-def _notices(check: Callable[..., Any], wrong: Any) -> bool:
-    """Whether the check raises on what is wrong where it passes what is right: with all
-    inputs differentiated, else with the first one (a cost's target is a constant)."""
+def _detects(check: Callable[..., Any], wrong: Any) -> bool:
+    """Return whether the check raises on the wrong Function and not on the right one.
+    All inputs are differentiated, or only the first if the right Function fails then (a
+    cost's target is a constant)."""
     for count in (len(wrong.inputs), 1):
         if not _raises(check, wrong.right, wrong.inputs, count):
             return _raises(check, wrong.wrong, wrong.inputs, count)
@@ -80,7 +84,8 @@ def _notices(check: Callable[..., Any], wrong: Any) -> bool:
 
 
 def _raises(check: Callable[..., Any], fn: Any, inputs: Any, count: int) -> bool:
-    """Whether the check raises, in float64, on copies of which `count` are leaves."""
+    """Return whether the check raises on float64 copies, the first `count` of them
+    leaves."""
     copies = [
         t.detach().double().requires_grad_(k < count)
         if isinstance(t, Tensor) and t.is_floating_point()
@@ -97,20 +102,32 @@ def _raises(check: Callable[..., Any], fn: Any, inputs: Any, count: int) -> bool
     return False
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    """Print the table; return the exit status."""
-    Parser(__doc__).parse_args(arguments)
-    rows = main()
+def print_table(rows: list[Detection]) -> None:
+    """Print a line for each wrong Function, and the counts."""
     print(f"{'wrong Function':<26} {'gradcheck':<10} {'all':<5} examine")
     for row in rows:
         print(row)
     first, all = sum(row.first for row in rows), sum(row.all for row in rows)
     print(
-        f"\nof {len(rows)} wrong Functions gradcheck notices {first}, with "
+        f"\nof {len(rows)} wrong Functions gradcheck detects {first}, with "
         f"gradgradcheck and batched gradients {all}, examine "
         f"{sum(bool(row.check) for row in rows)}"
     )
-    return 0
+
+
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    Args:
+        arguments: of the command line; those of the process if None.
+    """
+
+    def program() -> int:
+        Parser(__doc__).parse_args(arguments)
+        print_table(main())
+        return 0
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""Why the first layers of a deep network learn last: BP2, over and over.
+"""Why the first layers of a deep network learn last: BP2 applied layer by layer.
 
     python experiments/vanishing_gradient.py            1 to 8 hidden layers
     python experiments/vanishing_gradient.py --depth 4  up to 4
     python experiments/vanishing_gradient.py --quick    fewer seeds and epochs
 
-The claim: each layer that the error passes on its way back multiplies it once,
+The claim: each layer multiplies the error that is propagated back,
 
     BP2   δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)
 
-so that ‖δ^ℓ‖ falls, or grows, geometrically with the distance from the output. For
+so ‖δ^ℓ‖ falls or grows geometrically with the distance from the output. For
 independent weights of standard deviation s and n neurons in layer ℓ the factor is
 
     ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖  ≈  s √n · √(mean of σ'(z^ℓ)²)
 
-With the sigmoid, σ' ≤ 1/4, it is well below 1 for every usual start; with ReLU and the
-book's first initialisation, s = 1, it is above 1, and the error explodes instead.
+With the sigmoid, σ' ≤ 1/4, it is well below 1 for every usual initialisation; with ReLU
+and the book's first initialisation, s = 1, it is above 1, and the error explodes.
 
 ‖δ^ℓ‖ is over all examples and neurons; the book's "speed of learning" is the norm of
-the mean over the examples, which is ∂C/∂b^ℓ (BP3) and shown as well.
+the mean over the examples, ∂C/∂b^ℓ (BP3), which is shown, too.
 
-Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments or data.
+Exit status: 0 the claims are shown, 1 a claim is not, 2 bad arguments or data.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 5.
 """
@@ -37,11 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find experiments and torchbp
 
 import torchbp
 from experiments.support import reporting
-from experiments.support.options import option
+from experiments.support.options import check_least, option
 from torchbp import data
 from torchbp._terminal import aligned
 from torchbp.inspection import Record, probe
@@ -52,88 +52,113 @@ ACTIVATIONS = ("sigmoid", "tanh", "relu")
 BOOK = ("sigmoid", "scaled")
 EXPLODING = ("relu", "normal")
 CLASSES, BATCH_SIZE = 10, 10
-TINY = 1e-300  # for the logarithm of an error that has vanished altogether
-# Measured over predicted factor a layer: W and σ' are not independent of δ, and a
-# network of 30 neurons is not large.
-AGREEMENT, AT_EACH = 1.1, 1.4
+TINY = 1e-300  # for the logarithm of an error that has vanished completely
+# Bounds on the measured over the predicted factor, on average and at each layer: W and
+# σ' are not independent of δ, and a layer of 30 neurons is not large.
+AGREEMENT, LAYER_AGREEMENT = 1.1, 1.4
 QUICK: dict[str, Any] = {"seeds": 2, "epochs": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(reporting.OnImages):
-    """Which networks, and how long they are trained."""
+class VanishingSettings(reporting.ImageSettings):
+    """Which networks, and how long they are trained; each field is an option: `depth`,
+    `width`, `seeds`, `examples`, `epochs`, `lr`."""
 
-    depth: int = option(8, "hidden layers of the deepest")
-    width: int = option(30, "neurons in each")
-    seeds: int = option(10, "starts of each network; the first is trained")
-    examples: int = option(1000, "images for training, and for δ")
-    epochs: int = option(20, "of training")
-    lr: float = option(0.1, "η")
+    depth: int = option(8, "hidden layers of the deepest network")
+    width: int = option(30, "neurons in each hidden layer")
+    seeds: int = option(10, "initial networks of each kind; the first is trained")
+    examples: int = option(1000, "images for training and for δ")
+    epochs: int = option(20, "epochs of training")
+    lr: float = option(0.1, "learning rate η")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reporting.at_least(self, depth=3, width=2, seeds=1, examples=1, epochs=1, lr=0)
+        check_least(self, depth=3, width=2, seeds=1, examples=1, epochs=1, lr=0)
 
 
 @dataclass(frozen=True)
-class Start:
-    """A kind of network before training, at one depth; means over the seeds, those of
-    norms geometric. Lists are over the hidden layers, the first one first."""
+class InitialState:
+    """A kind of network before training, at one depth. Means are over the seeds, those
+    of norms geometric; lists are over the hidden layers, from the input.
+
+    Attributes:
+        activation: of the hidden layers.
+        init: the initialisation.
+        depth: hidden layers.
+        norms: ‖δ^ℓ‖.
+        speeds: ‖∂C/∂b^ℓ‖.
+        predicted: ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖ for all but the last layer.
+        saturated: share of hidden neurons.
+    """
 
     activation: str
     init: str
     depth: int
-    norms: list[float]  # ‖δ^ℓ‖
-    speeds: list[float]  # ‖∂C/∂b^ℓ‖
-    predicted: list[float]  # ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖, for all but the last
-    saturated: float  # share of hidden neurons
+    norms: list[float]
+    speeds: list[float]
+    predicted: list[float]
+    saturated: float
 
     @property
     def slope(self) -> float:
+        """The slope of ln ‖δ^ℓ‖ over ℓ."""
         return slope_of(self.norms)
 
     @property
     def factor(self) -> float:
-        """What a layer multiplies ‖δ‖ by, geometric mean."""
+        """The factor by which a layer multiplies ‖δ‖, geometric mean."""
         ratio = max(self.norms[0], TINY) / max(self.norms[-1], TINY)
         return ratio ** (1 / (self.depth - 1))
 
     @property
     def factors(self) -> list[float]:
-        """What each layer, but for the last, multiplies it by."""
+        """The factor of each layer but the last."""
         norms = [max(norm, TINY) for norm in self.norms]
         return [before / after for before, after in itertools.pairwise(norms)]
 
     @property
     def predicted_factor(self) -> float:
+        """The factor that BP2 predicts, geometric mean."""
         return math.exp(statistics.fmean(map(math.log, self.predicted)))
 
 
 @dataclass(frozen=True)
-class Course:
-    """The hidden layers before training and after every epoch, as long as everything is
-    finite."""
+class TrainingCourse:
+    """The hidden layers before training and after every epoch, while all is finite.
+
+    Attributes:
+        activation: of the hidden layers.
+        init: the initialisation.
+        depth: hidden layers.
+        norms: ‖δ^ℓ‖ of each epoch.
+        speeds: ‖∂C/∂b^ℓ‖ of each epoch.
+        diverged: whether a norm became infinite or NaN.
+    """
 
     activation: str
     init: str
     depth: int
-    norms: list[list[float]]  # ‖δ^ℓ‖
-    speeds: list[list[float]]  # ‖∂C/∂b^ℓ‖
+    norms: list[list[float]]
+    speeds: list[list[float]]
     diverged: bool
 
 
 def slope_of(norms: list[float]) -> float:
-    """Of ln ‖δ^ℓ‖ over ℓ: above 0, the error vanishes on its way back."""
+    """Return the slope of ln ‖δ^ℓ‖ over ℓ; if positive, the error vanishes."""
     logs = [math.log(max(norm, TINY)) for norm in norms]
-    return reporting.slope(range(len(norms)), logs)
+    return statistics.linear_regression(range(len(norms)), logs).slope
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Measure, print the tables, and return what is in results.json."""
+def main(settings: VanishingSettings) -> dict[str, Any]:
+    """Measure, print the tables and return the content of results.json.
+
+    Args:
+        settings: what is measured.
+    """
     splits = reporting.load(settings)
-    print(reporting.stated(__doc__))
+    print(reporting.claim_of(__doc__))
     images, labels = (t[: settings.examples] for t in splits.train)
-    with cpu_threads(1), reporting.Report("vanishing_gradient", settings) as report:
+    with cpu_threads(1), reporting.ExperimentRun("vanishing_gradient", settings) as run:
         kinds = list(itertools.product(ACTIVATIONS, INITIALISATIONS))
         starts, courses = [], []
         for activation, init in kinds:
@@ -145,7 +170,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 starts.append(start)
                 courses.append(course)
         print(f"\n{start_table(starts, courses)}\n\n{depth_table(starts, courses)}")
-        return report.conclude(
+        return run.conclude(
             settings,
             {
                 "starts": [
@@ -161,14 +186,23 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 def measure(
-    settings: Settings,
+    settings: VanishingSettings,
     activation: str,
     init: str,
     depth: int,
     images: Tensor,
     labels: Tensor,
-) -> tuple[Start, Course]:
-    """All starts of one kind of network, and the training of the first."""
+) -> tuple[InitialState, TrainingCourse]:
+    """Measure the initial networks of one kind and train the first of them.
+
+    Args:
+        settings: of the experiment.
+        activation: of the hidden layers.
+        init: the initialisation.
+        depth: hidden layers.
+        images: uint8 (n, 784).
+        labels: int64 (n).
+    """
     x, cost = data.scale(images), torchbp.CrossEntropyCost()
     hidden = [settings.width] * depth
     traces = []
@@ -185,8 +219,8 @@ def measure(
         )
         traces.append(probe(model, cost, x, labels)[:-1])
     start = summarise(activation, init, traces)
-    # The model of the settings' own seed came last.
-    found = [(norms(traces[-1], "delta"), norms(traces[-1], "mean_delta"))]
+    # The model of the settings' seed was the last.
+    history = [(norms(traces[-1], "delta"), norms(traces[-1], "mean_delta"))]
     sgd = torchbp.ExplicitSGD(model, cost, settings.lr)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     for _ in range(settings.epochs):
@@ -195,19 +229,20 @@ def measure(
         now = norms(trace, "delta"), norms(trace, "mean_delta")
         if not all(map(math.isfinite, itertools.chain(*now))):
             break
-        found.append(now)
-    diverged = len(found) <= settings.epochs
-    of_epochs, speeds = (list(column) for column in zip(*found, strict=True))
-    return start, Course(activation, init, depth, of_epochs, speeds, diverged)
+        history.append(now)
+    diverged = len(history) <= settings.epochs
+    of_epochs, speeds = (list(column) for column in zip(*history, strict=True))
+    return start, TrainingCourse(activation, init, depth, of_epochs, speeds, diverged)
 
 
 def norms(trace: list[Record], quantity: str) -> list[float]:
+    """Return the norm of a quantity in each layer; NaN if there is none."""
     values = [record.norm(quantity) for record in trace]
     return [math.nan if value is None else value for value in values]
 
 
-def summarise(activation: str, init: str, traces: list[list[Record]]) -> Start:
-    """The means over the seeds."""
+def summarise(activation: str, init: str, traces: list[list[Record]]) -> InitialState:
+    """Return the means over the seeds."""
 
     def means(of_seeds: list[list[float]]) -> list[float]:
         return [
@@ -215,7 +250,7 @@ def summarise(activation: str, init: str, traces: list[list[Record]]) -> Start:
             for of_layer in zip(*of_seeds, strict=True)
         ]
 
-    return Start(
+    return InitialState(
         activation,
         init,
         len(traces[0]),
@@ -227,8 +262,8 @@ def summarise(activation: str, init: str, traces: list[list[Record]]) -> Start:
 
 
 def predictions(trace: list[Record]) -> list[float]:
-    """s √n √(mean σ'²) of every hidden layer but the last, s² being the mean square of
-    W^{ℓ+1} and n the number of its columns, the neurons of layer ℓ."""
+    """Return s √n √(mean σ'²) of every hidden layer but the last: s² is the mean square
+    of W^{ℓ+1} and n the number of its columns, the neurons of layer ℓ."""
     return [
         math.sqrt(
             after.weight.square().mean().item()
@@ -239,8 +274,8 @@ def predictions(trace: list[Record]) -> list[float]:
     ]
 
 
-def judge(starts: list[Start], courses: list[Course]) -> dict[str, bool]:
-    """Every claim, and whether the measurements show it."""
+def judge(starts: list[InitialState], courses: list[TrainingCourse]) -> dict[str, bool]:
+    """Return whether the measurements show each claim."""
     deepest = max(start.depth for start in starts)
     deep = {(s.activation, s.init): s for s in starts if s.depth == deepest}
     book = [s for s in starts if (s.activation, s.init) == BOOK]
@@ -248,28 +283,28 @@ def judge(starts: list[Start], courses: list[Course]) -> dict[str, bool]:
     firsts = [start.speeds[0] for start in sorted(book, key=lambda s: s.depth)]
     sigmoids = [s.slope for (activation, _), s in deep.items() if activation == BOOK[0]]
     return {
-        f"BP2 predicts the factor a layer, within {AGREEMENT - 1:.0%}": all(
+        f"BP2 predicts the mean factor of a layer, within {AGREEMENT - 1:.0%}": all(
             1 / AGREEMENT < s.factor / s.predicted_factor < AGREEMENT
             for s in deep.values()
         ),
-        f"and the factor at each layer, within {AT_EACH - 1:.0%}": all(
-            1 / AT_EACH < factor / predicted < AT_EACH
+        f"and the factor of each layer, within {LAYER_AGREEMENT - 1:.0%}": all(
+            1 / LAYER_AGREEMENT < factor / predicted < LAYER_AGREEMENT
             for s in deep.values()
             for factor, predicted in zip(s.factors, s.predicted, strict=True)
         ),
         "sigmoid, every initialisation: ‖δ^ℓ‖ falls towards the input": (
             min(sigmoids) > 0
         ),
-        "sigmoid, scaled: to less than half at every layer": deep[BOOK].factor < 0.5,
+        "sigmoid, scaled: to less than half per layer": deep[BOOK].factor < 0.5,
         "sigmoid, scaled: the deeper the network, the slower its first layer": all(
             deeper < shallower for shallower, deeper in itertools.pairwise(firsts)
         ),
-        "scaled: tanh and ReLU lose less than half as much a layer (in ln ‖δ‖)": all(
+        "scaled: tanh and ReLU lose less than half as much per layer (in ln ‖δ‖)": all(
             deep[activation, "scaled"].slope < deep[BOOK].slope / 2
             for activation in ("tanh", "relu")
         ),
         "ReLU, normal: ‖δ^ℓ‖ grows towards the input": deep[EXPLODING].slope < 0,
-        "sigmoid, scaled: in training, too, ‖δ^1‖ and ‖∂C/∂b^1‖ are the smallest": all(
+        "sigmoid, scaled: ‖δ^1‖ and ‖∂C/∂b^1‖ are the smallest in training, too": all(
             of_layers[0] == min(of_layers) < of_layers[-1]
             for course in trained
             for of_layers in (*course.norms, *course.speeds)
@@ -277,8 +312,8 @@ def judge(starts: list[Start], courses: list[Course]) -> dict[str, bool]:
     }
 
 
-def start_table(starts: list[Start], courses: list[Course]) -> str:
-    """The deepest network of every kind: before training, and its slope after."""
+def start_table(starts: list[InitialState], courses: list[TrainingCourse]) -> str:
+    """Return the table of the deepest networks, before training and after."""
     deepest = max(start.depth for start in starts)
     titles = ["activation", "init", "‖δ^1‖", f"‖δ^{deepest}‖", "slope", "factor"]
     lines = [[*titles, "BP2's", "saturated", "slope, trained"]]
@@ -291,15 +326,15 @@ def start_table(starts: list[Start], courses: list[Course]) -> str:
             lines.append([s.activation, s.init, *figures])
     epochs = max(len(course.norms) - 1 for course in courses)
     title = (
-        f"{deepest} hidden layers at the start: slope of ln ‖δ^ℓ‖ over ℓ, factor a "
-        f"layer on the way back,\nwhat BP2 predicts, share of saturated neurons; slope "
+        f"{deepest} hidden layers before training: slope of ln ‖δ^ℓ‖ over ℓ, factor "
+        f"per layer,\nthe factor that BP2 predicts, share of saturated neurons; slope "
         f"after {epochs} epochs"
     )
     return f"{title}\n{aligned(lines, left=2)}"
 
 
-def depth_table(starts: list[Start], courses: list[Course]) -> str:
-    """The book's network: ‖∂C/∂b^ℓ‖ by layer for every depth."""
+def depth_table(starts: list[InitialState], courses: list[TrainingCourse]) -> str:
+    """Return the table of ‖∂C/∂b^ℓ‖ in the book's network of every depth."""
     deepest = max(start.depth for start in starts)
     layers = [f"ℓ = {ell}" for ell in range(1, deepest + 1)]
     blocks = [["hidden layers", *layers]]
@@ -315,8 +350,8 @@ def depth_table(starts: list[Start], courses: list[Course]) -> str:
     return f"‖∂C/∂b^ℓ‖, {', '.join(BOOK)}\n{aligned(blocks, left=1)}"
 
 
-def curves(courses: list[Course]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: every layer's ‖δ^ℓ‖ and ‖∂C/∂b^ℓ‖ over the epochs."""
+def curves(courses: list[TrainingCourse]) -> dict[str, list[tuple[int, float]]]:
+    """Return each layer's ‖δ^ℓ‖ and ‖∂C/∂b^ℓ‖ over the epochs, for TensorBoard."""
     return {
         f"{c.activation} {c.init} {c.depth}/{name}_{ell}": list(enumerate(of_layer))
         for c in courses
@@ -325,19 +360,21 @@ def curves(courses: list[Course]) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def draw(figure: Any, starts: list[Start], courses: list[Course]) -> None:
-    """‖δ^ℓ‖ over ℓ at the start, and the book's network in training."""
+def draw(
+    figure: Any, starts: list[InitialState], courses: list[TrainingCourse]
+) -> None:
+    """Draw ‖δ^ℓ‖ over ℓ before training, and the book's network in training."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     deepest = max(start.depth for start in starts)
     styles = dict(zip(INITIALISATIONS, ("-", "--", ":"), strict=True))
     colours = dict(zip(ACTIVATIONS, ("C0", "C1", "C2"), strict=True))
-    # In the order in which the lines end on the left, where they lie apart.
+    # The legend has the order of the lines at the left, where they are apart.
     for s in sorted(starts, key=lambda s: -s.norms[0]):
         if s.depth == deepest:
             style = colours[s.activation] + styles[s.init]
             label = f"{s.activation}, {s.init}"
             left.semilogy(range(1, deepest + 1), s.norms, style, label=label)
-    left.set_title(f"‖δ^ℓ‖ at the start, {deepest} hidden layers", fontsize=10)
+    left.set_title(f"‖δ^ℓ‖ before training, {deepest} hidden layers", fontsize=10)
     left.set_xlabel("hidden layer ℓ")
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     depth = min(4, deepest)
@@ -350,10 +387,7 @@ def draw(figure: Any, starts: list[Start], courses: list[Course]) -> None:
     right.legend(fontsize=8, ncols=2)
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    """The shell around :func:`main`; returns the exit status."""
-    return reporting.run(main, Settings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, VanishingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -1,39 +1,39 @@
-"""Why backpropagation: what a gradient costs by every other way, and how exact it is.
+"""Why backpropagation: the cost and the error of a gradient by every other way.
 
     python experiments/why_backprop.py               networks of 10² to 10⁶ parameters
     python experiments/why_backprop.py --sizes 8 6 4 --sizes 784 30 10
     python experiments/why_backprop.py --quick       up to 10⁴
 
-The claim: all P partial derivatives of C come from one pass forward and one pass back,
+The claim: one forward and one backward pass give all P partial derivatives of C,
 
     BP1   δ^L = ∇_a C ⊙ σ'(z^L)                      BP3   ∂C/∂b^ℓ = δ^ℓ
     BP2   δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)       BP4   ∂C/∂W^ℓ = δ^ℓ (a^{ℓ-1})ᵀ
 
-while the other ways take a pass forward, or two, for each parameter:
+while the other ways take one or two forward passes for each parameter:
 
     forward difference    (C(w + ε e_j) - C(w)) / ε                P + 1 passes
     central difference    (C(w + ε e_j) - C(w - ε e_j)) / (2ε)     2 P
-    forward mode          exact, too, but it starts at the         P
-                          parameters, of which there are P; back
-                          starts at C, which is one number
+    forward mode          exact, but starts at the P               P
+                          parameters; the backward pass
+                          starts at C, a single number
 
-A pass takes time ~ P, so perturbation takes ~ P² where backprop takes ~ P. It is faster
-by a factor of about P: "exponentially cheaper" is loose, nothing is exponential in P.
+A pass takes time ~ P, so perturbation takes ~ P² and backprop ~ P: it is faster by a
+factor of about P. "Exponentially cheaper" is loose: nothing is exponential in P.
 
-The pass back costs about as much as the one forward: with a product of matrices for
-δ^ℓ (a^{ℓ-1})ᵀ and, but for the first layer, one for Wᵀ δ, it takes
+The backward pass costs about as much as the forward pass. With one matrix product for
+δ^ℓ (a^{ℓ-1})ᵀ and, except in the first layer, one for Wᵀ δ, it takes
 
     back / forward = 1 + Σ_{ℓ≥2} n_ℓ n_{ℓ-1} / Σ_ℓ n_ℓ n_{ℓ-1}      (operations)
 
-1.01 at [784, 30, 10], 1.40 at [784, 512, 512, 10], towards 2 when deep.
+1.01 at [784, 30, 10], 1.40 at [784, 512, 512, 10], towards 2 in deep networks.
 
 The error of the differences over ε is a V: rounding ~ u/ε on its left, truncation ~ ε
 (central ~ ε²) on its right; the best ε is about √u (central ∛u), u the rounding unit.
 
-Exit status: 0 the claims are shown, 1 one is not, 2 bad arguments.
+Exit status: 0 the claims are shown, 1 a claim is not, 2 bad arguments.
 
-Past 10⁴ parameters the passes are made for a sample of them; numbers and times that are
-extrapolated from it are marked ~.
+Beyond 10⁴ parameters only a sample of them is perturbed; numbers of passes and times
+that are extrapolated from it are marked ~.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
@@ -44,36 +44,41 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import process_time as clock  # what other programs take does not count
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the files beside this one
+sys.path.insert(0, str(Path(__file__).parents[1]))  # to find experiments and torchbp
 
 import torchbp
-from experiments.support import reporting
+from experiments.support import gradient_costs, reporting
+from experiments.support.gradient_costs import (
+    EPSILON,
+    POWERS,
+    V_SIZES,
+    DifferenceErrors,
+    GradientCost,
+    PassRatio,
+    measure_errors,
+    measure_passes,
+    measure_ways,
+)
 from experiments.support.gradient_ways import (
+    BACKPROPS,
     BATCH_SIZE,
     BATCHED,
     CENTRAL,
     FORWARD,
     LOOPS,
     MODE,
-    PERTURBATIONS,
     PERTURBING,
-    SWEEPS,
-    Problem,
-    batched,
-    parameters,
+    count_parameters,
 )
-from experiments.support.options import option
-from torchbp._terminal import aligned
+from experiments.support.options import check_least, option
+from torchbp._terminal import aligned, measured_time
 from torchbp.training import cpu_threads
 
 SIZES = (
@@ -84,135 +89,60 @@ SIZES = (
     (784, 300, 100, 10),
     (784, 1000, 200, 10),
 )
-# Whose forward and backward passes are timed beside the operations that they take.
+# Networks whose forward and backward passes are timed and counted.
 PASSES = ((784, 30, 10), (784, 512, 512, 10), (784, *[512] * 8, 10))
-V_SIZES = (8, 6, 4)
-ALL_UP_TO, SAMPLE = 10_000, 100  # parameters; sampled beyond
-STEP = 1e-3  # of the differences in the table, float32
-# Powers of ten, in halves.
-STEPS = {
-    dtype: [half / 2 for half in range(2 * first, 1)]
-    for dtype, first in ((torch.float32, -7), (torch.float64, -15))
-}
-BALANCE = {FORWARD: 1 / 2, CENTRAL: 1 / 3}  # the best ε is about u to this power
-NEAR = 30.0  # times or parts of that
-ABOUT = 10.0  # times or parts of P
-PREDICTED_WITHIN = 0.4  # of the time back / forward, beside the operations
+# Tolerances of the claims: factors of the best ε and of P, and the relative deviation
+# of the time back / forward from that of the operations.
+EPSILON_FACTOR, P_FACTOR, TIME_DEVIATION = 30.0, 10.0, 0.4
 QUICK: dict[str, Any] = {"sizes": SIZES[:3], "repeats": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(reporting.Common):
-    """Which networks, and how thoroughly they are timed."""
+class WhySettings(reporting.CommonSettings):
+    """Which networks, and how thoroughly they are timed; each field is an option:
+    `sizes`, `repeats`, `batch_size`."""
 
     sizes: tuple[tuple[int, ...], ...] = option(
         SIZES,
-        "neurons per layer; give it for each network, two or more",
+        "neurons per layer; repeat the option for each network, at least two",
         shown="8 6 4 up to 784 1000 200 10",
     )
     repeats: int = option(7, "turns of every timing")
-    batch_size: int = option(512, "of the timed passes")
+    batch_size: int = option(512, "examples in the timed passes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reporting.at_least(self, repeats=1, batch_size=1)
-        if len(set(map(parameters, self.sizes))) < 2:
+        check_least(self, repeats=1, batch_size=1)
+        if len(set(map(count_parameters, self.sizes))) < 2:
             raise ValueError(
                 f"sizes: expected two networks or more of different numbers of "
                 f"parameters, got {self.sizes}"
             )
-        for sizes in self.sizes:
-            torchbp.MLP(
-                sizes, device="meta", dtype=torch.float32
-            )  # refuses what is no network
+        for sizes in self.sizes:  # raises for sizes that are no network
+            torchbp.MLP(sizes, device="meta", dtype=torch.float32)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to all partial derivatives of one network."""
+def main(settings: WhySettings) -> dict[str, Any]:
+    """Measure, print the tables and return the content of results.json.
 
-    sizes: tuple[int, ...]
-    way: str
-    P: int
-    forward: float  # passes of the batch through the network, counted
-    backward: float
-    seconds: float
-    error: float  # relative, against float64
-    is_sampled: bool
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The backward pass in forward passes: of operations, and of time."""
-
-    sizes: tuple[int, ...]
-    predicted: float
-    counted: float
-    measured: float
-
-
-@dataclass(frozen=True)
-class Errors:
-    """The relative error of the differences over ε, and its two sides."""
-
-    dtype: str
-    way: str
-    steps: list[float]
-    errors: list[float]
-
-    @property
-    def best(self) -> int:
-        return self.errors.index(min(self.errors))
-
-    @property
-    def is_v(self) -> bool:
-        """Whether both ends are ten times worse than the middle, or more."""
-        ends = self.errors[0], self.errors[-1]
-        return min(ends) >= 10 * self.errors[self.best]
-
-    @property
-    def balance(self) -> float:
-        """The ε at which rounding, u/ε, is as large as truncation, ε or ε²."""
-        u: float = torch.finfo(getattr(torch, self.dtype)).eps / 2
-        return u ** BALANCE[self.way]
-
-    @property
-    def left(self) -> float:
-        """p of error ~ ε^p where rounding rules."""
-        return self._power(0, self.steps[self.best] / 10)
-
-    @property
-    def right(self) -> float:
-        """p of error ~ ε^p where truncation rules."""
-        return self._power(10 * self.steps[self.best], 0.5)
-
-    def _power(self, above: float, below: float) -> float:
-        """Between two ε, a decade from the best one, where the other side no longer
-        shows, and without errors of 30 % and more, which grow no further; NaN where too
-        little is left."""
-        pairs = [
-            (math.log10(step), math.log10(error))
-            for step, error in zip(self.steps, self.errors, strict=True)
-            if above < step < below and 0 < error < 0.3
-        ]
-        if len(pairs) < 3:
-            return math.nan
-        x, y = zip(*pairs, strict=True)
-        return reporting.slope(x, y)
-
-
-def main(settings: Settings) -> dict[str, Any]:
-    """Measure, print the tables, and return what is in results.json."""
-    print(f"{reporting.stated(__doc__)}")
-    with cpu_threads(1), reporting.Report("why_backprop", settings) as report:
+    Args:
+        settings: what is measured.
+    """
+    print(reporting.claim_of(__doc__))
+    seed, repeats = settings.seed, settings.repeats
+    with cpu_threads(1), reporting.ExperimentRun("why_backprop", settings) as run:
         ways = []
-        for sizes in sorted(settings.sizes, key=parameters):
-            print(f"{list(sizes)}, {parameters(sizes):,} parameters ...", flush=True)
-            ways += compare(tuple(sizes), settings)
-        passes = [time_passes(sizes, settings) for sizes in PASSES]
+        for sizes in sorted(settings.sizes, key=count_parameters):
+            P = count_parameters(sizes)
+            print(f"{list(sizes)}, {P:,} parameters ...", flush=True)
+            ways += measure_ways(tuple(sizes), seed, repeats)
+        passes = [
+            measure_passes(sizes, seed, repeats, settings.batch_size)
+            for sizes in PASSES
+        ]
         errors = [
-            error_over_step(settings, dtype, way)
-            for dtype in STEPS
+            measure_errors(seed, dtype, way)
+            for dtype in POWERS
             for way in (FORWARD, CENTRAL)
         ]
         print(f"\n{way_table(ways, settings)}\n\n{growth_table(ways)}\n")
@@ -222,7 +152,7 @@ def main(settings: Settings) -> dict[str, Any]:
             "passes": [asdict(p) for p in passes],
             "errors": [asdict(e) for e in errors],
         }
-        return report.conclude(
+        return run.conclude(
             settings,
             measured,
             judge(ways, passes, errors),
@@ -231,154 +161,20 @@ def main(settings: Settings) -> dict[str, Any]:
         )
 
 
-def compare(sizes: tuple[int, ...], settings: Settings) -> list[Way]:
-    """Every way on one network. They take turns, so that a disturbance meets all; the
-    perturbing ones have a part of the parameters in each turn."""
-    problem = Problem(sizes, settings.seed)
-    exact = flat(batched(Problem(sizes, settings.seed, torch.float64)))
-    P = parameters(sizes)
-    indices = sample(P)
-    places = problem.places(indices)
-    turns = min(settings.repeats, len(places))
-    found: dict[str, list[float]] = {name: [] for name in PERTURBING}
-    counts = dict.fromkeys(PERTURBING, 0)
-    # Of one pass, and of one gradient.
-    times: dict[str, list[float]] = {name: [] for name in (*PERTURBING, *SWEEPS)}
-    for perturb in PERTURBATIONS.values():
-        perturb(problem, places[:2], STEP)  # what is slow only once
-    for turn in range(turns):
-        part = places[turn * len(places) // turns : (turn + 1) * len(places) // turns]
-        for name, perturb in PERTURBATIONS.items():
-            problem.passes = 0
-            started = clock()
-            found[name] += perturb(problem, part, STEP)
-            seconds = clock() - started
-            times[name].append(seconds / problem.passes)
-            counts[name] += problem.passes
-        for name, sweep in SWEEPS.items():
-            times[name].append(seconds_a_call(lambda run=sweep: run(problem)))  # type: ignore[misc]
-    ways = []
-    for name, (_, once) in PERTURBING.items():
-        # What is there once a turn does not grow with the parameters.
-        passes = (counts[name] - turns * once) * P / len(places) + once
-        seconds = statistics.median(times[name]) * passes
-        error = distance(
-            torch.tensor(found[name], dtype=torch.float64, device="cpu"), exact[indices]
-        )
-        ways.append(Way(sizes, name, P, passes, 0, seconds, error, len(places) < P))
-    for name, sweep in SWEEPS.items():
-        error = distance(flat(sweep(problem)).double(), exact)
-        seconds = statistics.median(times[name])
-        ways.append(Way(sizes, name, P, *PAIRS[name](problem), seconds, error, False))
-    return ways
+Ways = dict[str, list[GradientCost]]
 
 
-def flat(grads: Sequence[Tensor]) -> Tensor:
-    return torch.cat([grad.flatten() for grad in grads])
-
-
-def sample(P: int) -> list[int]:
-    """All parameters, or where they are too many some of them, evenly."""
-    if P <= ALL_UP_TO:
-        return list(range(P))
-    return [int((i + 0.5) * P / SAMPLE) for i in range(SAMPLE)]
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-def seconds_a_call(run: Callable[[], Any]) -> float:
-    """Of the processor, over as many calls as 10 ms have room for."""
-    run()  # whoever ran before has filled the caches
-    calls, seconds, started = 0, 0.0, clock()
-    while seconds < 1e-2:
-        run()
-        calls += 1
-        seconds = clock() - started
-    return seconds / calls
-
-
-def count_loops(problem: Problem) -> tuple[float, float]:
-    """The passes counted, those of single examples as parts of the batch's."""
-    problem.passes = problem.passes_back = 0
-    SWEEPS[LOOPS](problem)
-    return problem.passes / BATCH_SIZE, problem.passes_back / BATCH_SIZE
-
-
-def count_batched(problem: Problem) -> tuple[float, float]:
-    """By operations: those of one pass forward are measured, and the rest, over those
-    that a pass back should take, has to be one pass back."""
-    forward = count(lambda: problem.model(problem.x))
-    rest = count(lambda: SWEEPS[BATCHED](problem)) - forward
-    return 1.0, rest / (forward * operations(problem.sizes))
-
-
-PAIRS: dict[str, Callable[[Problem], tuple[float, float]]] = {
-    LOOPS: count_loops,
-    BATCHED: count_batched,
-}
-
-
-def operations(sizes: Sequence[int]) -> float:
-    """The backward pass over the forward, by the products of matrices in both."""
-    products = [n_in * n_out for n_in, n_out in itertools.pairwise(sizes)]
-    return 1 + sum(products[1:]) / sum(products)
-
-
-def time_passes(sizes: tuple[int, ...], settings: Settings) -> Passes:
-    """Both passes of our layers under autograd, at a batch where the products rule."""
-    torch.manual_seed(settings.seed)
-    model = torchbp.MLP(sizes, device="cpu", dtype=torch.float32)
-    cost = torchbp.QuadraticCost()
-    x = torch.rand(settings.batch_size, sizes[0], dtype=torch.float32, device="cpu")
-    y = torch.rand(settings.batch_size, sizes[-1], dtype=torch.float32, device="cpu")
-    inputs = list(model.parameters())
-    ratios = []
-    for _ in range(settings.repeats + 1):  # the first allocates
-        forward = back = 0.0
-        while forward < 1e-2:
-            started = clock()
-            C = cost(model(x), y)
-            turned = clock()
-            torch.autograd.grad(C, inputs)
-            forward, back = forward + turned - started, back + clock() - turned
-        ratios.append(back / forward)
-    counted = count(lambda: torchbp.backprop(model, cost, x, y)) / count(
-        lambda: model(x)
-    )
-    measured = statistics.median(ratios[1:])
-    return Passes(sizes, operations(sizes), counted - 1, measured)
-
-
-@torch.no_grad()
-def count(run: Callable[[], Any]) -> int:
-    """Operations of the products of matrices in a call."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def error_over_step(settings: Settings, dtype: torch.dtype, way: str) -> Errors:
-    """The error of the differences for every ε of the dtype."""
-    exact = flat(batched(Problem(V_SIZES, settings.seed, torch.float64)))
-    problem = Problem(V_SIZES, settings.seed, dtype)
-    places = problem.places(range(len(exact)))
-    steps = [10.0**power for power in STEPS[dtype]]
-    errors = []
-    for step in steps:
-        found = PERTURBATIONS[way](problem, places, step)
-        errors.append(
-            distance(torch.tensor(found, dtype=torch.float64, device="cpu"), exact)
-        )
-    return Errors(str(dtype).removeprefix("torch."), way, steps, errors)
+def by_name(ways: list[GradientCost]) -> Ways:
+    """Return the measurements of each way, over the networks."""
+    names = (*PERTURBING, *BACKPROPS)
+    return {name: [w for w in ways if w.way == name] for name in names}
 
 
 def judge(
-    ways: list[Way], passes: list[Passes], errors: list[Errors]
+    ways: list[GradientCost], passes: list[PassRatio], errors: list[DifferenceErrors]
 ) -> dict[str, bool]:
-    """Every claim, and whether the measurements show it."""
-    of = {name: [w for w in ways if w.way == name] for name in (*PERTURBING, *SWEEPS)}
+    """Return whether the measurements show each claim."""
+    of = by_name(ways)
     counted = all(
         math.isclose(w.forward, per * w.P + once, rel_tol=1e-9)
         for name, (per, once) in PERTURBING.items()
@@ -386,7 +182,7 @@ def judge(
     )
     pairs = all(
         math.isclose(number, 1, rel_tol=1e-9)
-        for name in SWEEPS
+        for name in BACKPROPS
         for w in of[name]
         for number in (w.forward, w.backward)
     )
@@ -396,11 +192,10 @@ def judge(
     rough = [w.error for name in (FORWARD, CENTRAL) for w in of[name]]
     return {
         "passes forward, counted: P + 1, 2 P and P": counted,
-        "BP1-BP4: one pass forward and one back, by operations as predicted": pairs
+        "BP1-BP4: one pass forward and one back, with the predicted operations": pairs
         and all(math.isclose(p.counted, p.predicted, rel_tol=1e-6) for p in passes),
-        f"backprop is faster than differences by about P, P/{ABOUT:g} to {ABOUT:g} P": (
-            1 / ABOUT < min(factors) <= max(factors) < ABOUT
-        ),
+        f"backprop is faster than differences by about P, P/{P_FACTOR:g} to "
+        f"{P_FACTOR:g} P": 1 / P_FACTOR < min(factors) <= max(factors) < P_FACTOR,
         "and than all three by a factor that grows as P (exponent 0.75 to 1.25)": all(
             0.75 < exponent < 1.25 for exponent in exponents
         ),
@@ -408,61 +203,64 @@ def judge(
             max(exact) < 1e-5 < 1e-4 < min(rough)
         ),
         f"a pass back takes its operations' share of time, within "
-        f"{PREDICTED_WITHIN:.0%}": all(
-            abs(p.measured / p.predicted - 1) < PREDICTED_WITHIN for p in passes
+        f"{TIME_DEVIATION:.0%}": all(
+            abs(p.measured / p.predicted - 1) < TIME_DEVIATION for p in passes
         ),
         "and more of it in the deepest network": (
             passes[-1].measured > passes[0].measured
         ),
         "the error over ε has the shape of a V": all(e.is_v for e in errors),
-        f"which is lowest at √u, central at ∛u (within {NEAR:g} x)": all(
-            1 / NEAR < e.steps[e.best] / e.balance < NEAR for e in errors
+        f"which is lowest at √u, central at ∛u (within {EPSILON_FACTOR:g} x)": all(
+            1 / EPSILON_FACTOR < e.epsilons[e.best] / e.balance < EPSILON_FACTOR
+            for e in errors
         ),
-        "falls on its left as 1/ε": shown(-1, [e.left for e in errors]),
+        "falls on its left as 1/ε": are_close(-1, [e.left for e in errors]),
         "and rises on its right as ε, central as ε²": all(
-            shown(power, [e.right for e in errors if e.way == way])
+            are_close(power, [e.right for e in errors if e.way == way])
             for way, power in ((FORWARD, 1), (CENTRAL, 2))
         ),
     }
 
 
-def shown(power: int, found: list[float]) -> bool:
-    """Whether those that could be measured, one at the least, are `power`."""
-    measured = [p for p in found if not math.isnan(p)]
+def are_close(power: int, powers: list[float]) -> bool:
+    """Return whether the powers are about `power`, NaN apart, and not all are NaN."""
+    measured = [p for p in powers if not math.isnan(p)]
     return bool(measured) and all(abs(p - power) < 0.3 for p in measured)
 
 
-def factors_of(name: str, of: dict[str, list[Way]]) -> list[tuple[Way, float]]:
-    """Each network's time by that way over its time by batched backprop."""
+def factors_of(name: str, of: Ways) -> list[tuple[GradientCost, float]]:
+    """Return each network's time by that way over its time by batched backprop."""
     pairs = zip(of[name], of[BATCHED], strict=True)
     return [(way, way.seconds / batch.seconds) for way, batch in pairs]
 
 
-def advantage(slow: list[Way], fast: list[Way]) -> float:
-    """p of (time of the one / time of the other) ~ P^p."""
+def advantage(slow: list[GradientCost], fast: list[GradientCost]) -> float:
+    """Return p of (slow time / fast time) ~ P^p."""
     P = [math.log(w.P) for w in slow]
     pairs = zip(slow, fast, strict=True)
-    return reporting.slope(P, [math.log(s.seconds / f.seconds) for s, f in pairs])
+    ratios = [math.log(s.seconds / f.seconds) for s, f in pairs]
+    return statistics.linear_regression(P, ratios).slope
 
 
-def growth(ways: list[Way]) -> float:
-    """p of time ~ P^p, over the networks past 10⁴ parameters if there are two."""
-    large = [w for w in ways if w.P > ALL_UP_TO]
+def growth(ways: list[GradientCost]) -> float:
+    """Return p of time ~ P^p, over the networks beyond 10⁴ parameters if there are two,
+    else over the two largest."""
+    large = [w for w in ways if w.P > gradient_costs.ALL_UP_TO]
     chosen = large if len(large) > 1 else sorted(ways, key=lambda w: w.P)[-2:]
-    P, seconds = zip(*((math.log(w.P), math.log(w.seconds)) for w in chosen))  # noqa: B905
-    return reporting.slope(P, seconds)
+    points = [(math.log(w.P), math.log(w.seconds)) for w in chosen]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def way_table(ways: list[Way], settings: Settings) -> str:
+def way_table(ways: list[GradientCost], settings: WhySettings) -> str:
+    """Return the table of ways."""
     title = [
-        f"float32, batches of {BATCH_SIZE}, ε {STEP:g}; passes of a whole batch; "
+        f"float32, batches of {BATCH_SIZE}, ε {EPSILON:g}; passes of a whole batch; "
         f"processor time, medians of {settings.repeats}"
     ]
     if any(w.is_sampled for w in ways):
-        title.append(f"~ extrapolated from {SAMPLE} parameters")
+        title.append(f"~ extrapolated from {gradient_costs.SAMPLE} parameters")
     lines = [["network", "way", "P", "passes", "back", "time", "over batched", "error"]]
-    of = {BATCHED: [w for w in ways if w.way == BATCHED]}
-    batch = {w.sizes: w.seconds for w in of[BATCHED]}
+    batch = {w.sizes: w.seconds for w in ways if w.way == BATCHED}
     last = None
     for w in ways:
         name, P = (short(w.sizes), f"{w.P:,}") if w.sizes != last else ("", "")
@@ -471,44 +269,34 @@ def way_table(ways: list[Way], settings: Settings) -> str:
         times = w.seconds / batch[w.sizes]
         factor = f"{mark}{times / w.P:.2f} P" if w.way in PERTURBING else f"{times:.1f}"
         figures = [f"{mark}{w.forward:,.0f}", f"{w.backward:,.0f}"]
-        figures += [f"{mark}{duration(w.seconds)}", factor, f"{w.error:.0e}"]
+        figures += [f"{mark}{measured_time(w.seconds)}", factor, f"{w.error:.0e}"]
         lines.append([name, w.way, P, *figures])
     return "\n".join([*title, aligned(lines, left=2)])
 
 
-def duration(seconds: float) -> str:
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{short_number(seconds / unit)} {name}"
-    return f"{short_number(seconds * 1e6)} µs"
-
-
-def short_number(value: float) -> str:
-    """Three digits, and no power of ten."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def growth_table(ways: list[Way]) -> str:
-    """The exponents, and the words that are loose."""
-    of = {name: [w for w in ways if w.way == name] for name in (*PERTURBING, *SWEEPS)}
-    large = sum(w.P > ALL_UP_TO for w in of[BATCHED])
-    which = f"P > {ALL_UP_TO:,}" if large > 1 else "the largest two"
+def growth_table(ways: list[GradientCost]) -> str:
+    """Return the table of exponents, and why "exponentially cheaper" is loose."""
+    of = by_name(ways)
+    all_up_to = gradient_costs.ALL_UP_TO
+    large = sum(all_up_to < w.P for w in of[BATCHED])
+    which = f"P > {all_up_to:,}" if large > 1 else "the largest two"
     lines = [["way", f"time ~ P^p, {which}", "time / batched ~ P^p, all"]]
     for name, mine in of.items():
         faster = advantage(mine, of[BATCHED])
         lines.append([name, f"{growth(mine):.2f}", f"{faster:.2f}"])
     factors = [f / w.P for w, f in factors_of(FORWARD, of)]
-    said = (
+    text = (
         '"exponentially cheaper" is loose: forward differences take '
         f"{min(factors):.2f} P to {max(factors):.2f} P times\nas long as backprop, so "
         "the factor is about P"
     )
     if large < 2:
-        said += "\nnetworks as small as these take as long a pass, whatever P"
-    return f"{aligned(lines, left=1)}\n{said}"
+        text += "\nin networks as small as these the time of a pass hardly depends on P"
+    return f"{aligned(lines, left=1)}\n{text}"
 
 
-def pass_table(passes: list[Passes], settings: Settings) -> str:
+def pass_table(passes: list[PassRatio], settings: WhySettings) -> str:
+    """Return the table of passes."""
     lines = [["network", "operations, predicted", "counted", "time"]]
     lines += [
         [short(p.sizes), *(f"{v:.2f}" for v in (p.predicted, p.counted, p.measured))]
@@ -519,7 +307,7 @@ def pass_table(passes: list[Passes], settings: Settings) -> str:
 
 
 def short(sizes: Sequence[int]) -> str:
-    """[784, 8 x 512, 10] where a width comes more than twice in a row."""
+    """Return the sizes as text, with 8 x 512 for eight equal layers in a row."""
     parts = []
     for n, group in itertools.groupby(sizes):
         count = len(list(group))
@@ -527,11 +315,12 @@ def short(sizes: Sequence[int]) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def error_table(errors: list[Errors]) -> str:
-    titles = ["dtype", "way", "best ε", "√u or ∛u", "error there", "at both ends"]
+def error_table(errors: list[DifferenceErrors]) -> str:
+    """Return the table of the errors over ε."""
+    titles = ["dtype", "way", "best ε", "√u or ∛u", "its error", "at both ends"]
     lines = [[*titles, "left ~ ε^p", "right ~ ε^p"]]
     for e in errors:
-        best = [f"{e.steps[e.best]:.0e}", f"{e.balance:.0e}", f"{e.errors[e.best]:.0e}"]
+        best = [f"{v:.0e}" for v in (e.epsilons[e.best], e.balance, e.errors[e.best])]
         ends = f"{e.errors[0]:.0e}, {e.errors[-1]:.0e}"
         powers = ["—" if math.isnan(p) else f"{p:.2f}" for p in (e.left, e.right)]
         lines.append([e.dtype, e.way, *best, ends, *powers])
@@ -539,23 +328,25 @@ def error_table(errors: list[Errors]) -> str:
     return f"{title}\n{aligned(lines, left=2)}"
 
 
-def curves(ways: list[Way], errors: list[Errors]) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: over P, and over the powers of ten of ε."""
-    shown: dict[str, list[tuple[int, float]]] = {}
+def curves(
+    ways: list[GradientCost], errors: list[DifferenceErrors]
+) -> dict[str, list[tuple[int, float]]]:
+    """Return the curves for TensorBoard: over P, and over the powers of ten of ε."""
+    points: dict[str, list[tuple[int, float]]] = {}
     for w in ways:
         for quantity in ("seconds", "error", "forward"):
             tag = f"{quantity}_over_P/{w.way}"
-            shown.setdefault(tag, []).append((w.P, getattr(w, quantity)))
+            points.setdefault(tag, []).append((w.P, getattr(w, quantity)))
     for e in errors:
-        # Its steps are whole numbers: a tenth of a power each.
-        powers = [round(-10 * math.log10(step)) for step in e.steps]
+        # TensorBoard's steps are whole numbers: a tenth of a power each.
+        powers = [round(-10 * math.log10(epsilon)) for epsilon in e.epsilons]
         pairs = sorted(zip(powers, e.errors, strict=True))
-        shown[f"error_over_minus_10_log10_step/{e.dtype} {e.way}"] = pairs
-    return shown
+        points[f"error_over_minus_10_log10_epsilon/{e.dtype} {e.way}"] = pairs
+    return points
 
 
-def draw(figure: Any, ways: list[Way], errors: list[Errors]) -> None:
-    """Time over P, and error over ε."""
+def draw(figure: Any, ways: list[GradientCost], errors: list[DifferenceErrors]) -> None:
+    """Draw time over P, and error over ε."""
     left, right = figure.subplots(1, 2)
     colours = {MODE: "C2", CENTRAL: "C1", FORWARD: "C0", LOOPS: "C3", BATCHED: "C4"}
     for name, colour in colours.items():
@@ -573,16 +364,13 @@ def draw(figure: Any, ways: list[Way], errors: list[Errors]) -> None:
     left.legend(fontsize=8)
     for e in errors:
         style = colours[e.way] + ("-" if e.dtype == "float64" else "--")
-        right.loglog(e.steps, e.errors, style, label=f"{e.dtype}, {e.way}")
+        right.loglog(e.epsilons, e.errors, style, label=f"{e.dtype}, {e.way}")
     right.set_title("Error of the differences", fontsize=10)
     right.set(xlabel="ε", ylabel="relative error")
     right.legend(fontsize=8, loc="lower left")
 
 
-def command_line(arguments: list[str] | None = None) -> int:
-    """The shell around :func:`main`; returns the exit status."""
-    return reporting.run(main, Settings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, WhySettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

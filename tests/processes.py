@@ -119,13 +119,10 @@ class Driver:
         )
         self.answers, self.orders = self.process.stdout, self.process.stdin
         assert json.loads(self.answers.readline()) == {"ready": True}
-        self.clock = 0
 
     def run(self, *argv: Any, **order: Any) -> dict[str, Any]:
-        """Run a program to its end; each has a clock a second later than the one
-        before, so that TensorBoard sees their event files in order."""
-        self.clock += 1
-        order = {"argv": list(map(str, argv)), "clock": self.clock, **order}
+        """Run a program to its end."""
+        order = {"argv": list(map(str, argv)), **order}
         self.orders.write(json.dumps(order) + "\n")
         self.orders.flush()
         answer = json.loads(self.answers.readline())

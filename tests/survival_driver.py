@@ -13,8 +13,6 @@ Reads an order a line from standard input, as JSON, and answers each with a line
         after which the parent sends "signal" (SIGKILL if absent), counted from the
         moment at which "exists" is there (from the start if absent)
     moments: the calls that are counted, all of MOMENTS if absent
-    clock: seconds by which the child's clock is ahead, so that a resumed run need not
-        wait for the next second
     user: to become, where permissions are to bind
     largest: bytes that a file may have
 
@@ -42,8 +40,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What a save consists of; and the records of the event file.
-MOMENTS = ("open", "fsync", "link", "replace", "unlink", "append")
+# What a save consists of; and the writes to the event file.
+MOMENTS = ("open", "fsync", "link", "replace", "unlink", "_append")
 COUNTER = mmap.mmap(-1, 8)  # shared with the children
 
 
@@ -62,16 +60,16 @@ def tear(name: str, arguments: tuple) -> None:
     if name == "fsync":
         with contextlib.suppress(OSError):  # a folder
             os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
-    if name == "append":
-        path, content = arguments[1:3]
-        with open(path, "ab") as file:
+    if name == "_append":
+        writer, content = arguments
+        with open(writer.path, "ab") as file:
             file.write(content[: len(content) // 2])
     kill()
 
 
 def fill(name: str, arguments: tuple) -> None:
     """The disk is full from here on."""
-    if name in ("fsync", "open", "append"):
+    if name in ("fsync", "open", "_append"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -109,7 +107,7 @@ LASTING = {"full", "no links"}
 
 def prepare(order: dict) -> None:
     """Wrap the moments' calls, in the child alone."""
-    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+    from torchbp.training import EventWriter
 
     happening, at = order.get("happening"), order.get("at")
 
@@ -127,10 +125,7 @@ def prepare(order: dict) -> None:
         setattr(owner, name, wrapped)
 
     for name in order.get("moments", MOMENTS):
-        wrap(LocalFileSystem if name == "append" else os, name)
-    ahead, now = order.get("clock", 0), time.time
-    if ahead:
-        time.time = lambda: now() + ahead
+        wrap(EventWriter if name == "_append" else os, name)
     if "largest" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"],) * 2)
     if order.get("user") is not None:

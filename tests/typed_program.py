@@ -12,11 +12,9 @@ from typing_extensions import assert_type
 import torchbp
 from torchbp import costs, data, functional
 from torchbp.examination import Report
-from torchbp.inspection.comparison import Comparison
-from torchbp.inspection.observation import Record
+from torchbp.inspection import Comparison, Record
 from torchbp.nn import BPLinear
-from torchbp.training import checkpoint
-from torchbp.training.trainer import AutogradSGD, Score, Trainer
+from torchbp.training import AutogradSGD, Score, Trainer, checkpoint
 
 x, labels = torch.rand(5, 784), torch.arange(5)
 

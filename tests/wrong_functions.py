@@ -1,8 +1,8 @@
-"""Wrong backwards: Functions with the classic mistakes, each with the one check of
-`torchbp.examine` that must find it, what the reason must say, and a Function without
-the mistake, which must pass. And Functions that are right, in other people's styles.
+"""Functions with usual mistakes, each with the one check of `torchbp.examine` that must
+find it, a part of the reason, and a Function without the mistake, which must pass. And
+Functions that are right, in other people's styles.
 
-They stand on torch alone.
+They import torch alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ BATCH = (X, torch.sigmoid(rand(3, 4, seed=6)))
 
 
 class Sigmoid(Function):
-    """a = σ(x Wᵀ + b), and everything that torch can ask of it. Most wrong ones are
-    this one with a mistake."""
+    """a = σ(x Wᵀ + b), with all that torch supports. Most wrong Functions are this one
+    with a mistake."""
 
     generate_vmap_rule = True
 
@@ -67,7 +67,7 @@ class Sigmoid(Function):
 
 
 def pull_back(ctx, grad_a, slope):
-    """BP2 to BP4, as they should be."""
+    """BP2 to BP4, right."""
     x, W, a = ctx.saved_tensors
     delta = grad_a * slope(a)
     needs = ctx.needs_input_grad
@@ -122,7 +122,7 @@ class Quadratic(Function):
 
 
 class OnceLinear(Function):
-    """The linear layer of many a tutorial, once differentiable."""
+    """The linear layer of many tutorials, once differentiable."""
 
     @staticmethod
     def forward(ctx, input, weight, bias=None):
@@ -161,7 +161,7 @@ class SinCos(Function):
 
 
 class Sort(Function):
-    """One output that has no gradient: integers."""
+    """One output without a gradient: integers."""
 
     @staticmethod
     def forward(ctx, x):
@@ -177,7 +177,7 @@ class Sort(Function):
 
 
 class Clamped(Function):
-    """One output that has no gradient although it is floating."""
+    """One floating output without a gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -239,7 +239,7 @@ class NamedVjp(Function):
 
 
 class Doubling(Function):
-    """Works in place, and says so."""
+    """Works in place, and declares it."""
 
     @staticmethod
     def forward(ctx, x):
@@ -252,7 +252,7 @@ class Doubling(Function):
 
 
 class Scaled(Function):
-    """Takes a number and a flag beside its tensor."""
+    """Takes a number and a flag besides its tensor."""
 
     @staticmethod
     def forward(ctx, x, factor, squared):
@@ -296,7 +296,7 @@ class SlopeMissing(Sigmoid):
 
 
 class SlopeOfZ(Sigmoid):
-    """σ' = a(1 - a) taken of z."""
+    """σ' = a(1 - a), computed from z."""
 
     @staticmethod
     def backward(ctx, grad_a):
@@ -304,7 +304,7 @@ class SlopeOfZ(Sigmoid):
 
 
 class SlopeOfA(Sigmoid):
-    """σ' of z, taken at a: σ is applied twice."""
+    """σ'(a) for σ'(z): σ is applied twice."""
 
     @staticmethod
     def backward(ctx, grad_a):
@@ -318,7 +318,7 @@ class SlopeTwice(Sigmoid):
 
 
 class TenthOfAPercent(Sigmoid):
-    """gradcheck's own tolerances let this one pass."""
+    """Wrong by less than gradcheck's default tolerances."""
 
     @staticmethod
     def backward(ctx, grad_a):
@@ -368,7 +368,7 @@ class WeightGradientTransposed(Sigmoid):
 
 
 class TransposeForgotten(Sigmoid):
-    """δ Wᵀ for δ W: on a square layer the shapes fit."""
+    """δ Wᵀ for δ W: the shapes of a square layer allow it."""
 
     @staticmethod
     def backward(ctx, grad_a):
@@ -406,6 +406,31 @@ class WrongSign(Sigmoid):
     def backward(ctx, grad_a):
         x, W, b = pull_back(ctx, grad_a, Sigmoid.slope)
         return x, W, None if b is None else -b
+
+
+class Difference(Function):
+    """x - y."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x - y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, -grad if ctx.needs_input_grad[1] else None
+
+
+class SignForgotten(Difference):
+    """The gradient of y is that of x, for which its order is not to blame."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+def through_data(x):
+    """No Function, but .data hides a dependence."""
+    return x * x.data
 
 
 class WrongArgument(Product):
@@ -446,7 +471,7 @@ class OverwritesGradient(Sigmoid):
 
 
 class Rows(Function):
-    """The rows of x by their numbers, negative ones from the end."""
+    """The rows of x with these numbers, negative ones from the end."""
 
     @staticmethod
     def forward(ctx, x, numbers):
@@ -469,7 +494,7 @@ class OverwritesNumbers(Rows):
 
 
 class OverwritesSaved(Square):
-    """Its backward doubles x in place, behind autograd's back."""
+    """Its backward doubles x in place, unseen by autograd."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -502,7 +527,7 @@ class OutputOnCtx(Function):
 
 
 class OutputInAList(NamedVjp):
-    """Remembers every output there ever was."""
+    """Holds a reference to every output."""
 
     history: list[Tensor] = []  # noqa: RUF012
 
@@ -531,7 +556,7 @@ class UsedUp(Square):
 
 
 class Moody(Square):
-    """Every other time the last bit comes out another, as from atomic sums."""
+    """Every other gradient differs in the last bit, as from atomic sums."""
 
     calls = 0
 
@@ -547,7 +572,7 @@ class Moody(Square):
 
 
 def as_if_contiguous(t: Tensor) -> Tensor:
-    """What C code sees that is given a pointer and a shape, and no strides."""
+    """What C code reads from a pointer and a shape, without strides."""
     strides = torch.empty(t.shape, device="meta").stride()
     flat = t.as_strided((_reach(t),), (1,))
     if flat.numel() < t.numel():  # beyond the end
@@ -557,6 +582,21 @@ def as_if_contiguous(t: Tensor) -> Tensor:
 
 def _reach(t: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+class MaskOnClass(Function):
+    """Saves on the class what belongs to one call: a second layer overwrites it."""
+
+    mask: Tensor
+
+    @staticmethod
+    def forward(ctx, x):
+        MaskOnClass.mask = x > 0
+        return x * MaskOnClass.mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * MaskOnClass.mask
 
 
 class ReadsMemory(Square):
@@ -578,6 +618,15 @@ class ViewsGradient(Square):
         return (2 * x.reshape(-1) * grad.view(-1)).reshape(x.shape)
 
 
+class ViewsInput(Square):
+    """Refuses inputs that are not contiguous, with an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view(-1).square().view(x.shape)
+
+
 class ReadsInputMemory(Square):
     """Wrong only for inputs that are not contiguous."""
 
@@ -589,9 +638,13 @@ class ReadsInputMemory(Square):
 
 
 class WrongIn3D(Sigmoid):
+    """Raises an error in 1-D, which must not hide the mistake."""
+
     @staticmethod
     def backward(ctx, grad_a):
         x, _, a = ctx.saved_tensors
+        if x.dim() < 2:
+            raise RuntimeError("expected two or more dimensions")
         grad_x, grad_W, grad_b = pull_back(ctx, grad_a, Sigmoid.slope)
         if x.dim() == 3 and grad_W is not None:
             delta = grad_a * a * (1 - a)
@@ -600,7 +653,7 @@ class WrongIn3D(Sigmoid):
 
 
 class WrongInHalf(Square):
-    """Rounds to integers what has 16 bits."""
+    """Rounds 16-bit numbers to integers."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -609,7 +662,7 @@ class WrongInHalf(Square):
 
 
 class SinglePrecision(Square):
-    """Makes its constant in float32, whatever it is given."""
+    """Makes its constant in float32, whatever the input's dtype."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -618,7 +671,7 @@ class SinglePrecision(Square):
 
 
 class SingleOnly(Square):
-    """Takes float32 alone, as much code for a GPU does."""
+    """Takes float32 alone, like much code for GPUs."""
 
     @staticmethod
     def forward(ctx, x):
@@ -649,7 +702,7 @@ class WrongForEmpty(Sigmoid):
 
 
 class AmbiguousShape(Sigmoid):
-    """reshape(-1, ...) cannot tell how many rows nothing has."""
+    """reshape(-1, ...) is ambiguous for an empty tensor."""
 
     @staticmethod
     def backward(ctx, grad_a):
@@ -743,15 +796,24 @@ class MixesExamples(RightRule):
 
 
 class ForgetsDimension(RightRule):
-    """Its vmap rule takes the mapped dimension for the first, whatever it is."""
+    """Its vmap rule assumes that the mapped dimension is the first."""
 
     @staticmethod
     def vmap(info, in_dims, x):
         return x - x.flatten(1).mean(1).reshape(-1, *[1] * (x.dim() - 1)), 0
 
 
+class RefusesDimension(RightRule):
+    """Its vmap rule raises an error unless the mapped dimension is the first."""
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        assert in_dims[0] == 0
+        return RightRule.vmap(info, in_dims, x)
+
+
 class NativeWhenCompiled(Square):
-    """Steps aside when it is compiled."""
+    """Uses torch's own operations when it is compiled."""
 
 
 def native_when_compiled(x):
@@ -766,6 +828,15 @@ class ClipsGradient(Square):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         return 2 * x * grad.clamp(-1.5, 1.5)
+
+
+class RoundsGradient(Square):
+    """Computes in float16 in backward alone."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (2 * x.half() * grad.half()).to(grad.dtype)
 
 
 class SignOfGradient(Square):
@@ -843,7 +914,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 class SingleInside(Square):
-    """Computes in float32, whatever it is given."""
+    """Computes in float32, whatever the input's dtype."""
 
     @staticmethod
     def forward(ctx, x):
@@ -866,7 +937,7 @@ class SingleInsideAndTwice(SingleInside):
 
 
 class VanishingClamp(Function):
-    """ln(1 - p), kept off 1 by less than float32 can tell."""
+    """ln(1 - p), with p clamped to less than 1 by less than float32 resolves."""
 
     @staticmethod
     def forward(ctx, p):
@@ -899,7 +970,7 @@ class Clamp(VanishingClamp):
 
 
 class OverwritesSingle(Square):
-    """x.float() copies a tensor of float64 and is one of float32."""
+    """x.float() is a copy of a float64 tensor, and a float32 tensor itself."""
 
     @staticmethod
     def forward(ctx, x):
@@ -960,17 +1031,17 @@ class Asserts(Square):
 
 
 class RunsOnce(Square):
-    """Frees what it saved."""
+    """Frees what it saved in its first backward."""
 
     @staticmethod
     def forward(ctx, x):
-        ctx.kept = [x.clone()]
+        ctx.saved = [x.clone()]
         return x * x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return 2 * ctx.kept.pop() * grad
+        return 2 * ctx.saved.pop() * grad
 
 
 class Noise(Square):
@@ -1046,7 +1117,7 @@ class NumberTwice(NotANumberTwice):
 
 
 class AveragedTwice(Quadratic):
-    """Forward and backward agree with each other, and not with A1."""
+    """Forward and backward agree with each other, but not with A1."""
 
     @staticmethod
     def forward(ctx, a, y):
@@ -1082,12 +1153,12 @@ WEIGHT = torch.ones(2, requires_grad=True)
 
 
 def regularised(a: Tensor, y: Tensor) -> Tensor:
-    """A cost that knows a weight."""
+    """A cost that depends on a weight besides its inputs."""
     return Quadratic.apply(a, y) + WEIGHT.to(a.dtype).square().sum()
 
 
 class TargetGradientWrong(Quadratic):
-    """∇C goes to the target, too, with the sign of the output's."""
+    """Returns ∇C for the target, too, with the sign of the output's."""
 
     @staticmethod
     def backward(ctx, grad):
@@ -1097,7 +1168,7 @@ class TargetGradientWrong(Quadratic):
 
 
 class OtherForward(Function):
-    """Consistent, but not the sigmoid that it is meant to be."""
+    """Forward and backward agree, but it is not the function that is meant."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1111,19 +1182,19 @@ class OtherForward(Function):
         return grad * (1 - output * output)
 
 
-# ---------------------------------------------------------------- the list
+# ---------------------------------------------------------------- the table
 
 
 @dataclass(frozen=True)
 class WrongFunction:
-    """A wrong Function: the one check that finds it, what its reason says, and the
-    Function beside it that is right."""
+    """A wrong Function, a right one beside it, the check that finds the mistake, and a
+    part of its reason."""
 
     wrong: Callable[..., Any]
     right: Callable[..., Any]
     inputs: tuple[Any, ...]
     check: str
-    says: str
+    reason: str
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -1142,7 +1213,7 @@ WRONG_FUNCTIONS = [
         SlopeOfZ.apply, Sigmoid.apply, LAYER, FIRST, "taken of z in place of a"
     ),
     WrongFunction(SlopeOfA.apply, Sigmoid.apply, LAYER, FIRST, "σ is applied twice"),
-    WrongFunction(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is there twice"),
+    WrongFunction(SlopeTwice.apply, Sigmoid.apply, LAYER, FIRST, "is a factor twice"),
     WrongFunction(TenthOfAPercent.apply, Sigmoid.apply, LAYER, FIRST, "1.001 times"),
     WrongFunction(
         TanhSlopeMissing.apply, OtherForward.apply, (X,), FIRST, "1 - a² of a tanh"
@@ -1165,11 +1236,7 @@ WRONG_FUNCTIONS = [
         "x: the gradient is off at",
     ),
     WrongFunction(
-        MeanForSum.apply,
-        Sigmoid.apply,
-        LAYER,
-        FIRST,
-        "b: the gradient is 0.3333",
+        MeanForSum.apply, Sigmoid.apply, LAYER, FIRST, "b: the gradient is 0.3333"
     ),
     WrongFunction(
         BiasUnsummed.apply,
@@ -1225,31 +1292,25 @@ WRONG_FUNCTIONS = [
         Square.apply,
         (X,),
         "saved-on-ctx",
-        "the input x is kept on ctx.x",
+        "the input x is saved on ctx.x",
     ),
     WrongFunction(
         OutputOnCtx.apply,
         NamedVjp.apply,
         (X,),
         "saved-on-ctx",
-        "the output is kept on ctx.y",
+        "the output is saved on ctx.y",
     ),
     WrongFunction(
-        OutputInAList.apply, NamedVjp.apply, (X,), "outputs-freed", "lives on when"
+        OutputInAList.apply, NamedVjp.apply, (X,), "outputs-freed", "is never freed"
     ),
-    WrongFunction(
-        UsedUp.apply,
-        Square.apply,
-        (X,),
-        "retain_graph",
-        "the second time",
-    ),
+    WrongFunction(UsedUp.apply, Square.apply, (X,), "retain_graph", "the second time"),
     WrongFunction(
         Moody.apply,
         Square.apply,
         (X,),
         "determinism",
-        "the same again: the gradient of x",
+        "with the same arguments again, the gradient of x",
     ),
     WrongFunction(
         ReadsMemory.apply,
@@ -1280,11 +1341,7 @@ WRONG_FUNCTIONS = [
         "3-D: along a random direction, the gradient of W",
     ),
     WrongFunction(
-        WrongInHalf.apply,
-        Square.apply,
-        (X,),
-        "bfloat16",
-        "the gradient of x: off",
+        WrongInHalf.apply, Square.apply, (X,), "bfloat16", "the gradient of x: off"
     ),
     WrongFunction(
         SinglePrecision.apply,
@@ -1344,18 +1401,17 @@ WRONG_FUNCTIONS = [
     ),
     WrongFunction(JvpDisagrees.apply, Sigmoid.apply, LAYER, "jvp", "along x it is off"),
     WrongFunction(
-        MixesExamples.apply,
-        RightRule.apply,
-        (X,),
-        "vmap",
-        "mapped over x, a value",
+        MixesExamples.apply, RightRule.apply, (X,), "vmap", "mapped over x, a value"
     ),
     WrongFunction(
-        ForgetsDimension.apply,
+        ForgetsDimension.apply, RightRule.apply, (X,), "vmap", "mapped over x, a value"
+    ),
+    WrongFunction(
+        RefusesDimension.apply,
         RightRule.apply,
         (X,),
         "vmap",
-        "mapped over x, a value",
+        "along its last dimension",
     ),
     WrongFunction(
         native_when_compiled,
@@ -1397,7 +1453,28 @@ WRONG_FUNCTIONS = [
         ClipsGradient.apply, Square.apply, (X,), "linear-in-g", "it clips or rounds it"
     ),
     WrongFunction(
-        SignOfGradient.apply, Square.apply, (X,), "linear-in-g", "takes the sign of"
+        RoundsGradient.apply,
+        Square.apply,
+        (X,),
+        "linear-in-g",
+        "from the sum of two output gradients, the gradient of x",
+    ),
+    WrongFunction(
+        MaskOnClass.apply,
+        RightReLU.apply,
+        (X,),
+        "determinism",
+        "if the function is called again before backward, the gradient of x",
+    ),
+    WrongFunction(
+        SignForgotten.apply, Difference.apply, BATCH, FIRST, "y: the gradient has the w"
+    ),
+    WrongFunction(through_data, Square.apply, (X,), FIRST, "is 0.5 times the right"),
+    WrongFunction(
+        ViewsInput.apply, Square.apply, (X,), "input-layouts", "raised RuntimeError"
+    ),
+    WrongFunction(
+        SignOfGradient.apply, Square.apply, (X,), "linear-in-g", "ignores the size of"
     ),
     WrongFunction(
         IgnoresGradient.apply,

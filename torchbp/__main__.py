@@ -1,8 +1,8 @@
-"""python -m torchbp COMMAND: what the package can do, from a terminal.
+"""python -m torchbp COMMAND: tour, observe and examine from a terminal.
 
-Each command is a pair of functions here, one that says what it takes and one that runs
-it; what they need is imported when they run. Exit status: 0 all well, 1 findings, 2
-what was asked for cannot be done, with one line that says why.
+Each command has two functions: one declares its options, the other runs it and imports
+what it needs. Exit status: 0 success, 1 findings, 2 an error, with one line that says
+why.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from torchbp._terminal import Parser, reader_left
+from torchbp._terminal import Parser, run_program
 from torchbp.costs import COSTS, COUNTERPARTS, QuadraticCost
+from torchbp.exercises import add_exercises
 
 EXAMINE = """\
 Examine the derivatives of an autograd.Function, a function of tensors or a module, and
@@ -25,7 +26,7 @@ An --input is
   SHAPE           3,4 or () for none: normally distributed numbers
   SHAPE:KIND      numbers that are normal, uniform (0 to 1), simplex (rows that sum to
                   1), bool, or int<10 (0 to 9, for labels; quote it: "3:int<10")
-  =LITERAL        what is no tensor: =0.5, =None, =True
+  =LITERAL        an argument that is not a tensor: =0.5, =None, =True
 
 Exit status: 0 nothing failed, 1 something did, 2 a usage error.
 """
@@ -43,27 +44,33 @@ def add_examine(commands: Any) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        help="package.module:Name; with literals, what it makes: ...:Name(4, 3)",
+        help="package.module:Name; with literals, the result of the call: Name(4, 3)",
     )
     parser.add_argument(
         "--explain",
         nargs="?",
         const="",
         metavar="CHECK",
-        help="print what a check asks and why, or the list of checks, and stop",
+        help="print the purpose of a check, or the list of checks, and exit",
     )
     parser.add_argument(
-        "--input", action="append", default=[], metavar="SPEC", help="once for each"
+        "--input",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="an argument of the function; once for each",
     )
     parser.add_argument(
-        "--reference", metavar="TARGET", help="what is right, of the same arguments"
+        "--reference",
+        metavar="TARGET",
+        help="a function of the same arguments with the right derivatives",
     )
     parser.add_argument(
         "--surrogate",
         metavar="TARGET",
-        help="the function whose derivatives are meant, if not the target's own",
+        help="a function whose derivatives the target should have, if not its own",
     )
-    for name, what in (("skip", "leave this check out"), ("only", "run this check")):
+    for name, what in (("skip", "omit this check"), ("only", "run this check")):
         parser.add_argument(
             f"--{name}",
             action="append",
@@ -72,19 +79,25 @@ def add_examine(commands: Any) -> None:
             help=f"{what} (may be repeated)",
         )
     parser.add_argument(
-        "--strict", action="store_true", help="let warnings count as failures"
+        "--strict", action="store_true", help="count warnings as failures"
     )
     parser.add_argument(
-        "--isolate", action="store_true", help="examine in a process that may crash"
+        "--isolate",
+        action="store_true",
+        help="examine in a process of its own, which may crash",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="(%(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="dtype of the inputs (%(default)s)",
     )
     parser.add_argument(
         "--cost",
         action=argparse.BooleanOptionalAction,
-        help="whether it is a cost, held to A1 and A2 (as it looks)",
+        help="whether the target is a cost, which A1 and A2 hold for (decided by its "
+        "result)",
     )
     parser.add_argument(
         "--compile",
@@ -92,13 +105,26 @@ def add_examine(commands: Any) -> None:
         const=True,
         default=False,
         metavar="BACKEND",
-        help="compile it, too (aot_eager if none is named)",
+        help="examine it compiled, too (by aot_eager if none is named)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_seed(parser)
     parser.set_defaults(run=run_examine)
 
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--seed``."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random numbers (%(default)s)"
+    )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless `seed` is in range."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {seed}")
 
 
 def run_examine(arguments: argparse.Namespace) -> int:
@@ -112,12 +138,11 @@ def run_examine(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.target is None:
         raise ValueError("the following arguments are required: target")
-    if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    check_seed(arguments.seed)
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the current folder
     generator = torch.Generator("cpu").manual_seed(arguments.seed)
-    torch.manual_seed(arguments.seed)  # of what a module starts from
+    torch.manual_seed(arguments.seed)  # for the initial parameters of a module
     dtype = getattr(torch, arguments.dtype)
     inputs = [draw(text, dtype, generator) for text in arguments.input]
     fn = find(arguments.target)
@@ -146,20 +171,20 @@ def run_examine(arguments: argparse.Namespace) -> int:
 
 
 OBSERVE = """\
-Look at one backward pass of a small network and, where MNIST is at hand, of [784, 30,
-10] on its first batch: what each layer computed, forward and backward, and each of
-BP1-BP4 beside native autograd and finite differences.
+Show one backward pass of a small network and, if MNIST is on disk, of [784, 30, 10] on
+its first batch: what each layer computed, forward and backward, and BP1-BP4 compared
+with native autograd and finite differences.
 
-Exit status: 0 all equations agree, 1 one does not, 2 it could not be asked.
+Exit status: 0 all equations agree, 1 one does not, 2 an error.
 """
-MOST_WEIGHTS = 10**7  # each layer is compared in float64, several times over
+LARGEST_NETWORK = 10**7  # weights and biases; each is compared in float64, repeatedly
 
 
 def add_observe(commands: Any) -> None:
-    """The options of `observe`."""
+    """Declare the options of `observe`."""
     parser = commands.add_parser(
         "observe",
-        help="look at a backward pass, layer by layer and equation by equation",
+        help="show a backward pass, layer by layer and equation by equation",
         description=OBSERVE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -169,7 +194,7 @@ def add_observe(commands: Any) -> None:
         nargs="+",
         default=[2, 3, 1],
         metavar="N",
-        help="of the small network's layers, inputs first (2 3 1)",
+        help="neurons per layer of the small network, inputs first (2 3 1)",
     )
     parser.add_argument(
         "--cost",
@@ -177,13 +202,15 @@ def add_observe(commands: Any) -> None:
         default="quadratic",
         help=COUNTERPARTS,
     )
-    parser.add_argument("--lr", type=float, default=3.0, help="η (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=3.0, help="learning rate η (%(default)s)"
+    )
+    add_seed(parser)
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        help="folder of MNIST: in it, its raw or MNIST/raw (TORCHBP_DATA, else the "
-        "cache of downloads)",
+        help="folder with MNIST's files, directly or in raw or MNIST/raw "
+        "(TORCHBP_DATA, else the cache of downloads)",
     )
     add_html(parser, "the first batch of MNIST")
     parser.set_defaults(run=run_observe)
@@ -192,18 +219,17 @@ def add_observe(commands: Any) -> None:
 def add_html(parser: argparse.ArgumentParser, what: str) -> None:
     """Declare ``--html``."""
     parser.add_argument(
-        "--html", metavar="FILE", help=f"write {what} as a page for a browser, too"
+        "--html", metavar="FILE", help=f"also write {what} as a page for a browser"
     )
 
 
 def run_observe(arguments: argparse.Namespace) -> int:
-    """`observe`: two networks looked at; 1 if an equation disagrees."""
+    """Run `observe`: show two backward passes; return 1 if an equation disagrees."""
     import torch
 
     from torchbp import data
 
-    if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    check_seed(arguments.seed)
     if not 0 < arguments.lr < float("inf"):
         raise ValueError(f"--lr: expected a positive number, got {arguments.lr:g}")
     root = arguments.data or data.default_root()
@@ -215,9 +241,9 @@ def run_observe(arguments: argparse.Namespace) -> int:
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"--sizes: expected two or more, all positive, got {sizes}")
     weights = sum(n_out * (n_in + 1) for n_in, n_out in itertools.pairwise(sizes))
-    if weights > MOST_WEIGHTS:
+    if weights > LARGEST_NETWORK:
         raise ValueError(
-            f"--sizes: expected at most {MOST_WEIGHTS:,} weights and biases, got "
+            f"--sizes: expected at most {LARGEST_NETWORK:,} weights and biases, got "
             f"{weights:,}"
         )
     target = (
@@ -226,69 +252,65 @@ def run_observe(arguments: argparse.Namespace) -> int:
         else torch.rand(examples, sizes[-1], dtype=torch.float32, device="cpu")
     )
     input = torch.rand(examples, sizes[0], dtype=torch.float32, device="cpu")
-    ok = _look_at(sizes, arguments, input, target, "random")
+    ok = _show_backward_pass(sizes, arguments, input, target, "random")
 
     print()
     if has_mnist:
-        try:
-            train = data.load("mnist", root, download=False)[0]
-        except data.DataError as error:
-            raise ValueError(error) from error
+        train = data.load("mnist", root, download=False).train
         images, labels = data.scale(train.images[:10]), train.labels[:10]
-        shape, html = [784, 30, 10], arguments.html
-        ok = _look_at(shape, arguments, images, labels, "MNIST", html) and ok
+        of_mnist = [784, 30, 10], arguments, images, labels, "MNIST", arguments.html
+        ok = _show_backward_pass(*of_mnist) and ok
     else:
-        print(f"MNIST is not in {root}, so nothing of it (--data FOLDER)")
+        print(f"MNIST is not in {root}: its backward pass is omitted (--data FOLDER)")
     return 0 if ok else 1
 
 
 TOUR = """\
 A guided tour of backpropagation: one example through a network of 2, 3 and 1 neurons,
-forward, back by BP1-BP4, and one step down, each equation with its numbers; at the end
-the gradients beside native autograd's.
+forward, back by BP1-BP4, and one step of gradient descent, each equation with its
+numbers; at the end the gradients beside native autograd's.
 
-With --step it waits for a key before each part; where standard input is no terminal,
-for a line. q leaves.
+With --step it waits before each part for a key, or for a line if standard input is not
+a terminal; q quits.
 
-Exit status: 0 all gradients agree, or the reader left; 1 one does not; 2 it could not
-be asked; 130 interrupted.
+Exit status: 0 all gradients agree, or q was pressed; 1 a gradient disagrees; 2 an
+error; 130 interrupted.
 """
 
 
 def add_tour(commands: Any) -> None:
-    """The options of `tour`."""
+    """Declare the options of `tour`."""
     parser = commands.add_parser(
         "tour",
         help="every equation with its numbers, on one small example",
         description=TOUR,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--step", action="store_true", help="wait for a key each time")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of network and example (%(default)s)"
+        "--step", action="store_true", help="wait for a key before each part"
     )
+    add_seed(parser)
     add_html(parser, "network and example")
     parser.set_defaults(run=run_tour)
 
 
 def run_tour(arguments: argparse.Namespace) -> int:
-    """`tour`: all of it, from the first neuron to the check; 1 if that fails."""
+    """Run `tour`; return 1 if a gradient disagrees with native autograd's."""
     from torchbp._terminal import in_colour
     from torchbp.inspection import Tour, save_page, show
 
-    if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {arguments.seed}")
+    check_seed(arguments.seed)
     tour = Tour(arguments.seed)
-    if arguments.html is not None:  # first: the reader may leave
+    if arguments.html is not None:  # first, since the tour may be quit
         cost = QuadraticCost()
         save_page(arguments.html, tour.model, cost, tour.x, tour.y, tour.lr)
-    stayed = show(tour.sections, in_colour(sys.stdout), arguments.step)
+    is_complete = show(tour.sections, in_colour(sys.stdout), arguments.step)
     if arguments.html is not None:
         print(f"page {arguments.html}")
-    return 0 if tour.ok or not stayed else 1
+    return 0 if tour.ok or not is_complete else 1
 
 
-def _look_at(
+def _show_backward_pass(
     sizes: Sequence[int],
     arguments: Any,
     input: Any,
@@ -296,8 +318,8 @@ def _look_at(
     kind: str,
     html: str | None = None,
 ) -> bool:
-    """Print the trace and the comparison of one batch, and write its page to `html`;
-    return whether all agree."""
+    """Print the trace and the comparison of one batch and write its page to `html`;
+    return whether all equations agree."""
     import torchbp
     from torchbp.inspection import save_page
 
@@ -322,9 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = Parser(
         prog="python -m torchbp",
-        description="Look at backpropagation from a terminal.",
-        epilog="Exit status: 0 all well, 1 findings, 2 it could not be done, with one "
-        "line that says why.",
+        description="Show and check backpropagation from a terminal.",
+        epilog="Exit status: 0 success, 1 findings, 2 an error, with one line that "
+        "says why.",
     )
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser
@@ -332,18 +354,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tour(commands)
     add_observe(commands)
     add_examine(commands)
-    arguments = parser.parse_args(argv)
-    try:
-        status = int(arguments.run(arguments))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        return reader_left()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_exercises(commands)
+
+    def program() -> int:
+        arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments))
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

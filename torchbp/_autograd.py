@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -250,3 +250,9 @@ def autocast_off(device_type: str) -> Iterator[None]:
     """Switch autocast off, where it is on: only there is this cheap."""
     with torch.autocast(device_type, enabled=False):
         yield
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast on the device of `like`."""
+    is_on = autocast_dtype(like) is not None
+    return autocast_off(like.device.type) if is_on else nullcontext()

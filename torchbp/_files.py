@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,20 @@ TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.torchbp")
 
 
 def check_is_file(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of the file at `path`, links followed; raise OSError if there is none,
-    or something that is no file: it is not opened, since a FIFO would wait for its
-    writer and a device may act."""
+    """Return the status of the file at `path`, following links.
+
+    Nothing is opened: opening a FIFO waits for its writer, and a device may act.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: `path` does not exist or is not a regular file.
+
+    Examples:
+        >>> check_is_file(__file__).st_size > 0
+        True
+    """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder")
@@ -32,7 +43,8 @@ def check_is_file(path: str | os.PathLike[str]) -> os.stat_result:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A free name beside `path`, which says whose it is; free again in the end."""
+    """Yield an unused path beside `path`, named after this process; remove the file at
+    the end."""
     name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.torchbp"
     temporary = path.with_name(name)
     try:
@@ -49,44 +61,43 @@ def write_atomically(
 ) -> None:
     """Write bytes to a temporary file beside `path`, then rename it over `path`.
 
-    What lies at `path` keeps its nature: a link leads to the new file where it led to
-    the old one, a file keeps its permissions, and what is no file is refused.
+    A link at `path` then points to the new file, and a file's permissions remain.
 
     Args:
         path: the file; its folder must exist.
         data: its bytes.
-        previous: where the old file is kept; it is not kept if None.
+        previous: path under which the old file remains; None to replace it.
 
     Raises:
-        OSError: the folder is missing, read-only or full, or what lies at `path` or
-            `previous` is no file; what lies there is intact.
+        OSError: the folder is missing, read-only or full, or `path` or `previous` is
+            not a regular file; both are unchanged.
 
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomically(f"{folder}/note.txt", b"whole")
-        ...     Path(folder, "note.txt").read_bytes()
-        b'whole'
+        ...     write_atomically(f"{folder}/text.txt", b"complete")
+        ...     Path(folder, "text.txt").read_bytes()
+        b'complete'
     """
     try:
         target, mode = _follow_links(path)
         with _temporary(target) as temporary:
             _write_to_disk(temporary, data, mode)
             if previous is not None and mode is not None:
-                _keep(target, _follow_links(previous)[0], mode)
+                _copy_as_previous(target, _follow_links(previous)[0], mode)
             os.replace(temporary, target)
-    except OSError as error:  # it names the temporary file, or none
+    except OSError as error:  # which names the temporary file, or no file
         reason = f"cannot be written: {error.strerror}"
         raise OSError(error.errno, reason, str(path)) from error
     except ValueError as error:
-        reason = "cannot be written: no system takes this path"
+        reason = "cannot be written: not a valid path"
         raise OSError(errno.EINVAL, reason, str(path)) from error
     _sync_folder(target.parent)
 
 
 def _follow_links(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """The path without links, and the permissions of the file there, if there is one;
-    raise OSError if what is there is no file."""
+    """Return the path without links and the file's permissions, None if there is no
+    file; raise OSError for anything but a regular file."""
     try:
         mode = stat.S_IMODE(check_is_file(path).st_mode)
     except FileNotFoundError:
@@ -95,39 +106,39 @@ def _follow_links(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
 
 
 def _write_to_disk(path: Path, data: Any, mode: int | None) -> None:
-    """Make a file, and return when its bytes are on the disk.
+    """Create a file and return when its bytes are on the disk.
 
     Args:
-        path: of the file, which is not there yet.
+        path: of the file, which must not exist.
         data: its bytes.
-        mode: its permissions; those of any new file if None.
+        mode: its permissions; the usual ones if None.
     """
-    # Not mkstemp: its files are for their owner alone, whatever the umask says.
+    # Not mkstemp, which ignores the umask: only the owner could read its files.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     handle = os.open(path, flags, 0o666 if mode is None else mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    if mode is not None:  # the umask has taken some of them
-        with contextlib.suppress(OSError):  # not every file system has them
+    if mode is not None:  # the umask has removed some permissions
+        with contextlib.suppress(OSError):  # file systems without permissions
             os.chmod(path, mode)
 
 
-def _keep(path: Path, previous: Path, mode: int) -> None:
-    """Make `previous` a second name of the file at `path`, or a copy where one file
-    cannot have two names: at every moment both names lead to whole files."""
+def _copy_as_previous(path: Path, previous: Path, mode: int) -> None:
+    """Make `previous` a hard link to the file at `path`, or a copy on file systems
+    without hard links; both names always lead to complete files."""
     with _temporary(previous) as link:
         try:
             os.link(path, link)
         except OSError:
             _write_to_disk(link, path.read_bytes(), mode)
-        # Where both names lead to one file already, this does nothing.
+        # If both names already lead to one file, this does nothing.
         os.replace(link, previous)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened (not on Windows)."""
+    """Make the rename durable, on systems that can open folders (not Windows)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

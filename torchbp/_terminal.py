@@ -1,4 +1,4 @@
-"""The command line, colours where somebody sees them, tables, and waiting for a key."""
+"""Command lines: parser, exit status, errors on one line, colours, tables, keys."""
 
 from __future__ import annotations
 
@@ -8,19 +8,96 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+_NO_STATUSES: Mapping[type[BaseException], int] = MappingProxyType({})
+
+
+class UserError(RuntimeError):
+    """A failure that the user can act on; its message is one line.
+
+    Args:
+        message: what is wrong; its lines are joined.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(message: object) -> str:
+    """Return an error, or any text, on one line.
+
+    >>> one_line(ValueError("size mismatch:\\n\\t3 and 4"))
+    'size mismatch: 3 and 4'
+    """
+    lines = (line.strip() for line in str(message).splitlines())
+    return " ".join(filter(None, lines))
+
+
+def print_error(message: object, prefix: str = "") -> None:
+    """Print a message on one line of standard error, after `prefix`."""
+    print(f"{prefix}{one_line(message)}", file=sys.stderr)
+
+
+def print_note(message: object) -> None:
+    """Print a remark that is no error on one line of standard error."""
+    print_error(message, "NOTE: ")
+
+
+def run_program(
+    program: Callable[[], int],
+    statuses: Mapping[type[BaseException], int] = _NO_STATUSES,
+    prefix: str = "",
+) -> int:
+    """Run a program and return its exit status.
+
+    A failure that the user can act on (ValueError, OSError, ImportError, UserError)
+    ends it with one line on standard error and status 2, an interrupt with 130, and a
+    reader of its output that stops reading, as ``head`` does, silently with 141, the
+    status of SIGPIPE. Standard streams take every character: see
+    :func:`replace_unencodable`.
+
+    Args:
+        program: returns the exit status; SystemExit does so, too.
+        statuses: further expected failures, and the status of each.
+        prefix: of the line on standard error.
+    """
+    replace_unencodable()
+    try:
+        status = program()
+        print(end="", flush=True)  # here a broken pipe is still caught
+        return status
+    except SystemExit as error:
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        print_error("interrupted", prefix)
+        return 130
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except tuple(statuses) as error:
+        print_error(error, f"{prefix}error: ")
+        return next(s for kind, s in statuses.items() if isinstance(error, kind))
+    except (ValueError, OSError, ImportError, UserError) as error:
+        print_error(error, f"{prefix}error: ")
+        return 2
+
+
+def _discard_output() -> None:
+    """Point standard output to nowhere, so that Python's last flush does not fail."""
+    # The stream that replaces standard output may have no file descriptor.
+    with suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with a program's docstring as its help, and its errors on one line.
-
-    Parsing is the first that a program does, so it is here that its standard streams
-    are made to take every character: see :func:`replace_unencodable`.
+    """argparse with a program's docstring as its help and its errors on one line.
 
     Args:
-        doc: the docstring: its first line, and what comes after the first empty one.
+        doc: the docstring; its first paragraph precedes the options in ``--help``, the
+            rest follows them.
         options: of ``argparse.ArgumentParser``.
     """
 
@@ -37,44 +114,63 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        replace_unencodable()
-        given = sys.argv[1:] if args is None else args
-        for text in given:
+        """Parse as argparse does, but refuse ``--option=--``."""
+        for text in sys.argv[1:] if args is None else args:
             if text.startswith("--") and text.endswith("=--"):
-                # Python 3.11 makes an empty list of this, whatever the type.
+                # Python 3.11 would turn this into an empty list of any type.
                 self.error(f"argument {text[:-3]}: expected a value, got '--'")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.splitlines())
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        """Print the message on one line and exit with status 2."""
+        self.exit(2, f"error: {one_line(message)} (--help lists the options)\n")
 
 
 def replace_unencodable() -> None:
     """Make the standard streams replace the characters that their encoding lacks.
 
-    Output in cp1252 has "?" for σ then, and input that cannot be decoded U+FFFD. An
+    Output in cp1252 then has "?" for σ, and input that cannot be decoded U+FFFD. An
     error handler that never raises, such as backslashreplace, stays as it is.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # A stream that stands in for a standard one may have no such method.
+        # A stream that replaces a standard one may have no such method.
         reconfigure = getattr(stream, "reconfigure", None)
         handlers = ("strict", "surrogateescape", "surrogatepass")  # they may raise
         if reconfigure and stream.errors in handlers:
-            with suppress(OSError, ValueError):  # closed, or read from already
+            with suppress(OSError, ValueError):  # closed, or already read from
                 reconfigure(errors="replace")
 
 
-def reader_left() -> int:
-    """When whoever read standard output has seen enough, as head does: nothing more is
-    said. Returns the exit status, that of SIGPIPE."""
-    with suppress(OSError, ValueError):  # what stands for it may be no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+def duration(seconds: float) -> str:
+    """Return a time to wait in whole seconds, minutes or hours.
+
+    >>> duration(7.4), duration(125), duration(4000)
+    ('7 s', '2 min', '1 h 07 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def measured_time(seconds: float) -> str:
+    """Return a measured time with three digits, in seconds, milli- or microseconds.
+
+    >>> measured_time(0.00002), measured_time(0.0123), measured_time(1234.5)
+    ('20 µs', '12.3 ms', '1,234 s')
+    """
+    scale, unit = next(
+        (pair for pair in ((1.0, "s"), (1e-3, "ms")) if seconds >= pair[0]),
+        (1e-6, "µs"),
+    )
+    value = seconds / scale
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether somebody sits at the other end of `stream`."""
+    """Return whether `stream` is a terminal."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # None, as under pythonw, or closed
@@ -82,20 +178,20 @@ def is_terminal(stream: Any) -> bool:
 
 
 def in_colour(stream: Any) -> bool:
-    """Whether what is written to `stream` may have colours: on a terminal that can,
-    unless NO_COLOR is set (no-color.org)."""
+    """Return whether text written to `stream` may be coloured: `stream` is a terminal
+    with colours, and NO_COLOR is not set (no-color.org)."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return wanted and is_terminal(stream)
 
 
 def paint(text: str, style: str, on: bool = True) -> str:
-    """`text` in the style of that name, or as it is if not `on`."""
+    """Return `text` with the codes of a style around it, unchanged if not `on`."""
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if on else text
 
 
 def wait_for_key(prompt: str) -> str:
-    """The next key pressed; where standard input is no terminal, the next line of it,
-    without a prompt. "" at its end."""
+    """Return the next key pressed, or "" at the end of standard input. Where standard
+    input is not a terminal, return its next line without showing `prompt`."""
     if not is_terminal(sys.stdin):
         return sys.stdin.readline() if sys.stdin is not None else ""
     sys.stdout.flush()
@@ -109,7 +205,7 @@ def wait_for_key(prompt: str) -> str:
 
 @contextmanager
 def _unbuffered() -> Iterator[Callable[[], str]]:
-    """What reads one key from the terminal; a line where the system cannot."""
+    """Yield a function that reads one key, or a line on systems without termios."""
     try:
         import termios
         import tty
@@ -119,16 +215,16 @@ def _unbuffered() -> Iterator[Callable[[], str]]:
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     try:
-        # Not raw: Ctrl-C still interrupts. Now: keys pressed already are not lost.
+        # Not raw, so that Ctrl-C interrupts; TCSANOW keeps the keys already pressed.
         tty.setcbreak(descriptor, termios.TCSANOW)
-        # Not through sys.stdin, whose buffer would keep the rest of an arrow key.
+        # Not through sys.stdin: its buffer would hold back the rest of an arrow key.
         yield lambda: os.read(descriptor, 32).decode(errors="replace")
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
-    """The cells as a table: the first `left` columns flush left, the rest right."""
+    """Return cells as a table, its first `left` columns flush left, the rest right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -139,7 +235,7 @@ def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
     )
 
 
-# Dark text on a light ground: legible in a light notebook and in a dark one.
+# Dark text on a light background is legible in light and in dark notebooks.
 _VERDICTS = {
     "good": "background:#d5efdc;color:#0b4a1d",
     "bad": "background:#fbd5cf;color:#7a1208",
@@ -153,13 +249,13 @@ def html_table(
     left: int,
     verdicts: Mapping[str, str],
 ) -> str:
-    """The cells as an HTML table for a notebook, whatever text they hold.
+    """Return cells, of any text, as an HTML table for a notebook.
 
     Args:
-        caption: what stands above it.
-        lines: the headings, and the rows.
-        left: how many columns are flush left; the rest are flush right.
-        verdicts: the cells that are coloured, each "good", "bad" or "neutral".
+        caption: the text above the table.
+        lines: the headings and the rows.
+        left: the number of columns flush left; the rest are flush right.
+        verdicts: the texts of cells to colour, each "good", "bad" or "neutral".
     """
 
     def cell(tag: str, i: int, text: str) -> str:

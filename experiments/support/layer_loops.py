@@ -1,8 +1,8 @@
-"""One layer, forward and backward, beside its native counterpart.
+"""Time and memory of one layer, forward and backward, beside its native counterpart.
 
-A row is one of our layers against Sequential(nn.Linear, nn.<σ>) on the same parameters.
-Peak bytes are counted from the allocator's own events over one forward and backward,
-parameters and input left out. experiments/benchmark.py runs this; it is no program.
+Our layer and Sequential(nn.Linear, nn.<σ>) have the same parameters. Peak bytes are
+counted from the allocator's events over one forward and backward, without parameters
+and input. experiments/benchmark.py prints the table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import torchbp
 from experiments.support.timing import ratios, take_turns
+from torchbp._numeric import relative_distance
 
 # rows, n_in, n_out
 SIZES = ((10, 784, 30), (128, 512, 512), (1024, 512, 512), (1024, 4096, 4096))
@@ -24,8 +25,20 @@ LAYERS = torchbp.nn.ACTIVATIONS
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layer at one size; times in microseconds, memory in bytes."""
+class LayerTiming:
+    """One layer at one size; times in microseconds, memory in bytes.
+
+    Attributes:
+        layer: its activation.
+        size: rows, inputs and outputs.
+        mode: "eager" or "compiled".
+        native: the native layer's median time.
+        ours: our layer's median time.
+        median_ratio: the median of ours / native, turn by turn.
+        min_ratio: the ratio of the shortest times.
+        native_bytes: the native layer's peak memory; None if not measured.
+        our_bytes: our layer's peak memory.
+    """
 
     layer: str
     size: str
@@ -50,8 +63,16 @@ def measure_all(
     repeats: int,
     seconds: float,
     device: torch.device,
-) -> Iterator[Row]:
-    """A row for each mode ("eager", "compiled"), size and layer."""
+) -> Iterator[LayerTiming]:
+    """Yield a timing for each mode, size and layer.
+
+    Args:
+        sizes: (rows, n_in, n_out) each.
+        modes: "eager" and "compiled", or one of them.
+        repeats: turns of each timing.
+        seconds: the least duration of a turn.
+        device: on which the layers compute.
+    """
     for mode in modes:
         for size in sizes:
             for name in LAYERS:
@@ -65,8 +86,8 @@ def measure(
     repeats: int,
     seconds: float,
     device: torch.device,
-) -> Row:
-    """One row of the table."""
+) -> LayerTiming:
+    """Time one layer; arguments as of :func:`measure_all`, for one of each."""
     n, n_in, n_out = size
     torch.manual_seed(0)
     ours: nn.Module = LAYERS[name](n_in, n_out, device=device, dtype=torch.float32)
@@ -78,15 +99,15 @@ def measure(
     variants = {"native": native, "ours": ours}
     peaks: dict[str, int | None] = dict.fromkeys(variants)
     if mode == "compiled":
-        # Else the second size is compiled with dynamic shapes, and from the eighth
-        # recompilation on everything runs eagerly.
+        # Without a reset the second size is compiled with dynamic shapes, and after
+        # eight recompilations everything runs eagerly.
         torch.compiler.reset()
         variants = {key: torch.compile(m) for key, m in variants.items()}  # type: ignore[misc]
     elif device.type == "cpu":
         peaks = {key: peak_bytes(m, x, g) for key, m in variants.items()}
-    steps = {key: step(m, x, g, parameters) for key, m in variants.items()}
-    times = take_turns(steps, repeats, seconds, device)
-    return Row(
+    passes = {k: forward_and_backward(m, x, g, parameters) for k, m in variants.items()}
+    times = take_turns(passes, repeats, seconds, device)
+    return LayerTiming(
         name,
         f"{n} x {n_in} -> {n_out}",
         mode,
@@ -98,10 +119,17 @@ def measure(
     )
 
 
-def step(
+def forward_and_backward(
     module: Any, x: Tensor, g: Tensor, parameters: list[nn.Parameter]
 ) -> Callable[[], None]:
-    """Forward and backward, with fresh gradients."""
+    """Return a function that runs both passes with new gradients.
+
+    Args:
+        module: the layer.
+        x: its input.
+        g: the gradient of its output.
+        parameters: of the layer.
+    """
 
     def run() -> None:
         for p in parameters:
@@ -112,38 +140,42 @@ def step(
 
 
 def check_agreement(ours: nn.Module, native: nn.Module, x: Tensor, g: Tensor) -> None:
-    """A variant that computes something else would not be worth timing."""
+    """Raise AssertionError unless both layers compute the same: else their times would
+    not be comparable."""
     results = []
     for module in (ours, native):
         y = module(x)
         grads = torch.autograd.grad(y, list(module.parameters()), g)
-        results.append((y.detach(), *grads))
-    for a, b in zip(*results, strict=True):
-        error = ((a - b).norm() / b.norm()).item()
+        results.append((y, *grads))
+    for actual, expected in zip(*results, strict=True):
+        error = relative_distance(actual, expected)
         if not error < 1e-5:
-            raise AssertionError(f"ours and native differ by {error:.1e} (relative)")
+            raise AssertionError(
+                f"a layer is wrong: ours and native differ by {error:.1e} (relative)"
+            )
 
 
 def peak_bytes(module: nn.Module, x: Tensor, g: Tensor) -> int:
-    """The most that one forward and backward holds at once beyond what was there."""
+    """Return the largest memory that one forward and backward allocates at once."""
     for p in module.parameters():
         p.grad = None
-    module(x).backward(g)  # whatever is allocated once and for all
+    module(x).backward(g)  # makes the permanent allocations
     for p in module.parameters():
         p.grad = None
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         module(x).backward(g)
-    held = peak = 0
+    allocated = peak = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return peak
 
 
-def line(row: Row) -> str:
+def line(row: LayerTiming) -> str:
+    """Return the line of one timing in the table."""
     memory = ""
     if row.our_bytes and row.native_bytes:
         memory = f"{row.our_bytes / row.native_bytes:.3f}"

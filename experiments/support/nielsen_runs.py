@@ -1,4 +1,8 @@
-"""The trainings of `nielsen.py`, one after the other or in several processes."""
+"""The trainings of experiments/nielsen.py, in one process or in several.
+
+Not joblib: it would replace the queue of tasks alone. Workers would still need code for
+their data and threads, to stop after an epoch on Ctrl-C, and to end with their parent.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,34 @@ import torch
 import torchbp
 from experiments.support.settings import COSTS
 from torchbp import data
+from torchbp._terminal import duration
 from torchbp.training import AutogradSGD, DivergedError, Engine
 
 SHORT = {"quadratic": "quad", "cross-entropy": "CE"}
 ENGINES: dict[str, Any] = {"explicit": torchbp.ExplicitSGD, "autograd": AutogradSGD}
 EXAMPLES, BATCH_SIZE, INPUTS, CLASSES = 50_000, 10, 784, 10
-TIMED_STEPS = 500  # for the estimate
+TIMED_STEPS = 500  # for the estimate of the duration
 
 
 @dataclass(frozen=True)
 class Training:
-    """One network and how it is trained. An epoch is 50,000 examples, so with fewer
-    training images it goes through them several times."""
+    """One network and how it is trained.
+
+    Attributes:
+        hidden: neurons of the hidden layers.
+        cost: a key of `COSTS`.
+        lr: η.
+        lam: the book's λ at n = 50,000.
+        init: the initialisation.
+        epochs: of 50,000 examples each: several passes over fewer training images.
+        scored: the split on which accuracy is measured.
+        examples: training images.
+    """
 
     hidden: tuple[int, ...]
     cost: str
     lr: float
-    lam: float = 0.0  # λ of the book at n = 50,000
+    lam: float = 0.0
     init: str = "normal"
     epochs: int = 30
     scored: str = "test"
@@ -51,24 +66,35 @@ class Training:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training with one seed came to: accuracies in percent."""
+    """The result of one training with one seed.
+
+    Attributes:
+        training: the network and how it is trained.
+        seed: of weights and batches.
+        accuracies: in percent, after every epoch.
+        unlearned: after every epoch, the number of digits of which fewer than a tenth
+            are recognised.
+        seconds: that the training took.
+    """
 
     training: Training
     seed: int
-    accuracies: list[float]  # after every epoch
-    unlearned: list[int]  # as often: digits of which fewer than a tenth are recognised
+    accuracies: list[float]
+    unlearned: list[int]
     seconds: float
 
     @property
     def peak(self) -> float:
+        """The largest accuracy."""
         return max(self.accuracies)
 
 
 class StoppedError(RuntimeError):
-    """Someone asked the training to stop."""
+    """The training was asked to stop."""
 
 
-def build(training: Training, seed: int) -> torch.nn.Module:
+def initial_network(training: Training, seed: int) -> torch.nn.Module:
+    """Return the untrained network."""
     torch.manual_seed(seed)
     sizes = (INPUTS, *training.hidden, CLASSES)
     output = COSTS[training.cost][1]
@@ -78,6 +104,7 @@ def build(training: Training, seed: int) -> torch.nn.Module:
 
 
 def make_engine(engine: str, training: Training, model: torch.nn.Module) -> Engine:
+    """Return the engine, a key of `ENGINES`, that trains the model."""
     cost = COSTS[training.cost][0]()
     made: Engine = ENGINES[engine](model, cost, training.lr, training.lam / EXAMPLES)
     return made
@@ -90,21 +117,21 @@ def train(
     splits: data.Splits,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """One training, from start to end.
+    """Train one network with one seed.
 
     Args:
-        training: what.
-        seed: of the weights and of the batches.
+        training: the network and how it is trained.
+        seed: of weights and batches.
         engine: a key of `ENGINES`.
         splits: of MNIST.
-        stopped: asked after every epoch.
+        stopped: called after every epoch; True ends the training.
 
     Raises:
         DivergedError: the cost is not finite.
-        StoppedError: `stopped` said so.
+        StoppedError: `stopped` returned True.
     """
     started = time.perf_counter()
-    model = build(training, seed)
+    model = initial_network(training, seed)
     sgd = make_engine(engine, training, model)
     images, labels = (t[: training.examples] for t in splits.train)
     scored = getattr(splits, training.scored)
@@ -128,13 +155,13 @@ def train(
 
 @torch.inference_mode()
 def score(model: torch.nn.Module, split: data.Split) -> tuple[float, int]:
-    """The accuracy in percent, and the number of digits of which fewer than a tenth are
-    recognised."""
+    """Return the accuracy in percent, and the number of digits of which fewer than a
+    tenth are recognised."""
     right = model(data.scale(split.images)).argmax(-1) == split.labels
-    there = torch.bincount(split.labels, minlength=CLASSES)
+    totals = torch.bincount(split.labels, minlength=CLASSES)
     recognised = torch.bincount(split.labels[right], minlength=CLASSES)
     accuracy = 100 * (right.sum().item() / len(right))
-    return accuracy, int((recognised < 0.1 * there).sum())
+    return accuracy, int((recognised < 0.1 * totals).sum())
 
 
 def collect(
@@ -144,15 +171,14 @@ def collect(
     splits: data.Splits,
     workers: int,
 ) -> Generator[Run, None, None]:
-    """All trainings with all seeds, as they are done, with a line for each that says
-    how far it is.
+    """Yield all trainings with all seeds as they finish, and print a line for each.
 
     Args:
-        trainings: what.
+        trainings: the networks.
         seeds: of each.
         engine: a key of `ENGINES`.
         splits: of MNIST.
-        workers: processes; 0 for as many as there are cores.
+        workers: processes; 0 for the number of cores.
     """
     count = len(trainings) * len(seeds)
     epochs = sum(t.epochs for t in trainings) * len(seeds)
@@ -161,7 +187,7 @@ def collect(
     print(
         f"trainings {len(trainings)}, seeds {len(seeds)}: {epochs:,} epochs of "
         f"{EXAMPLES:,} examples, {engine} engine, {workers} "
-        f"process{'es' * (workers > 1)}\nabout {minutes(seconds)} in all",
+        f"process{'es' * (workers > 1)}\nabout {duration(seconds)} in all",
         flush=True,
     )
     started, done = time.perf_counter(), 0
@@ -173,19 +199,14 @@ def collect(
             print(
                 f"[{i:{len(str(count))}}/{count}] {run.training!s:31} seed {run.seed}"
                 f"  {run.training.epochs:2} epochs  peak {run.peak:5.2f}"
-                f"  end {run.accuracies[-1]:5.2f}  {minutes(left)} left",
+                f"  end {run.accuracies[-1]:5.2f}  {duration(left)} left",
                 flush=True,
             )
-    print(f"took {minutes(time.perf_counter() - started)}")
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    print(f"took {duration(time.perf_counter() - started)}")
 
 
 def estimate(trainings: Sequence[Training], engine: str, splits: data.Splits) -> float:
-    """Seconds that all with one seed would take one after the other, from some steps of
-    each."""
+    """Return the seconds of all trainings with one seed, from some steps of each."""
     total, known = 0.0, {}
     for training in trainings:
         key = (training.hidden, training.cost)
@@ -196,7 +217,8 @@ def estimate(trainings: Sequence[Training], engine: str, splits: data.Splits) ->
 
 
 def seconds_per_epoch(training: Training, engine: str, splits: data.Splits) -> float:
-    model = build(training, 0)
+    """Return the seconds of one epoch, from TIMED_STEPS steps."""
+    model = initial_network(training, 0)
     sgd = make_engine(engine, training, model)
     n = len(splits.train.labels)
     order = torch.randint(n, (TIMED_STEPS * BATCH_SIZE,), device="cpu")
@@ -219,13 +241,14 @@ def run_all(
     splits: data.Splits,
     workers: int,
 ) -> Generator[Run, None, None]:
-    """All trainings with all seeds, as they are done, in so many processes."""
+    """Yield all trainings with all seeds as they finish; arguments as of
+    :func:`collect`."""
     tasks = [(training, seed) for training in trainings for seed in seeds]
     if workers == 1:
         for training, seed in tasks:
             yield train(training, seed, engine, splits)
         return
-    # Not forked: the threads of torch do not survive it.
+    # Spawned: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     content = [[t.numpy() for t in split] for split in splits]
@@ -233,21 +256,21 @@ def run_all(
         workers, context, initializer=start_worker, initargs=(content, stop)
     )
     try:
-        with without_interrupts():  # nor have the workers any while they start
+        with block_interrupts():  # workers inherit this while they start
             futures = [pool.submit(work, *task, engine) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
     except BrokenExecutor as error:
         raise OSError(f"workers: one of {workers} was lost: {error}") from error
     finally:
-        # On Ctrl-C too: those at work stop after the epoch they are in.
+        # After Ctrl-C, too: running trainings stop after their epoch.
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; processes started in it see none."""
+def block_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block; processes started in it ignore it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -263,20 +286,28 @@ _worker: dict[str, Any] = {}
 
 
 def start_worker(content: list[list[Any]], stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    """Initialise a worker process.
+
+    Args:
+        content: the data set as NumPy arrays.
+        stop: an event that ends trainings.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     torch.set_num_threads(1)
     splits = (data.Split(*map(torch.from_numpy, split)) for split in content)
     _worker.update(splits=data.Splits(*splits), stop=stop)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+        arguments = (parent.sentinel,)
+        threading.Thread(target=exit_with_parent, args=arguments, daemon=True).start()
 
 
-def follow(sentinel: int) -> None:
-    """End with the parent, however that ends."""
+def exit_with_parent(sentinel: int) -> None:
+    """Wait for the end of the parent process, then exit."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 
 def work(training: Training, seed: int, engine: str) -> Run:
+    """Train one network in a worker process."""
     return train(training, seed, engine, _worker["splits"], _worker["stop"].is_set)

@@ -1,117 +1,125 @@
-"""What the experiments share: settings, a run folder, curves, a figure, a verdict."""
+"""Settings, run folder, curves, figure and verdict of the experiments."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
-import math
 import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 import torchbp
-from experiments.support.options import add_options, check_choices, option
+from experiments.support.options import (
+    DATA_HELP,
+    check_choices,
+    check_seed,
+    option,
+    run_experiment,
+)
 from experiments.support.timing import processor
-from torchbp import _terminal, data
-from torchbp.training import RunFolder, event_writer
+from torchbp import data
+from torchbp.training import EventWriter, RunFolder
 
-MOST = 1_000_000
-# Tag: its points (step, value).
+# The points (step, value) of each tag.
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
-    """The settings of every experiment."""
+class CommonSettings:
+    """The settings of every experiment.
 
-    quick: bool = option(False, "a small version")
-    seed: int = option(0, "of the random numbers")
-    data: str | None = option(
-        None, "folder of MNIST: in it, its raw or MNIST/raw; also TORCHBP_DATA"
-    )
-    logdir: str = option("runs", "where run folders are made")
-    name: str | None = option(None, "of the run folder")
+    Attributes:
+        quick: measure less.
+        seed: of the random numbers.
+        data: folder with MNIST's files; see :func:`torchbp.data.load`.
+        logdir: folder in which run folders are created.
+        name: of the run folder; the experiment and the time if None.
+    """
+
+    quick: bool = option(False, "measure less")
+    seed: int = option(0, "seed of the random numbers")
+    data: str | None = option(None, DATA_HELP)
+    logdir: str = option("runs", "folder in which run folders are created")
+    name: str | None = option(None, "name of the run folder")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnImages(Common):
-    """The settings of those that any data set will do for."""
+class ImageSettings(CommonSettings):
+    """The settings of experiments that run on any data set.
 
-    dataset: str = option("mnist", "which images", data.NAMES)
+    Attributes:
+        dataset: its name.
+    """
 
-
-def at_least(settings: Any, **least: float) -> None:
-    """Raise ValueError unless each named setting is a finite number of that size, and
-    none counts more than MOST things."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if isinstance(value, int) and value > MOST:  # which no float may hold
-            raise ValueError(f"{name}: expected at most {MOST:,}, got a larger number")
-        if not (math.isfinite(value) and value >= bound):
-            raise ValueError(f"{name}: expected at least {bound}, got {value}")
+    dataset: str = option("mnist", "data set", data.NAMES)
 
 
-def load(settings: Common) -> data.Splits:
-    """The data set, from ``--data``, TORCHBP_DATA or where a download puts it."""
+def load(settings: CommonSettings) -> data.Splits:
+    """Load the data set of the settings from ``--data``, TORCHBP_DATA or the cache."""
     return data.load(getattr(settings, "dataset", "mnist"), settings.data)
 
 
-class Report:
-    """One experiment's run folder, which is there once there is something to say.
+class ExperimentRun:
+    """One experiment's run folder; removed again if the experiment fails without
+    results.
 
     Args:
         script: the experiment's name.
         settings: its settings.
     """
 
-    def __init__(self, script: str, settings: Common) -> None:
+    def __init__(self, script: str, settings: CommonSettings) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = settings.name or f"{script}_{stamp}"
         self.script = script
         self.folder = RunFolder.create(settings.logdir, name)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> ExperimentRun:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        """Without results the folder of a run that failed is of no use."""
         if kind is not None and not (self.folder.path / "results.json").exists():
             self.folder.discard()
 
     def conclude(
         self,
-        settings: Common,
+        settings: CommonSettings,
         measured: Mapping[str, Any],
         claims: Mapping[str, bool],
         curves: Curves,
         draw: Callable[[Any], None],
         size: tuple[float, float] = (9, 4),
     ) -> dict[str, Any]:
-        """Print which claims the measurements show, write everything, and return what
-        is in results.json: `measured` among it."""
+        """Print which claims the measurements show, write everything, and return the
+        content of results.json.
+
+        Args:
+            settings: of the experiment.
+            measured: figures for results.json.
+            claims: whether the measurements show each of them.
+            curves: for TensorBoard.
+            draw: draws the figure.
+            size: of the figure, in inches of 80 dots.
+        """
         results = {
-            "settings": plain(settings),
+            "settings": describe_settings(settings),
             **measured,
             "claims": dict(claims),
             "shown": all(claims.values()),
             "verdict": verdict(claims),
         }
-        # Before anything is printed: whoever reads may have left.
+        # Before printing, which fails if the reader of the output has stopped reading.
         self.folder.write(results=results)
-        print(f"\n{table_of(claims)}")
+        print(f"\n{claim_table(claims)}")
         self.finish(results, curves, draw, size)
         return results
 
@@ -122,8 +130,14 @@ class Report:
         draw: Callable[[Any], None],
         size: tuple[float, float],
     ) -> None:
-        """Write results.json, the events and what `draw` draws on a figure of `size`
-        inches, 80 dots each; the verdict comes last."""
+        """Write results.json, TensorBoard's events and the figure; print the verdict.
+
+        Args:
+            results: the content of results.json.
+            curves: for TensorBoard.
+            draw: draws the figure.
+            size: of the figure, in inches of 80 dots.
+        """
         self.folder.write(results=results)
         write_events(self.folder.path, results, curves)
         write_figure(self.folder.path / f"{self.script}.png", draw, size)
@@ -131,8 +145,14 @@ class Report:
 
 
 def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
-    """The curves for TensorBoard, and the verdict as text."""
-    with event_writer(folder) as writer:
+    """Write the curves and the verdict for TensorBoard.
+
+    Args:
+        folder: where the event file is created.
+        results: their "verdict" is shown as text.
+        curves: shown as scalars.
+    """
+    with EventWriter(folder) as writer:
         writer.add_text("verdict", results["verdict"], 0)
         for tag, points in curves.items():
             for step, value in points:
@@ -142,7 +162,14 @@ def write_events(folder: Path, results: dict[str, Any], curves: Curves) -> None:
 def write_figure(
     path: Path, draw: Callable[[Any], None], size: tuple[float, float]
 ) -> bool:
-    """A PNG, where matplotlib is installed; otherwise a line that says so."""
+    """Write a figure as PNG and return True; without matplotlib, print a line that says
+    so and return False.
+
+    Args:
+        path: of the PNG.
+        draw: draws on a matplotlib figure.
+        size: of the figure, in inches of 80 dots.
+    """
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
@@ -156,7 +183,7 @@ def write_figure(
 
 
 def verdict(claims: Mapping[str, bool]) -> str:
-    """The line that says which claims the measurements show."""
+    """Return the line that says which of the claims the measurements show."""
     if not claims:
         raise ValueError("claims: expected at least one, got none")
     failed = [claim for claim, holds in claims.items() if not holds]
@@ -165,68 +192,47 @@ def verdict(claims: Mapping[str, bool]) -> str:
     return f"verdict: shown ({len(claims)} of {len(claims)} claims)"
 
 
-def stated(doc: str | None) -> str:
-    """The claims and their equations, as the script's docstring states them."""
+def claim_of(doc: str | None) -> str:
+    """Return the claims and equations of a script's docstring."""
     _, title, body = (doc or "").partition("The claim")
     return title + body.partition("\nExit status")[0]
 
 
-def table_of(claims: Mapping[str, bool]) -> str:
-    """A line for each claim."""
+def claim_table(claims: Mapping[str, bool]) -> str:
+    """Return a line for each claim."""
     return "\n".join(
         f"{'shown    ' if holds else 'NOT shown'}  {claim}"
         for claim, holds in claims.items()
     )
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the straight line through the points, by least squares."""
-    mx, my = statistics.fmean(x), statistics.fmean(y)
-    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mx) ** 2 for a in x)
-
-
-S = TypeVar("S", bound=Common)
-
-
-def run(
-    main: Callable[[S], dict[str, Any]],
-    settings: type[S],
+def command_line(
+    main: Callable[[Any], dict[str, Any]],
+    settings: type[CommonSettings],
     quick: Mapping[str, Any],
     doc: str | None,
-    arguments: list[str] | None,
-) -> int:
-    """The shell around an experiment's ``main``; returns the exit status.
+) -> Callable[..., int]:
+    """Return an experiment's program: it takes the arguments of a command line, those
+    of the process if there are none, and returns the exit status, 1 if the claims are
+    not all shown.
 
     Args:
-        main: returns its results; their "shown" says whether the claims are.
-        settings: its settings' class.
-        quick: settings that ``--quick`` changes, unless they are given themselves.
-        doc: the program's docstring: what ``--help`` says around the options.
-        arguments: of the command line.
+        main: returns results; "shown" tells whether the claims are shown.
+        settings: the settings' class.
+        quick: the settings that ``--quick`` changes.
+        doc: the program's docstring.
     """
-    parser = _terminal.Parser(doc or "", argument_default=argparse.SUPPRESS)
-    add_options(parser, settings)
-    try:
-        given = vars(parser.parse_args(arguments))
-    except SystemExit as error:
-        return int(error.code or 0)
-    defaults = quick if given.get("quick") else {}
-    try:
-        results = main(settings(**{**defaults, **given}))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return _terminal.reader_left()
-    except (ValueError, OSError, ImportError, data.DataError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0 if results["shown"] else 1
+
+    def run(arguments: Sequence[str] | None = None) -> int:
+        return run_experiment(
+            main, settings, doc, arguments, lambda r: 0 if r["shown"] else 1, quick
+        )
+
+    return run
 
 
-def plain(settings: Common) -> dict[str, Any]:
-    """The settings for results.json, with what they were run on."""
+def describe_settings(settings: CommonSettings) -> dict[str, Any]:
+    """Return the settings, with versions and processor, for results.json."""
     return {
         **dataclasses.asdict(settings),
         "torchbp": torchbp.__version__,

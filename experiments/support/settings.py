@@ -1,9 +1,10 @@
-"""The main job's settings, its recipes, and its command line."""
+"""Settings, recipes and command line of experiments/mnist.py."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,46 @@ import torch
 from torch import nn
 
 import torchbp
-from experiments.support.options import add_options, check_choices, option
+from experiments.support.options import (
+    DATA_HELP,
+    add_options,
+    check_choices,
+    check_seed,
+    option,
+)
 from torchbp import data
 from torchbp._terminal import Parser
 from torchbp.explicit import KERNELS
 from torchbp.nn import ACTIVATIONS, INITIALISATIONS
 from torchbp.training import LEVELS, SCHEDULES
 
-# The cost, and the output layer that fits: targets are 0 and 1, so a cost that takes a
-# wants a sigmoid there, whatever the hidden layers are.
+# Each cost and the output layer that fits it: targets are 0 and 1, so a cost that takes
+# a needs a sigmoid layer, whatever the hidden layers are.
 COSTS = {
     name: (cost, "identity" if cost.takes == "z" else "sigmoid")
     for name, cost in torchbp.costs.COSTS.items()
 }
-# How steps are taken: by our layers' backward passes and torch.optim.SGD, or by the
-# whole algorithm at once.
+# What takes the steps: our layers' backward passes and torch.optim.SGD, or the whole
+# algorithm at once.
 ENGINES = ("autograd", "explicit")
 OUTPUTS = ("text", "json", "quiet")
 INPUTS, CLASSES = 784, 10
 LARGEST = torch.finfo(torch.float32).max
 MOST_THREADS = 1024
 
-# The settings that TensorBoard's HPARAMS tab compares runs by.
+# The settings by which TensorBoard's HPARAMS tab compares runs.
 COMPARED = (
     "layers", "engine", "sizes", "activation", "cost", "init", "lr", "batch_size",
     "weight_decay", "schedule", "distort", "train_on", "seed", "dataset",
 )  # fmt: skip
-# What --resume may change; the rest decides which weights come out.
+# The settings that --resume may change; the others determine the weights.
 CHANGEABLE = {
     "checkpoint_every", "data", "device", "engine", "epochs", "kernel", "log_level",
     "output", "page", "target_accuracy",
 }  # fmt: skip
-# Settings that go together; what is given beside a recipe wins over it.
+# Sets of settings; single options override those of a recipe.
 RECIPES: dict[str, dict[str, Any]] = {
-    # Chosen by validation scores, among 24- to 60-epoch trainings on the 50,000.
+    # Chosen by validation scores among trainings of 24 to 60 epochs on 50,000 images.
     "best": {
         "sizes": (784, 800, 800, 10),
         "activation": "relu",
@@ -59,8 +66,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "distort": 1.0,
         "train_on": "all",
         "engine": "explicit",
-        # A second one nearly halves the time on idle cores, and multiplies it where
-        # another program wants one of them.
+        # A second thread nearly halves the time on idle cores, but multiplies it when
+        # another program uses one of them.
         "threads": 1,
         "dataset": "mnist",
     },
@@ -68,55 +75,63 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run; the defaults are the book's first network with scaled initialisation."""
+class TrainingSettings:
+    """One run; the defaults are the book's first network with scaled initialisation.
+
+    Each field is an option of the command line, and its help describes it; `output`,
+    "text", "json" or "quiet", is what a session prints.
+    """
 
     dataset: str = option(
-        "auto", "auto: MNIST if it can be had, else digits", ("auto", *data.NAMES)
+        "auto", "auto: MNIST if available, else digits", ("auto", *data.NAMES)
     )
-    data: str | None = option(
-        None,
-        "folder of the files: in it, its raw or MNIST/raw; also TORCHBP_DATA",
-        shown="~/.cache/torchbp",
-    )
+    data: str | None = option(None, DATA_HELP, shown="~/.cache/torchbp")
     sizes: tuple[int, ...] = option((784, 30, 10), "neurons per layer")
-    activation: str = option("sigmoid", "of the hidden layers", tuple(ACTIVATIONS))
+    activation: str = option(
+        "sigmoid", "activation of the hidden layers", tuple(ACTIVATIONS)
+    )
     cost: str = option(
         "quadratic",
-        f"sets the output layer that fits it, too; {torchbp.costs.COUNTERPARTS}",
+        f"cost, with the output layer that fits it; {torchbp.costs.COUNTERPARTS}",
         tuple(COSTS),
     )
     init: str = option("scaled", "initial weights", tuple(INITIALISATIONS))
-    epochs: int = option(30, "passes over the training set, in all")
+    epochs: int = option(30, "passes over the training set, in total")
     batch_size: int = option(10, "examples in a mini-batch")
     lr: float = option(3.0, "learning rate")
     weight_decay: float = option(0.0, "λ/n, on weights only")
     schedule: str = option(
-        "constant", "of the learning rate over the epochs", tuple(SCHEDULES)
+        "constant", "learning rate over the epochs", tuple(SCHEDULES)
     )
-    distort: float = option(0.0, "turn, stretch, shift, bend the images; 1 is usual")
+    distort: float = option(
+        0.0, "rotate, stretch, shift and bend the images; 1 is usual"
+    )
     train_on: str = option(
-        "train", "all: on the validation set's images, too", ("train", "all")
+        "train", "all: also the validation set's images", ("train", "all")
     )
-    seed: int = option(0, "of initial weights and batches")
+    seed: int = option(0, "seed of initial weights and batches")
     device: str = option(
-        "auto", "auto: CUDA if there is one", ("auto", "cpu", "cuda", "mps")
+        "auto", "auto: CUDA if available", ("auto", "cpu", "cuda", "mps")
     )
     threads: int = option(0, "0: one for batches below 128, else all cores")
-    engine: str = option("autograd", "of the steps; explicit is the fast one", ENGINES)
-    kernel: str = option(
-        "auto", "of the explicit engine's steps; compiled is the fastest", KERNELS
+    engine: str = option(
+        "autograd", "what takes the steps; explicit is faster", ENGINES
     )
-    layers: str = option("bp", "hand-written, or torch's own", ("bp", "native"))
-    logdir: str = option("runs", "where run folders are made")
-    log_level: str = option("full", "basic: curves; full: pictures, too", LEVELS)
-    name: str | None = option(None, "of the run folder", shown="from settings and time")
+    kernel: str = option(
+        "auto", "how the explicit engine computes; compiled is faster", KERNELS
+    )
+    layers: str = option("bp", "hand-written or torch's own", ("bp", "native"))
+    logdir: str = option("runs", "folder in which run folders are created")
+    log_level: str = option("full", "basic: curves; full: also pictures", LEVELS)
+    name: str | None = option(
+        None, "name of the run folder", shown="from settings and time"
+    )
     target_accuracy: float | None = option(
-        None, "0 to 1; exit with 1 if the test's ends below"
+        None, "0 to 1; exit with 1 if the final test accuracy is lower"
     )
     checkpoint_every: int = option(1, "epochs between checkpoints")
-    page: bool = option(False, "write page.html, the trained network, into the run")
-    output: str = "text"  # or "json", "quiet": what a session prints
+    page: bool = option(False, "write page.html, the trained network, to the run")
+    output: str = "text"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -155,8 +170,7 @@ class Settings:
             raise ValueError(
                 f"threads: expected 0 (automatic) to {MOST_THREADS}, got {self.threads}"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}")
+        check_seed(self.seed)
         if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
             raise ValueError(
                 f"target_accuracy: expected 0 to 1, got {self.target_accuracy}"
@@ -172,20 +186,19 @@ class Settings:
             )
 
 
-def number_of_threads(settings: Settings) -> int:
-    """The settings' number of CPU threads; one, where they leave it open, below batches
-    of 128.
+def number_of_threads(settings: TrainingSettings) -> int:
+    """Return the number of CPU threads; by default one for batches below 128.
 
-    There a second thread costs more in hand-over than it gains: 3 to 10 % of the speed
-    at batch 10, and most of it when another program wants that core. One thread also
-    makes the bits independent of the machine's number of cores.
+    In small batches a second thread costs more time than it saves, above all when
+    another program uses its core. One thread also makes the bits independent of the
+    number of cores.
     """
     automatic = 1 if settings.batch_size < 128 else torch.get_num_threads()
     return settings.threads or automatic
 
 
-def build(settings: Settings) -> nn.Module:
-    """The network, on the CPU, so that a seed means the same start on every device."""
+def build(settings: TrainingSettings) -> nn.Module:
+    """Return the network, on the CPU: a seed gives the same weights on every device."""
     torch.manual_seed(settings.seed)
     model = torchbp.MLP(
         settings.sizes,
@@ -198,40 +211,42 @@ def build(settings: Settings) -> nn.Module:
     return model if settings.layers == "bp" else torchbp.to_native(model)
 
 
-def read_settings(state: dict[str, Any]) -> Settings:
-    """Those that a checkpoint or settings.json holds."""
+def read_settings(state: dict[str, Any]) -> TrainingSettings:
+    """Return the settings in the content of a checkpoint or of settings.json."""
     saved = state["settings"]
-    return Settings(**{**saved, "sizes": tuple(saved["sizes"])})
+    return TrainingSettings(**{**saved, "sizes": tuple(saved["sizes"])})
 
 
-def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> Settings:
-    """A run's settings with those of `changes` that may be changed.
+def reconcile(
+    run: Path, old: TrainingSettings, done: int, changes: dict[str, Any]
+) -> TrainingSettings:
+    """Return a run's settings with the allowed changes of a new session.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         old: its settings so far.
         done: the epochs that it has completed.
-        changes: settings given anew.
+        changes: the new session's settings.
 
     Raises:
         ValueError: settings that contradict the run's, each named.
     """
-    # How a sitting speaks is its own business.
+    # The output format belongs to this session, not to the run.
     settings = dataclasses.replace(old, **{"output": "text", "page": False, **changes})
     settings = dataclasses.replace(settings, sizes=tuple(settings.sizes))
-    # Where the run is now says more than where it began.
+    # A run may have been moved since it was started.
     path = run.resolve()
-    there = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
+    saved = {**dataclasses.asdict(old), "logdir": str(path.parent), "name": path.name}
     agreed = {
         "dataset": settings.dataset in ("auto", old.dataset),
         "logdir": Path(settings.logdir).resolve() == path.parent,
         "threads": number_of_threads(settings) == number_of_threads(old),
     }
     wrong = [
-        f"{name} is {there[name]!r} there and {new!r} here"
+        f"{name} is {saved[name]!r} in the run and {new!r} now"
         for name in changes
         for new in [getattr(settings, name)]
-        if name not in CHANGEABLE and not agreed.get(name, new == there[name])
+        if name not in CHANGEABLE and not agreed.get(name, new == saved[name])
     ]
     if wrong:
         raise ValueError(f"resume: expected the settings of {run}: {'; '.join(wrong)}")
@@ -245,40 +260,35 @@ def reconcile(run: Path, old: Settings, done: int, changes: dict[str, Any]) -> S
             f"epochs: expected at least the {done} that {run} has completed, "
             f"got {settings.epochs}"
         )
-    kept = {name: getattr(old, name) for name in agreed}
-    return dataclasses.replace(settings, **kept, name=old.name)
+    unchanged = {name: getattr(old, name) for name in agreed}
+    return dataclasses.replace(settings, **unchanged, name=old.name)
 
 
-def parse(doc: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
-    """The options that were given, by name; those that were not are absent.
+def parse(doc: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the options of a command line by name, without those that were omitted.
 
     Args:
-        doc: the program's docstring: what ``--help`` says around the options.
-        arguments: of the command line.
+        doc: the program's docstring, which ``--help`` prints around the options.
+        arguments: of the command line; those of the process if None.
     """
     parser = Parser(doc, argument_default=argparse.SUPPRESS)
-    add_options(parser, Settings)
-    add = parser.add_argument
-    add("--recipe", help="best: the most accurate in ten minutes", choices=RECIPES)
-    add(
-        "--resume",
-        help="run folder to go on with, or a checkpoint in it",
-        metavar="RUN",
+    add_options(parser, TrainingSettings)
+    parser.add_argument(
+        "--recipe", help="best: the most accurate in ten minutes", choices=RECIPES
     )
-    said = parser.add_mutually_exclusive_group()
-    said.add_argument(
-        "--quiet",
-        dest="output",
-        action="store_const",
-        const="quiet",
-        help="only notes and errors",
+    parser.add_argument(
+        "--resume", help="run folder to continue, or a checkpoint in it", metavar="RUN"
     )
-    said.add_argument(
-        "--json", dest="output", action="store_const", const="json",
-        help="a JSON object on a line for each epoch, and one for the run",
-    )  # fmt: skip
-    given = vars(parser.parse_args(arguments))
-    given = {**RECIPES.get(given.pop("recipe", ""), {}), **given}
-    if "sizes" in given:
-        given["sizes"] = tuple(given["sizes"])
-    return given
+    formats = parser.add_mutually_exclusive_group()
+    for name, help in (
+        ("quiet", "print only notes and errors"),
+        ("json", "print a JSON object on a line for each epoch, and one for the run"),
+    ):
+        formats.add_argument(
+            f"--{name}", dest="output", action="store_const", const=name, help=help
+        )
+    options = vars(parser.parse_args(arguments))
+    options = {**RECIPES.get(options.pop("recipe", ""), {}), **options}
+    if "sizes" in options:
+        options["sizes"] = tuple(options["sizes"])
+    return options

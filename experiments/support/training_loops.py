@@ -1,8 +1,8 @@
-"""One epoch of the same training, written the ways people write it.
+"""One epoch of the same training, written in the usual ways.
 
-Every loop trains the same network from the same start on the same mini-batches by plain
-SGD, and can be asked for its weights, so that a loop that computes something else is
-found out. They are what experiments/benchmark.py times; this file is no program.
+Every loop trains the same network from the same weights on the same mini-batches by
+plain SGD and returns its weights, which reveal a loop that computes something else.
+experiments/benchmark.py times the loops.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class Workload:
     """A network, its mini-batches and its learning rate; sigmoid, quadratic cost.
 
     Attributes:
-        is_synthetic: whether the images are random bytes, half of which are zero,
-            instead of MNIST's, of which four of five are.
+        name: for the table.
+        sizes: neurons per layer.
+        batch_size: examples in a mini-batch.
+        lr: η.
+        is_synthetic: whether the images are random bytes, half of them zero, instead
+            of MNIST's, of which four of five are zero.
     """
 
     name: str
@@ -40,8 +44,8 @@ class Workload:
     is_synthetic: bool = False
 
     def flops(self, density: float = 1.0) -> float:
-        """Additions and multiplications of a step's matrix products: forward, BP4, and
-        BP2 but for the first layer, which passes nothing on.
+        """Return the additions and multiplications of a step's matrix products:
+        forward, BP4, and BP2 except in the first layer.
 
         Args:
             density: the share of inputs that are not zero; only their products count.
@@ -51,21 +55,29 @@ class Workload:
 
 
 class Loop(Protocol):
-    """A way to train. `run` takes one step for each mini-batch of `order`."""
+    """A way to train."""
 
-    def run(self, order: Tensor) -> None: ...
+    def run(self, order: Tensor) -> None:
+        """Take one step for each mini-batch of `order`."""
 
     def weights(self) -> list[Tensor] | None:
-        """W and b of each layer, or None where they cannot be those of the others."""
+        """Return W and b of each layer, or None if the cost is another one."""
 
 
 class UnavailableError(RuntimeError):
-    """A loop whose library, compiler or device is not here; the message says which."""
+    """A loop's library or compiler is missing; the message says which."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every loop is given."""
+    """What every loop is to train.
+
+    Attributes:
+        workload: network, batch size and rate.
+        data: the training set, on the device.
+        device: on which the loop computes.
+        threads: of the CPU.
+    """
 
     workload: Workload
     data: Split
@@ -73,26 +85,27 @@ class Task:
     threads: int
 
     def network(self) -> torchbp.MLP:
-        """The start, the same for all."""
+        """Return the initial network, the same for all loops."""
         torch.manual_seed(0)
         sizes = self.workload.sizes
         model = torchbp.MLP(sizes, device="cpu", dtype=torch.float32)
         return model.to(self.device)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
-        """Images and one-hot targets, float32, in memory as a whole."""
+        """Return all images and one-hot targets in float32."""
         images, labels = self.data
         classes = self.workload.sizes[-1]
         return scale(images), one_hot(labels, classes).to(torch.float32)
 
 
 def quadratic(output: Tensor, target: Tensor) -> Tensor:
-    """The cost in torch's own operations."""
+    """Return the quadratic cost, computed by torch's own operations."""
     return mse_loss(output, target, reduction="sum") / (2 * len(target))
 
 
 class Autograd:
-    """A backward pass and ``torch.optim.SGD`` a batch, the whole set in memory."""
+    """A backward pass and a step of ``torch.optim.SGD`` for each batch; the whole set
+    is in memory."""
 
     def __init__(
         self,
@@ -124,7 +137,7 @@ class Autograd:
 
 
 class Tutorial(Autograd):
-    """As tutorials have it: pictures one by one through a DataLoader and ToTensor."""
+    """The loop of tutorials: single pictures through a DataLoader and ToTensor."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task, torchbp.to_native(task.network()), quadratic)
@@ -143,7 +156,7 @@ class Tutorial(Autograd):
 
 
 class _Pictures(torch.utils.data.Dataset[Any]):
-    """What torchvision's MNIST does for an item."""
+    """The items of torchvision's MNIST, loaded as it does."""
 
     def __init__(self, data: Split) -> None:
         from torchvision.transforms import ToTensor
@@ -159,7 +172,7 @@ class _Pictures(torch.utils.data.Dataset[Any]):
 
 
 class ExplicitEpochs:
-    """:meth:`torchbp.ExplicitSGD.epoch`, on batches of a given order."""
+    """:meth:`torchbp.ExplicitSGD.epoch` on batches in the order of the others."""
 
     kernel = "auto"
 
@@ -179,7 +192,7 @@ class ExplicitEpochs:
 
 
 class ExplicitTorchCalls(ExplicitEpochs):
-    """The same without the compiled loops."""
+    """:class:`ExplicitEpochs` without the compiled kernel."""
 
     kernel = "torch"
 
@@ -272,14 +285,13 @@ class JAX:
 
 
 def _import_jax(threads: int) -> Any:
-    """JAX, held to one thread where one is asked for: it decides at its first use."""
+    """Import JAX, limited to one thread if `threads` is 1: JAX decides at its first
+    use."""
     if importlib.util.find_spec("jax") is None:
         raise UnavailableError('jax is not installed: pip install ".[peers]"')
     with _one_core() if threads == 1 else contextlib.nullcontext():
-        flag, flags = (
-            "--xla_cpu_multi_thread_eigen=false",
-            os.environ.get("XLA_FLAGS", ""),
-        )
+        flag = "--xla_cpu_multi_thread_eigen=false"
+        flags = os.environ.get("XLA_FLAGS", "")
         if threads == 1 and flag not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
         import jax
@@ -291,7 +303,7 @@ def _import_jax(threads: int) -> Any:
 
 @contextlib.contextmanager
 def _one_core() -> Iterator[None]:
-    """What starts its threads in here sees a machine of one core."""
+    """Make libraries that start their threads in this block see one core."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -304,8 +316,8 @@ def _one_core() -> Iterator[None]:
 
 
 class SklearnMLP:
-    """``MLPClassifier``: it has no quadratic cost of a sigmoid output, so it minimises
-    the log-likelihood of a softmax, a few operations more."""
+    """``MLPClassifier``: without a quadratic cost of sigmoid outputs, it minimises the
+    log-likelihood of a softmax, with a few more operations."""
 
     def __init__(self, task: Task) -> None:
         if importlib.util.find_spec("sklearn") is None:
@@ -328,7 +340,7 @@ class SklearnMLP:
 
         rows = order.numpy()
         with warnings.catch_warnings(), threadpool_limits(self.threads):
-            warnings.simplefilter("ignore")  # one pass has not converged
+            warnings.simplefilter("ignore")  # not converged after one epoch
             self.classifier.fit(self.x[rows], self.y[rows])
 
     def weights(self) -> list[Tensor] | None:
@@ -336,41 +348,39 @@ class SklearnMLP:
 
 
 def has_compiler() -> bool:
+    """Return whether a C++ compiler is installed."""
     return any(map(shutil.which, ("g++", "clang++", "c++", "cl")))
 
 
-def _compiler() -> None:
+def _check_compiler() -> None:
+    """Raise UnavailableError unless a C++ compiler is installed."""
     if not has_compiler():
         raise UnavailableError("torch.compile needs a C++ compiler")
 
 
-def _native(task: Task) -> Loop:
-    return Autograd(task, torchbp.to_native(task.network()), quadratic)
+def _autograd(ours: bool, compiled: bool) -> Callable[[Task], Loop]:
+    """Return what makes the loop of our layers or native ones, compiled or eager."""
 
+    def make(task: Task) -> Loop:
+        if compiled:
+            _check_compiler()
+        model = task.network()
+        if ours:
+            return Autograd(task, model, torchbp.QuadraticCost(), compiled)
+        return Autograd(task, torchbp.to_native(model), quadratic, compiled)
 
-def _native_compiled(task: Task) -> Loop:
-    _compiler()
-    return Autograd(task, torchbp.to_native(task.network()), quadratic, compiled=True)
-
-
-def _ours(task: Task) -> Loop:
-    return Autograd(task, task.network(), torchbp.QuadraticCost())
-
-
-def _ours_compiled(task: Task) -> Loop:
-    _compiler()
-    return Autograd(task, task.network(), torchbp.QuadraticCost(), compiled=True)
+    return make
 
 
 NATIVE, EXPLICIT = "native", "ExplicitSGD.epoch"
 
-# In the order in which the table has them.
+# In the order of the table.
 LOOPS: dict[str, Callable[[Task], Loop]] = {
     "DataLoader, native": Tutorial,
-    NATIVE: _native,
-    "native, compiled": _native_compiled,
-    "BP layers": _ours,
-    "BP layers, compiled": _ours_compiled,
+    NATIVE: _autograd(ours=False, compiled=False),
+    "native, compiled": _autograd(ours=False, compiled=True),
+    "BP layers": _autograd(ours=True, compiled=False),
+    "BP layers, compiled": _autograd(ours=True, compiled=True),
     "ExplicitSGD.step": ExplicitSteps,
     EXPLICIT: ExplicitEpochs,
     f"{EXPLICIT}, torch": ExplicitTorchCalls,

@@ -21,7 +21,7 @@ from torch import Tensor
 import torchbp
 from torchbp.data.sets import Split, Splits
 from torchbp.nn import ACTIVATIONS
-from torchbp.training.trainer import AutogradSGD, DivergedError, Trainer
+from torchbp.training import AutogradSGD, DivergedError, Trainer
 
 INF, NAN = math.inf, math.nan
 ENGINES = {"autograd": AutogradSGD, "explicit": torchbp.ExplicitSGD}

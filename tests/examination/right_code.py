@@ -1,7 +1,7 @@
 """Right code in other people's styles, of torch itself and of its usual extensions:
-`torchbp.examine` must hold nothing against any of it.
+no check of `torchbp.examine` may fail on any of it.
 
-The pieces were written before the examination was changed, and stand on torch alone.
+The pieces import torch alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """A function that is right, what it is called with, and options of examine."""
+    """A right function, its arguments, and options of examine."""
 
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
@@ -63,7 +63,7 @@ class LayerNorm(Function):
 
 
 class RMSNorm(nn.Module):
-    """Computes in float32 whatever comes in, as language models do."""
+    """Computes in float32, whatever the input's dtype, as language models do."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Mish(Function):
 
 
 class LeakyReLUInPlace(Function):
-    """Overwrites its input and says so; the slope is told from the output's sign."""
+    """Overwrites its input and declares it; the output's sign gives the slope."""
 
     @staticmethod
     def forward(ctx, x, slope):
@@ -155,7 +155,7 @@ class LeakyReLUInPlace(Function):
 
 
 class SafeExp(Function):
-    """Its gradient is a saved intermediate, which is why it is once differentiable."""
+    """Its gradient is a saved intermediate, so it is once differentiable."""
 
     @staticmethod
     def forward(ctx, x):
@@ -179,7 +179,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 class MatMul(Function):
-    """Any leading dimensions, reshaped on the way in and out."""
+    """Takes any leading dimensions, as one."""
 
     @staticmethod
     def forward(ctx, input, weight):
@@ -300,7 +300,7 @@ class Gather(Function):
 
 
 class MaxOver(Function):
-    """Values and places of the maximum; the places have no gradient."""
+    """Values and indices of the maximum; the indices have no gradient."""
 
     @staticmethod
     def forward(ctx, x, dim):
@@ -350,7 +350,7 @@ class Round(Function):
 
 
 class Split(Function):
-    """Two outputs, either of which may go unused."""
+    """Two outputs, either of which may be unused."""
 
     @staticmethod
     def forward(ctx, x):
@@ -396,7 +396,7 @@ def reparametrised(mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """Its first half is computed again in the backward."""
+    """Its first half is recomputed in the backward."""
 
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
@@ -410,7 +410,7 @@ class Checkpointed(nn.Module):
 
 
 class CheckpointFunction(Function):
-    """A checkpoint of one's own: parameters get their gradients by accumulation."""
+    """A hand-written checkpoint: parameters get their gradients by accumulation."""
 
     @staticmethod
     def forward(ctx, run, x):
@@ -585,6 +585,13 @@ def rotated(x: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
+def forces(positions: Tensor) -> Tensor:
+    """The negative gradient of an energy: it differentiates inside."""
+    x = positions if positions.requires_grad else positions.detach().requires_grad_()
+    energy = (x[:, None] - x).square().sum(-1).neg().exp().sum()
+    return -torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
 def scattered(src: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(src).scatter_add(1, index, src)
 
@@ -606,7 +613,7 @@ class Tied(nn.Module):
 
 
 class GRU(nn.Module):
-    """A cell over three steps, that starts from zeros which it makes itself."""
+    """A cell over several steps, from zeros that it makes itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -708,6 +715,11 @@ RIGHT_CODE: dict[str, Piece] = {
         (torch.tensor([[0, 2, 4], [1, 2, 2]]),),
     ),
     "gather": Piece(Gather.apply, (X, torch.tensor([2, 0, 2, 1]))),
+    "forces": Piece(forces, (X,)),
+    "values, indices and a mask": Piece(lambda x: (*x.max(-1), x > 0), (X,)),
+    "a number in float64, a vector in float32": Piece(
+        lambda t: t * torch.arange(3.0), (torch.tensor(0.5),)
+    ),
     "scatter": Piece(scattered, (X, torch.tensor([[0, 1, 1, 3]] * 3))),
     "maximum and its place": Piece(MaxOver.apply, (X, 1)),
     "top k": Piece(lambda x: x.topk(2)[0], (X,)),

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import bounds
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from noise import noise_splits
 
 import torchbp
 from experiments import batching as experiment
 from experiments.support import reporting
-from torchbp.data.sets import Split, Splits
 
-
-def _split(n: int) -> Split:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 784), generator=generator).to(torch.uint8)
-    return Split(images, torch.arange(n) % 10)
-
-
-DATA = Splits(_split(30), _split(5), _split(6))
+DATA = noise_splits(30)
 # Sums over 784 pixels, in float32, through a few layers.
 OFF = bounds.relative(bounds.network(torch.float32, longest=784))
 
@@ -34,22 +25,14 @@ def noise_images(monkeypatch):
 
 def settings(tmp_path, **changes):
     few = {"batch_size": 7, "draws": 20, "repeats": 1, "logdir": str(tmp_path)}
-    return experiment.Settings(**{**few, "name": "one", **changes})
+    return experiment.BatchingSettings(**{**few, "name": "one", **changes})
 
 
-def test_everything_is_measured_and_written(noise_images, tmp_path, capsys):
-    results = experiment.main(settings(tmp_path))
-    out = capsys.readouterr().out
-    folder = tmp_path / "one"
-    written = json.loads((folder / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
+def test_everything_is_measured_and_written(noise_images, measure, tmp_path):
+    written, _, events = measure(experiment.main, settings(tmp_path))
     assert [way["way"] for way in written["ways"]] == list(experiment.WAYS)
     assert [n["m"] for n in written["noise"]] == list(experiment.BATCHES)
-    assert out.splitlines()[-1] == results["verdict"]
-    assert max(map(len, out.partition("verdict")[0].splitlines())) <= 100
-    assert results["shown"] == all(results["claims"].values())
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    assert written["shown"] == all(written["claims"].values())
     shown = [p.value for p in events.Scalars("error_over_batch_size/measured")]
     assert shown == pytest.approx([n["measured"] for n in written["noise"]])
 
@@ -79,7 +62,7 @@ def test_the_prediction_is_the_spread_of_the_examples(tmp_path):
     """tr Σ from all examples' gradients, one by one."""
     few = settings(tmp_path, draws=2)
     noise = experiment.draw_batches(few, DATA.train)
-    model = experiment.build(few, DATA.train)
+    model = experiment.initial_network(few, DATA.train)
     x, y = torchbp.data.scale(DATA.train.images), DATA.train.labels
     each = torch.stack([
         experiment.flat(experiment.batched(model, x[i : i + 1], y[i : i + 1]))
@@ -94,8 +77,8 @@ def test_the_prediction_is_the_spread_of_the_examples(tmp_path):
 def _ways(**changes):
     times = dict.fromkeys(experiment.WAYS, 0.001)
     times |= {experiment.BATCHED: 1e-4, experiment.RECORDED: 2e-4} | changes
-    off = {"float32": 1e-7, "float64": 1e-16}
-    return [experiment.Way(way, seconds, off) for way, seconds in times.items()]
+    errors = {"float32": 1e-7, "float64": 1e-16}
+    return [experiment.BatchWay(way, seconds, errors) for way, seconds in times.items()]
 
 
 def _noise(power=-0.5, factor=1.0):
@@ -109,9 +92,9 @@ def _failed(ways=None, noise=None):
 
 def test_claims_hold_on_what_they_say_and_fail_on_the_rest():
     assert _failed() == []
-    for dtype, off in (("float32", 1e-4), ("float64", 1e-10)):
+    for dtype, error in (("float32", 1e-4), ("float64", 1e-10)):
         first, *others = _ways()
-        wrong = dataclasses.replace(first, off={**first.off, dtype: off})
+        wrong = dataclasses.replace(first, errors={**first.errors, dtype: error})
         assert [c[:2] for c in _failed([wrong, *others])] == ["A1"]
     (claim,) = _failed(_ways(**{experiment.BATCHED: 2e-3}))
     assert "faster" in claim

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import typing
 
 import pytest
 import torch
 
 import torchbp
 from experiments.support import reporting
+from experiments.support.options import run_experiment
 from torchbp import data
 
 NAMES = (
@@ -26,18 +28,28 @@ def experiment(name):
     return importlib.import_module(f"experiments.{name}")
 
 
+def settings_of(script):
+    """The class of the settings that the script's main takes."""
+    return typing.get_type_hints(script.main)["settings"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exit_status(name, tmp_path, capsys, monkeypatch):
-    script, given = experiment(name), []
+    script, received = experiment(name), []
+    defaults = settings_of(script)()
     options = ["--seed", "3", "--logdir", str(tmp_path)]
 
     def main(settings):
-        given.append(settings)
+        received.append(settings)
         if isinstance(outcome, bool):
             return {"shown": outcome}
         raise outcome
 
-    monkeypatch.setattr(script, "main", main)
+    def run(script_main, *rest):
+        assert script_main is script.main
+        return run_experiment(main, *rest)
+
+    monkeypatch.setattr(reporting, "run_experiment", run)
     for result, status, said in (
         (True, 0, ""),
         (False, 1, ""),
@@ -48,12 +60,12 @@ def test_exit_status(name, tmp_path, capsys, monkeypatch):
         outcome = result
         assert script.command_line(options) == status
         assert capsys.readouterr().err == said
-    assert all(settings.seed == 3 for settings in given)
+    assert all(settings.seed == 3 for settings in received)
     outcome = True
     script.command_line(["--quick"])
-    quick = vars(given[-1])
+    quick = vars(received[-1])
     assert script.QUICK.items() <= quick.items()
-    assert vars(script.Settings()) | script.QUICK | {"quick": True} == quick
+    assert vars(defaults) | script.QUICK | {"quick": True} == quick
 
 
 SHARED = (
@@ -127,7 +139,7 @@ def test_without_data_nothing_is_left(name, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_claim_is_stated_with_its_equation(name):
-    stated = reporting.stated(experiment(name).__doc__)
+    stated = reporting.claim_of(experiment(name).__doc__)
     assert stated.startswith("The claim") and "Exit status" not in stated
     equations = {
         "batching": "A1",
@@ -142,9 +154,9 @@ CLAIMS = {"water is wet": True, "fire is cold": False}
 
 
 def conclude(tmp_path, claims=CLAIMS, **measured):
-    settings = reporting.Common(logdir=str(tmp_path), name="one")
-    with reporting.Report("trial", settings) as report:
-        return report.conclude(
+    settings = reporting.CommonSettings(logdir=str(tmp_path), name="one")
+    with reporting.ExperimentRun("trial", settings) as run:
+        return run.conclude(
             settings,
             measured,
             claims,
@@ -154,7 +166,7 @@ def conclude(tmp_path, claims=CLAIMS, **measured):
         )
 
 
-def test_a_report_says_which_claims_are_shown_and_writes_it(tmp_path, capsys):
+def test_a_run_prints_and_writes_which_claims_are_shown(tmp_path, capsys):
     results = conclude(tmp_path, figures=[1, 2])
     assert results["figures"] == [1, 2] and not results["shown"]
     lines = capsys.readouterr().out.splitlines()
@@ -189,11 +201,6 @@ def test_without_matplotlib_a_line_says_so(tmp_path, capsys, monkeypatch):
     conclude(tmp_path)
     assert 'pip install ".[plots]"' in capsys.readouterr().out
     assert not list((tmp_path / "one").glob("*.png"))
-
-
-def test_slope():
-    assert reporting.slope([0, 1, 2, 3], [1, 3, 5, 7]) == pytest.approx(2)
-    assert reporting.slope([0, 1, 2], [1, 0, 1]) == pytest.approx(0)
 
 
 def test_what_was_measured_stays_when_the_reader_leaves(tmp_path, monkeypatch):

@@ -24,6 +24,6 @@ def test_the_count_of_what_gradcheck_notices(capsys):
     assert rows["BiasUnsummed"][1:3] == ["-", "-"]
     first, all = (sum(row[k] == "yes" for row in rows.values()) for k in (1, 2))
     assert lines[-1] == (
-        f"of {len(rows)} wrong Functions gradcheck notices {first}, with gradgradcheck "
+        f"of {len(rows)} wrong Functions gradcheck detects {first}, with gradgradcheck "
         f"and batched gradients {all}, examine {len(rows)}"
     )

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import bounds
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from noise import noise_splits
 
 import torchbp
 from experiments import learning_slowdown as experiment
 from experiments.support import reporting
-from torchbp.data.sets import Split, Splits
+from torchbp.data import Split
 
-
-def _split(n: int) -> Split:
-    """Bytes of which the first 20 are never on."""
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 784), generator=generator)
-    images[:, :20] = 0
-    return Split(images.to(torch.uint8), torch.arange(n) % 10)
-
-
-DATA = Splits(_split(60), _split(5), _split(6))
+DATA = noise_splits(60, always_zero=20)
 
 
 @pytest.fixture
@@ -36,26 +26,17 @@ def noise(monkeypatch):
 
 def settings(tmp_path, **changes):
     small = {"steps": 4, "every": 2, "batches": 3, "logdir": str(tmp_path)}
-    return experiment.Settings(**{**small, "name": "one", **changes})
+    return experiment.SlowdownSettings(**{**small, "name": "one", **changes})
 
 
-def test_everything_is_measured_and_written(noise, tmp_path, capsys):
-    results = experiment.main(settings(tmp_path))
-    out = capsys.readouterr().out
-    folder = tmp_path / "one"
-    written = json.loads((folder / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
+def test_everything_is_measured_and_written(noise, measure, tmp_path):
+    written, _, events = measure(experiment.main, settings(tmp_path))
     assert [len(c["times"]) for c in written["neurons"]] == [301] * 4
     assert [c["times"] for c in written["networks"]] == [[0, 2, 4]] * 4
-    assert written["inputs"]["never_on"] == 20
+    assert written["inputs"]["always_zero"] == 20
     # Too few steps for the network: that is a claim that is not shown.
-    assert not results["shown"] and "NOT shown" in results["verdict"]
-    assert results["shown"] == all(results["claims"].values())
-    assert out.splitlines()[-1] == results["verdict"]
-    table = out.partition("verdict")[0]
-    assert max(map(len, table.splitlines())) <= 100
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    assert not written["shown"] and "NOT shown" in written["verdict"]
+    assert written["shown"] == all(written["claims"].values())
     shown = [p.value for p in events.Scalars("network_delta/quadratic_bad")]
     (curve,) = (
         c
@@ -79,7 +60,7 @@ def test_neuron_against_its_formulas():
             assert curve.sigma_prime[epoch] == pytest.approx(a * (1 - a))
             assert curve.delta[epoch] == pytest.approx(delta)
             w, b = w - 0.15 * delta, b - 0.15 * delta
-        assert curve.off < bounds.network()
+        assert curve.error < bounds.network()
 
 
 def test_networks_start_where_they_should(tmp_path):
@@ -92,12 +73,12 @@ def test_networks_start_where_they_should(tmp_path):
         assert bad.C[0] > good.C[0] and bad.C[-1] < bad.C[0]
 
 
-def test_inputs_that_are_never_on(tmp_path):
-    inputs = experiment.look_at_inputs(settings(tmp_path), DATA.train)
-    assert inputs.never_on == 20 and inputs.moved == 0 < inputs.others_moved
+def test_inputs_that_are_always_zero(tmp_path):
+    inputs = experiment.measure_inputs(settings(tmp_path), DATA.train)
+    assert inputs.always_zero == 20 and inputs.zero_change == 0 < inputs.other_change
     assert [mean for mean, _ in inputs.bins] == sorted(m for m, _ in inputs.bins)
     all_on = Split(DATA.train.images.clamp(min=1), DATA.train.labels)
-    assert experiment.look_at_inputs(settings(tmp_path), all_on).never_on == 0
+    assert experiment.measure_inputs(settings(tmp_path), all_on).always_zero == 0
 
 
 def test_rank_correlation():
@@ -108,7 +89,7 @@ def test_rank_correlation():
 
 def test_the_half_is_a_matter_of_the_rate(monkeypatch):
     monkeypatch.setattr(experiment, "HALF_STEPS", 40)
-    half = experiment.look_at_half(DATA.train)
+    half = experiment.measure_half(DATA.train)
     assert half.half_rate < bounds.network(steps=40)
     assert half.same_rate > 1e-2
     # A cost without ½ and with a wrong gradient is another matter.
@@ -116,15 +97,15 @@ def test_the_half_is_a_matter_of_the_rate(monkeypatch):
         "wrong", lambda a, y: (a - y).square().sum(-1), lambda a, y: 3 * (a - y)
     )
     monkeypatch.setattr(experiment, "WholeCost", wrong)
-    assert experiment.look_at_half(DATA.train).half_rate > 1e-2
+    assert experiment.measure_half(DATA.train).half_rate > 1e-2
 
 
 def test_a_detour_is_part_of_the_trajectory(monkeypatch):
     """The largest distance on the way counts, not that at the end."""
     found = iter([0.1, 0.5, 0.9, 0.6, 0.2, 0.3])
-    monkeypatch.setattr(experiment, "distance", lambda *_: next(found))
+    monkeypatch.setattr(experiment, "relative_distance", lambda *_: next(found))
     monkeypatch.setattr(experiment, "HALF_STEPS", 3 * experiment.HALF_EVERY)
-    assert experiment.look_at_half(DATA.train) == experiment.Half(0.9, 0.6)
+    assert experiment.measure_half(DATA.train) == experiment.HalfDistances(0.9, 0.6)
 
 
 def _curve(cost, start, halved, delta):
@@ -142,8 +123,8 @@ def _curves(**changes):
     return [_curve(*kind, *figures) for kind, figures in kinds.items()]
 
 
-INPUTS = experiment.Inputs(67, 0.0, 1.0, 0.99, [(0.1, 0.1)])
-HALF = experiment.Half(0.0, 0.5)
+INPUTS = experiment.InputSpeeds(67, 0.0, 1.0, 0.99, [(0.1, 0.1)])
+HALF = experiment.HalfDistances(0.0, 0.5)
 
 
 def _failed(neurons=None, networks=None, inputs=INPUTS, half=HALF, whole=True):
@@ -176,11 +157,11 @@ def test_claims_fail_on_other_curves(name, changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"moved": 1e-9}, "do not move at all"),
-        ({"never_on": 0}, "do not move at all"),
-        ({"others_moved": 0.0}, "do not move at all"),
-        ({"correlation": 0.5}, "the more an input is on"),
-        ({"never_on": 66}, "67 pixels"),
+        ({"zero_change": 1e-9}, "do not change at all"),
+        ({"always_zero": 0}, "do not change at all"),
+        ({"other_change": 0.0}, "do not change at all"),
+        ({"correlation": 0.5}, "the larger an input"),
+        ({"always_zero": 66}, "67 pixels"),
     ],
 )
 def test_claims_fail_on_other_inputs(changes, said):
@@ -189,9 +170,12 @@ def test_claims_fail_on_other_inputs(changes, said):
 
 
 def test_other_claims_fail_too():
-    off = [dataclasses.replace(curve, off=1e-3) for curve in _curves()]
-    assert _failed(neurons=off)[0].startswith("BP1")
-    for half in (experiment.Half(1e-3, 0.5), experiment.Half(0.0, 0.0)):
+    wrong = [dataclasses.replace(curve, error=1e-3) for curve in _curves()]
+    assert _failed(neurons=wrong)[0].startswith("BP1")
+    for half in (
+        experiment.HalfDistances(1e-3, 0.5),
+        experiment.HalfDistances(0.0, 0.0),
+    ):
         (claim,) = _failed(half=half)
         assert claim.startswith("½")
 

@@ -14,12 +14,16 @@ import bounds
 import processes
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchbp
 from experiments import nielsen
-from experiments.support import nielsen_runs, one_neuron, reporting
-from torchbp.data.sets import Split, Splits
+from experiments.support import (
+    nielsen_runs,
+    one_neuron,
+    reporting,
+    reproduction,
+)
+from torchbp.data import Split, Splits
 
 SCRIPT = Path(nielsen.__file__)
 TINY = nielsen_runs.Training((3,), "quadratic", 3.0, epochs=2, examples=40)
@@ -40,14 +44,14 @@ def tiny(monkeypatch):
     """Three rows and two sizes, on 40 images; an epoch is 40 examples."""
     monkeypatch.setattr(nielsen_runs, "EXAMPLES", 40)
     monkeypatch.setattr(nielsen_runs, "TIMED_STEPS", 2)
-    monkeypatch.setattr(nielsen, "MORE", 1)
+    monkeypatch.setattr(nielsen, "MORE_SEEDS", 1)
     monkeypatch.setattr(nielsen, "STARTS", 4)
     monkeypatch.setattr(nielsen, "SIZES", (dataclasses.replace(TINY, examples=20),
                                            TINY))  # fmt: skip
     rows = (
-        nielsen.Row("1", TINY, "epoch 1", 10.0),
-        nielsen.Row("3", LONGER, "peak", 99.99),
-        nielsen.Row("5", LONGER, "end", 1.0),
+        reproduction.Published("1", TINY, "epoch 1", 10.0),
+        reproduction.Published("3", LONGER, "peak", 99.99),
+        reproduction.Published("5", LONGER, "end", 1.0),
     )
     monkeypatch.setattr(nielsen, "ROWS", rows)
     monkeypatch.setattr(reporting, "load", lambda settings: DATA)
@@ -55,15 +59,11 @@ def tiny(monkeypatch):
 
 def settings(tmp_path, **changes):
     small = {"seeds": 2, "workers": 1, "logdir": str(tmp_path), "name": "one"}
-    return nielsen.Settings(**{**small, **changes})
+    return nielsen.NielsenSettings(**{**small, **changes})
 
 
-def test_everything_is_trained_judged_and_written(tiny, tmp_path, capsys):
-    results = nielsen.main(settings(tmp_path))
-    out = capsys.readouterr().out
-    folder = tmp_path / "one"
-    written = json.loads((folder / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
+def test_everything_is_trained_judged_and_written(tiny, measure, tmp_path):
+    written, out, events = measure(nielsen.main, settings(tmp_path))
     # Two networks and the smaller set, twice each; the whole set is the first network;
     # and the network that is not reproduced with one seed more.
     keys = {(str(r["training"]), r["seed"]) for r in written["runs"]}
@@ -78,13 +78,10 @@ def test_everything_is_trained_judged_and_written(tiny, tmp_path, capsys):
     assert by_statistic["test peak"]["verdict"] == nielsen.MISSED
     assert "with 1 more seeds" in by_statistic["test peak"]["reason"]
     assert len(by_statistic["test peak"]["values"]) == 2
-    assert not results["shown"]
-    assert out.splitlines()[-1] == results["verdict"]
-    assert "not reproduced" in results["verdict"]
+    assert not written["shown"]
+    assert "not reproduced" in written["verdict"]
     assert "6/6]" in out and "about" in out
     assert max(map(len, out.splitlines())) <= 100
-    events = EventAccumulator(str(folder))
-    events.Reload()
     (tag,) = (t for t in events.Tags()["scalars"] if "4_CE" in t and "seed_1" in t)
     shown = [point.value for point in events.Scalars(tag)]
     (run,) = (
@@ -126,7 +123,9 @@ def test_processes_give_what_one_gives(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(nielsen_runs, "EXAMPLES", 50_000)
     training = nielsen_runs.Training((30,), "cross-entropy", 0.01, 5, epochs=1)
     training = dataclasses.replace(training, examples=40, scored="validation")
-    monkeypatch.setattr(nielsen, "ROWS", (nielsen.Row("1", training, "end", 10.0),))
+    monkeypatch.setattr(
+        nielsen, "ROWS", (reproduction.Published("1", training, "end", 10.0),)
+    )
     # Weights of N(0, 1) and a small rate: the answers vary from image to image, so that
     # three seeds differ in how many of 5,000 they guess, on any processor.
     splits = DATA._replace(validation=_split(5000, 1))
@@ -156,7 +155,7 @@ def test_processes_give_what_one_gives(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_verdict_on_accuracies(published, values, verdict):
-    assert nielsen.judge(published, values) == verdict
+    assert reproduction.judge_accuracy(published, values) == verdict
 
 
 def _runs(*accuracies, unlearned=None):
@@ -166,42 +165,44 @@ def _runs(*accuracies, unlearned=None):
     ]
 
 
-def test_a_miss_is_looked_into():
-    row = nielsen.Row("1", TINY, "peak", 95.0, "the book's is the best of 3 runs")
+def test_a_miss_is_explained():
+    row = reproduction.Published(
+        "1", TINY, "peak", 95.0, "the book's is the best of 3 runs"
+    )
     (lost,) = _runs([80.0, 85.0], unlearned=[2, 1])
     runs = [lost, *_runs([84.0, 85.2])]
-    result = nielsen.accuracy_result(row, runs, is_cut=False)
+    result = reproduction.reproduce_accuracy(row, runs, is_cut=False)
     assert result.verdict == "not reproduced"
-    assert "-9.90 points off, and 2 std 0.28" in result.reason
+    assert "deviates by -9.90 points, and 2 std are 0.28" in result.reason
     assert "1 of 2 seeds had not learned some digit" in result.reason
     assert "the others' mean is 85.20" in result.reason
-    assert "the best here 85.20" in result.reason and "more" not in result.reason
+    assert "the best measured 85.20" in result.reason and "more" not in result.reason
     end = dataclasses.replace(row, statistic="end")
     runs[0].accuracies[:] = [85.0, 81.0]
-    reason = nielsen.accuracy_result(end, runs, is_cut=False).reason
+    reason = reproduction.reproduce_accuracy(end, runs, is_cut=False).reason
     assert "the mean of the peaks is 85.10" in reason
     assert "the last 10 epochs differ by a std of 1.84" in reason  # 2.83 and 0.85
 
 
 def test_more_seeds_are_part_of_the_reason_and_not_of_the_verdict():
-    row = nielsen.Row("1", TINY, "peak", 95.0)
+    row = reproduction.Published("1", TINY, "peak", 95.0)
     runs = _runs([94.6], [94.6])
     for peak, said in (
         (95.2, "94.80 ± 0.35 (94.60–95.20), by which it would be rep"),
         (94.6, "94.60 ± 0.00 (94.60–94.60), by which it would be not"),
     ):
-        result = nielsen.accuracy_result(row, runs, False, _runs([peak]))
+        result = reproduction.reproduce_accuracy(row, runs, False, _runs([peak]))
         assert result.verdict == "not reproduced" and result.values == [94.6, 94.6]
         assert f"with 1 more seeds {said}" in result.reason
 
 
-def test_what_passes_by_its_spread_alone_is_looked_into():
-    row = nielsen.Row("1", TINY, "epoch 1", 91.29)
+def test_what_passes_by_its_spread_alone_is_explained():
+    row = reproduction.Published("1", TINY, "epoch 1", 91.29)
     runs = [*_runs([82.1, 90.0], unlearned=[1, 0]), *_runs([90.9, 91.0])]
-    result = nielsen.accuracy_result(row, runs, is_cut=False)
+    result = reproduction.reproduce_accuracy(row, runs, is_cut=False)
     assert result.verdict == "reproduced"
     assert "1 of 2 seeds had not learned some digit" in result.reason
-    close = nielsen.accuracy_result(row, _runs([91.0], [91.3]), is_cut=False)
+    close = reproduction.reproduce_accuracy(row, _runs([91.0], [91.3]), is_cut=False)
     assert close.verdict == "reproduced" and not close.reason
 
 
@@ -230,13 +231,13 @@ def test_rows_whose_epochs_were_cut_are_not_compared(tiny, tmp_path, capsys):
 
 def test_verdict_on_norms():
     starts = [0.05, 0.07, 0.09]
-    assert nielsen.norm_result("", 1, 0.066, starts).verdict == "reproduced"
-    missed = nielsen.norm_result("", 1, 0.1, starts)
+    assert reproduction.reproduce_norm("", 1, 0.066, starts).verdict == "reproduced"
+    missed = reproduction.reproduce_norm("", 1, 0.1, starts)
     assert missed.verdict == "not reproduced" and "0.05 to 0.09" in missed.reason
 
 
 def test_norms_are_those_of_the_bias_gradients():
-    results = nielsen.norm_results(*DATA.train)
+    results = nielsen.reproduce_norms(*DATA.train)
     assert [r.statistic for r in results] == ["‖δ^1‖", "‖δ^2‖", "‖δ^1‖", "‖δ^2‖",
                                               "‖δ^3‖"]  # fmt: skip
     torch.manual_seed(1)
@@ -250,8 +251,11 @@ def test_norms_are_those_of_the_bias_gradients():
 def test_neuron_as_the_book_shows_it():
     for cost, lr, waits in nielsen.NEURONS:
         curves = [one_neuron.neuron(cost, s, lr) for s in nielsen.NEURON_STARTS]
-        assert nielsen.neuron_result(cost, lr, waits, curves).verdict == "reproduced"
-        wrong = nielsen.neuron_result(cost, lr, not waits, curves)
+        assert (
+            reproduction.reproduce_neuron(cost, lr, waits, curves).verdict
+            == "reproduced"
+        )
+        wrong = reproduction.reproduce_neuron(cost, lr, not waits, curves)
         assert wrong.verdict == "not reproduced" and "halves after" in wrong.reason
 
 
@@ -260,12 +264,12 @@ def test_a_neuron_that_never_learns():
         one_neuron.Curve("quadratic", start, [0, 1], C, [], [], 0.0)
         for start, C in (("good", [1.0, 0.5]), ("bad", [1.0, 0.9]))
     ]
-    waits = nielsen.neuron_result("quadratic", 0.15, True, curves)
+    waits = reproduction.reproduce_neuron("quadratic", 0.15, True, curves)
     assert waits.verdict == "reproduced" and waits.values == [1, None]
-    at_once = nielsen.neuron_result("quadratic", 0.15, False, curves)
+    at_once = reproduction.reproduce_neuron("quadratic", 0.15, False, curves)
     assert at_once.verdict == "not reproduced" and "after never" in at_once.reason
     curves[0] = curves[1]
-    assert nielsen.neuron_result("quadratic", 0.15, True, curves).verdict == (
+    assert reproduction.reproduce_neuron("quadratic", 0.15, True, curves).verdict == (
         "not reproduced"
     )
 
@@ -279,7 +283,7 @@ def test_verdict_on_the_number_of_examples(monkeypatch):
             t: [nielsen_runs.Run(t, 0, [0.0, end], [0, 0], 0.1)]
             for t, end in zip(sizes, ends, strict=True)
         }
-        return nielsen.size_result(runs, is_cut)
+        return reproduction.reproduce_growth(runs, is_cut)
 
     assert result([60.0, 70.0, 80.0]).verdict == "reproduced"
     fell = result([60.0, 80.0, 70.0])
@@ -293,12 +297,14 @@ def test_the_rows_are_the_book_s():
         9.82, 10.09, 11.39, 21.42, 86.43, 91.29, 92.7, 95.42, 95.49, 96.37, 96.48,
         96.49, 96.5, 96.57, 96.59, 96.82, 96.9, 97.92, 98.04,
     ]  # fmt: skip
-    everything = nielsen.plan(nielsen.Settings())
+    everything = nielsen.plan(nielsen.NielsenSettings())
     assert len(everything) == len(set(everything)) == 22
     epochs = sum(training.epochs for training in everything)
     assert epochs == 690
     assert all(training.examples % 10 == 0 for training in everything)
-    chapters = [nielsen.plan(nielsen.Settings(chapter=c)) for c in ("1", "3", "5")]
+    chapters = [
+        nielsen.plan(nielsen.NielsenSettings(chapter=c)) for c in ("1", "3", "5")
+    ]
     assert set(everything) == set().union(*chapters)
 
 
@@ -308,12 +314,15 @@ def test_lines_fit_the_terminal():
             nielsen_runs.Run(cut, s, [10.0] * cut.epochs, [9] * cut.epochs, 1.0)
             for s in range(2)
         ]
-        for cut in nielsen.plan(nielsen.Settings())
+        for cut in nielsen.plan(nielsen.NielsenSettings())
     }
     found = [
-        nielsen.accuracy_result(row, runs[row.training], False) for row in nielsen.ROWS
+        reproduction.reproduce_accuracy(row, runs[row.training], False)
+        for row in nielsen.ROWS
     ]
-    found.append(nielsen.size_result({t: runs[t] for t in nielsen.SIZES}, False))
+    found.append(
+        reproduction.reproduce_growth({t: runs[t] for t in nielsen.SIZES}, False)
+    )
     lines = nielsen.table(found).splitlines()
     assert max(map(len, lines)) <= 100
     assert sum(line.startswith("chapter") for line in lines) >= 3

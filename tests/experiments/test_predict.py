@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate, pad
 
 from experiments import mnist, predict
+from experiments.support import pictures
+from experiments.support.settings import COSTS
 from torchbp import data
 from torchbp.training import checkpoint
 
@@ -27,7 +29,7 @@ SCRIPT = Path(predict.__file__)
 def train(root, **changes):
     """The folder of a run of a second or two."""
     chosen = {"engine": "explicit", "cost": "log-likelihood", "lr": 0.5, **changes}
-    return mnist.main(mnist.Settings(logdir=str(root), **chosen))["run"]
+    return mnist.main(mnist.TrainingSettings(logdir=str(root), **chosen))["run"]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,7 @@ def digit(tmp_path):
 
 def run(capsys, *arguments):
     """Exit status, output, errors of the program in this process."""
-    status = predict.main(list(arguments))
+    status = predict.command_line(list(arguments))
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -67,7 +69,7 @@ def run(capsys, *arguments):
 def rotated(grey, degrees):
     image = Image.fromarray((255 * grey).round().byte().numpy())
     turned = image.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    return predict.levels(turned)
+    return pictures.levels(turned)
 
 
 def resized(grey, size):
@@ -155,7 +157,7 @@ def test_digits_drawn_by_hand(mnist_run, size, box, width, inverted):
     right = 0
     for digit in range(10):
         image = draw(digit, size, box, width)
-        grey = predict.levels(ImageOps.invert(image) if inverted else image)
+        grey = pictures.levels(ImageOps.invert(image) if inverted else image)
         answer = predict.classify(network, settings, predict.prepare(grey))
         right += answer.digit == digit
     assert right >= 9
@@ -179,7 +181,7 @@ def palette_with_transparency():
 
 
 def sixteen_bits(scale):
-    pixels = predict.levels(draw(3)) * scale
+    pixels = pictures.levels(draw(3)) * scale
     return Image.fromarray(pixels.round().to(torch.uint16).numpy())
 
 
@@ -214,16 +216,16 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_of_picture_looks_the_same_to_the_network(kind):
-    expected = predict.prepare(predict.levels(draw(3))).float()
-    seen = predict.prepare(predict.levels(KINDS[kind])).float()
+    expected = predict.prepare(pictures.levels(draw(3))).float()
+    seen = predict.prepare(pictures.levels(KINDS[kind])).float()
     assert (seen - expected).abs().mean() < 3, "\n".join(
-        predict.seen(seen.byte(), False)
+        predict.draw_input(seen.byte(), False)
     )
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "tiff", "webp", "pgm"])
 def test_every_format(tmp_path, suffix):
-    expected = predict.prepare(predict.levels(draw(5))).float()
+    expected = predict.prepare(pictures.levels(draw(5))).float()
     draw(5).save(tmp_path / f"five.{suffix}")
     seen = predict.prepare(predict.read(tmp_path / f"five.{suffix}")).float()
     # Around the strokes JPEG leaves faint ripples, which widen the digit's box.
@@ -231,7 +233,7 @@ def test_every_format(tmp_path, suffix):
 
 
 def test_16_bit_png_files_and_turned_photographs(tmp_path):
-    expected = predict.prepare(predict.levels(draw(3))).float()
+    expected = predict.prepare(pictures.levels(draw(3))).float()
     sixteen_bits(65535).save(tmp_path / "deep.png")
     turned = Image.Exif()
     turned[0x0112] = 6  # a camera held on its side
@@ -244,7 +246,7 @@ def test_16_bit_png_files_and_turned_photographs(tmp_path):
 def test_the_box_and_the_centre_are_mnist_s():
     for digit in range(10):
         image = draw(digit, (500, 300), (270, 20, 200), 16)
-        seen = predict.prepare(predict.levels(image)).view(28, 28).float()
+        seen = predict.prepare(pictures.levels(image)).view(28, 28).float()
         rows, columns = (seen.any(d).nonzero()[:, 0] for d in (1, 0))
         sides = [int(n[-1] - n[0]) + 1 for n in (rows, columns)]
         assert max(sides) in (19, 20)  # an outermost row may round to nothing
@@ -274,13 +276,13 @@ def test_several_digits_are_refused(digits):
     for i, digit in enumerate(digits):
         image.paste(draw(digit, (side, side), (15, 10, 70), 9), (side * i, 10))
     with pytest.raises(predict.PictureError, match=f"got {len(digits)} things side by"):
-        predict.prepare(predict.levels(image))
+        predict.prepare(pictures.levels(image))
 
 
 def test_speckles_are_not_digits():
     image = draw(4)
     image.paste(0, (5, 5, 9, 9))
-    with_dust = predict.levels(image)
+    with_dust = pictures.levels(image)
     predict.prepare(with_dust)  # and does not take it for two
 
 
@@ -324,7 +326,7 @@ def test_json_is_a_line_for_each_picture(capsys, small_run, digit, tmp_path):
     assert second == {"picture": missing, "error": "no such file"}
 
 
-@pytest.mark.parametrize("cost", list(mnist.COSTS))
+@pytest.mark.parametrize("cost", list(COSTS))
 @pytest.mark.parametrize("layers", ["bp", "native"])
 def test_what_the_numbers_are(capsys, tmp_path, digit, cost, layers):
     engine = "explicit" if layers == "bp" else "autograd"
@@ -434,9 +436,7 @@ def test_runs_that_are_none(capsys, small_run, digit, tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["run", "a.png", "--nonsense"]])
 def test_wrong_usage_is_one_line_and_status_2(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        predict.main(arguments)
-    assert stop.value.code == 2
+    assert predict.command_line(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
 
@@ -449,7 +449,7 @@ def test_colours_on_a_terminal_alone(monkeypatch, small_run, digit):
     def shown():
         terminal = Terminal()
         monkeypatch.setattr(sys, "stdout", terminal)
-        assert predict.main([small_run, digit(), "--show"]) == 0
+        assert predict.command_line([small_run, digit(), "--show"]) == 0
         return terminal.getvalue()
 
     monkeypatch.setenv("TERM", "xterm")

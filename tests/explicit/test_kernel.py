@@ -25,6 +25,7 @@ from tests import bounds
 from tests.cases import COSTS, SiLU
 from torchbp import ExplicitSGD
 from torchbp.explicit import kernel
+from torchbp.explicit.parameters import place_of
 
 BUILT_IN = [
     name
@@ -393,7 +394,7 @@ def test_each_call_has_a_description_of_its_examples(built):
     model = network_of([7, 5, 3])
     engine = ExplicitSGD(model, torchbp.QuadraticCost(), 0.5, kernel="compiled")
     engine.step(INPUTS, LABELS)
-    (steps,) = engine._made.values()
+    (steps,) = engine._cache.values()
     seen = []
 
     def train(layers, depth, examples, *rest):
@@ -511,7 +512,8 @@ def test_one_call_is_short_enough_for_an_interrupt(built):
     for sizes, m in (([784, 30, 10], 10), ([784, 800, 10], 10), ([784, 800, 10], 500)):
         model = network_of(sizes)
         engine = ExplicitSGD(model, torchbp.QuadraticCost(), 1.0, kernel="compiled")
-        steps = engine._steps(engine._direct(), m, 1, True, True)
+        places = tuple(map(place_of, model.layers))
+        steps = engine._steps(places, m, 1, True, True)
         products = 3 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
         assert steps.rows_at_once % m == 0
         one_batch = steps.rows_at_once == m

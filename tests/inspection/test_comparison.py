@@ -513,7 +513,7 @@ def test_a_foreign_cost_is_held_to_finite_differences():
     report = torchbp.compare(network(), wrong, *data(6))
     (fault,) = report.faults
     assert (fault.equation, fault.native.ok, fault.numeric.ok) == ("BP1", True, False)
-    assert fault.fault == "it is not what finite differences say"
+    assert fault.fault == "finite differences give another value"
 
 
 def test_a_mistake_in_a_larger_model():
@@ -694,8 +694,10 @@ def test_observe_from_a_terminal(tmp_path, capsys):
         assert status == 0 and err == ""
         assert out.startswith(f"[3, 4, 2], {cost} cost, 5 random examples: C = ")
         assert "\nη = 0.5\n" in out and "\n8 of 8 equations agree\n" in out
-        assert out.endswith(f"MNIST is not in {tmp_path}, so nothing of it "
-                            "(--data FOLDER)\n")  # fmt: skip
+        assert out.endswith(
+            f"MNIST is not in {tmp_path}: its backward pass is omitted "
+            "(--data FOLDER)\n"
+        )
         assert max(map(len, out.partition("MNIST")[0].splitlines())) <= 100
 
 

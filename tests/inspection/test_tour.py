@@ -18,7 +18,8 @@ import torch
 
 from torchbp import functional
 from torchbp.__main__ import main
-from torchbp.inspection.tour import WIDTH, Tour
+from torchbp.inspection.layout import WIDTH
+from torchbp.inspection.tour import Tour
 
 ROOT = Path(__file__).parents[2]
 SEEDS = range(6)
@@ -201,7 +202,7 @@ def test_each_equation_points_at_its_lines(capsys):
             equation = section[:3]
             assert equation in text.partition("#")[2]
             homes.setdefault(equation, set()).add(name)
-    explicit, layers = "torchbp/explicit/engine.py", "torchbp/functional.py"
+    explicit, layers = "torchbp/explicit/algorithm.py", "torchbp/functional.py"
     assert homes == {
         "BP1": {explicit, layers, "torchbp/costs.py"},
         "BP2": {explicit, layers},
@@ -292,7 +293,7 @@ class Terminal:
 @pty
 def test_a_key_at_a_terminal_then_ctrl_c():
     terminal = Terminal()
-    first = terminal.until("1 of 10: any key to go on, q to leave --")
+    first = terminal.until("1 of 10: any key to continue, q to quit --")
     assert "\x1b[1m1/10   The network and the example\x1b[0m" in first
     assert "2/10" not in first
     terminal.press(b" ")

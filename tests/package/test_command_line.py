@@ -14,6 +14,7 @@ import io
 import os
 import shutil
 import tempfile
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -374,8 +375,8 @@ def test_each_target_of_examine(here: Path, target: str) -> None:
 # The experiments: all that is refused before anything is measured
 
 SCRIPTS = (
-    "batching", "gradcheck", "learning_slowdown", "nielsen", "vanishing_gradient",
-    "why_backprop",
+    "batching", "benchmark", "gradcheck", "learning_slowdown", "nielsen",
+    "vanishing_gradient", "why_backprop",
 )  # fmt: skip
 
 
@@ -386,10 +387,11 @@ class Accepted(BaseException):
 def options_of(script: str) -> dict[str, str]:
     """The script's options with a value that is right, as its settings have it."""
     module = importlib.import_module(f"experiments.{script}")
-    defaults = vars(module.Settings())
+    settings = typing.get_type_hints(module.main)["settings"]
+    defaults = vars(settings())
     return {
         f"--{field.name.replace('_', '-')}": str(defaults[field.name])
-        for field in dataclasses.fields(module.Settings)
+        for field in dataclasses.fields(settings)
         if field.name not in ("quick", "logdir", "data", "name", "sizes")
     }
 

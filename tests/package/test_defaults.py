@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 import torchbp
 from experiments import gradcheck, predict
-from experiments.support.settings import Settings, build
+from experiments.support import pictures
+from experiments.support.settings import TrainingSettings, build
 from torchbp import data
 from torchbp.data import Split, Splits
 from torchbp.training import AutogradSGD, Dashboard, Trainer
@@ -160,10 +161,10 @@ def programs():
     """The answer of the program that reads pictures, and gradcheck's table."""
     picture = Image.new("L", (40, 40), 255)
     ImageDraw.Draw(picture).line((20, 5, 20, 35), fill=0, width=4)
-    settings = Settings(sizes=(784, 5, 10))
-    image = predict.prepare(predict.levels(picture))
+    settings = TrainingSettings(sizes=(784, 5, 10))
+    image = predict.prepare(pictures.levels(picture))
     values = predict.classify(build(settings), settings, image).values
-    return values, gradcheck.main(gradcheck.Settings(device="cpu"))
+    return values, gradcheck.main(gradcheck.GradcheckSettings(device="cpu"))
 
 
 @under_any

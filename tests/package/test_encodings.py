@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from torchbp.__main__ import main
 from torchbp._terminal import replace_unencodable
-from torchbp.training import EpochResult, Progress, Score, event_writer
+from torchbp.training import EpochResult, EventWriter, Progress, Score
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
@@ -148,7 +148,7 @@ def test_names_that_the_locale_lacks(drawn):
     assert os.fsencode(last["run"]) == "lüge/größe".encode()
     events = EventAccumulator(str(drawn / "lüge" / "größe"))
     events.Reload()
-    assert [e.step for e in events.Scalars("accuracy/test")] == [0, 1, 2]
+    assert [e.step for e in events.Scalars("accuracy/test")] == [0, 130, 260]
     program = MNIST.with_name("predict.py")
     answer = run(program, "lüge/größe", "größe.png", "--show", folder=drawn)
     assert (answer.returncode, answer.stderr) == (0, b"")
@@ -218,12 +218,8 @@ def test_handlers_that_were_chosen_stay(monkeypatch, handler):
 def test_event_files_in_a_folder_whose_name_is_no_text(tmp_path):
     folder = tmp_path / "\udcff"
     folder.mkdir()
-    with event_writer(folder) as writer:
+    with EventWriter(folder) as writer:
         writer.add_scalar("cost", 0.5, 1)
-        link = Path(writer.log_dir)
-        assert link.resolve() == folder.resolve()
-    del writer
-    assert not link.parent.exists()
     (tmp_path / "seen").symlink_to(folder)
     events = EventAccumulator(str(tmp_path / "seen"))
     events.Reload()

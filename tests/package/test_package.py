@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import os
 import re
 import runpy
@@ -30,17 +31,17 @@ from torchbp.nn import ACTIVATIONS
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "torchbp"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("data", "examination", "explicit", "inspection", "training")
+ROOMS = ("data", "examination", "exercises", "explicit", "inspection", "training")
 
 # What stands in a row may import from the rows before it and from its own row, as long
 # as there is no circle; a room stands for all its files.
 ROWS = (
-    "_version _autograd _define _checks _files _terminal data",
+    "_version _autograd _define _checks _numeric _files _terminal data",
     "functional costs examination",
     "nn",
     "convert explicit",
     "inspection",
-    "training",
+    "training exercises",
     "__init__",
     "__main__",
 )
@@ -148,6 +149,12 @@ def test_the_files_of_equations_are_short(name):
             documented |= set(range(first.lineno, first.end_lineno + 1))
     lines = enumerate(text.splitlines(), start=1)
     assert sum(bool(line.strip()) and i not in documented for i, line in lines) <= 250
+
+
+def test_the_whole_algorithm_is_one_short_file():
+    """`backprop` with its docstring and little else, for a reader to begin with."""
+    path = PACKAGE / "explicit" / "algorithm.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 # What makes a tensor without another tensor to take the device and the dtype from; a
@@ -334,7 +341,8 @@ needs_hatchling = pytest.mark.skipif(
 def built(tmp_path_factory):
     """The sdist and the wheel, as pip has them made, from a copy."""
     source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
-    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "runs")
+    hidden = (".[!g]*", ".git", ".gitignore")  # all but .github
+    skip = shutil.ignore_patterns(*hidden, "__pycache__", "*.egg-info", "build", "runs")
     shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
     (source / "secret.txt").write_text("not to be packed")
     subprocess.run(
@@ -381,7 +389,7 @@ def test_the_sdist_has_what_the_tests_need_and_nothing_else(built):
     source, sdist, _ = built
     with tarfile.open(sdist) as archive:
         files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
-    code = files_below(source, "torchbp", "experiments", "tests")
+    code = files_below(source, "torchbp", "experiments", "tests", ".github")
     assert {"tests/cases.py", "experiments/mnist.py", "torchbp/py.typed"} <= code
     # hatchling adds .gitignore: what is built from the sdist leaves out the same.
     expected = set(".gitignore LICENSE PKG-INFO README.md pyproject.toml".split())
@@ -409,8 +417,80 @@ def test_the_wheel_works_where_there_is_nothing_but_it(built, tmp_path):
         check=True,
     )
     assert result.stdout.startswith(str(tmp_path / "torchbp"))
-    assert "torchbp/explicit/engine.py:" in result.stdout
+    assert "torchbp/explicit/algorithm.py:" in result.stdout
     assert "Every gradient is right." in result.stdout
+
+
+@pytest.fixture(scope="session")
+def installed(built, tmp_path_factory):
+    """The unpacked sdist and, beside it, the installed wheel."""
+    _, sdist, wheel = built
+    folder = tmp_path_factory.mktemp("installed")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / f"torchbp-{torchbp.__version__}", folder / "site"
+
+
+def run_program(installed, folder, *arguments):
+    """Run a program of the unpacked sdist in `folder`, with the wheel installed."""
+    source, site = installed
+    program, *options = arguments
+    return subprocess.run(
+        [sys.executable, str(source / "experiments" / program), *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+
+
+@needs_hatchling
+def test_a_program_runs_in_any_folder_beside_an_installed_wheel(installed, tmp_path):
+    """Its run folder is below the working directory; nothing is written elsewhere."""
+    before = [files_below(folder, ".") for folder in installed]
+    options = "--dataset digits --sizes 784 2 10 --epochs 1 --name one --quiet"
+    trained = run_program(installed, tmp_path, "mnist.py", *options.split())
+    assert (trained.stdout, trained.stderr) == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    versions = json.loads((tmp_path / "runs" / "one" / "versions.json").read_text())
+    assert versions["torchbp"] == torchbp.__version__
+    assert [files_below(folder, ".") for folder in installed] == before
+
+
+# In one process, since each import of torch takes seconds.
+HELP_OF_ALL = """
+import runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, program
+print(sys.modules["torchbp"].__file__)
+"""
+
+
+@needs_hatchling
+def test_every_program_finds_what_it_imports(installed, tmp_path):
+    source, site = installed
+    programs = sorted((source / "experiments").glob("*.py"))
+    assert len(programs) == len(list((ROOT / "experiments").glob("*.py"))) >= 10
+    result = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL, *map(str, programs)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert result.stdout.count("usage: ") == len(programs)
+    # The package beside the programs, so that both are of one version.
+    assert result.stdout.rstrip().endswith(str(source / "torchbp" / "__init__.py"))
 
 
 PROGRAM = ROOT / "tests" / "typed_program.py"

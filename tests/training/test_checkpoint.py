@@ -26,10 +26,9 @@ from hypothesis import strategies as st
 import torchbp
 from torchbp._files import TEMPORARY
 from torchbp.data.sets import Split, Splits
-from torchbp.training import checkpoint
+from torchbp.training import AutogradSGD, Trainer, check_state, checkpoint
 from torchbp.training.checkpoint import CheckpointError
 from torchbp.training.run_folder import RunFolder
-from torchbp.training.trainer import AutogradSGD, Trainer, check_state
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "n": 2, "nested": {"b": [1, None, "c"]}}
 
@@ -122,7 +121,7 @@ def test_run_folder(tmp_path):
     folder.write(settings={"lr": 3.0}, versions={"torch": "2"})
     assert json.loads((folder.path / "settings.json").read_text()) == {"lr": 3.0}
     with pytest.raises(
-        ValueError, match="exists; choose another, or go on with --resume"
+        ValueError, match="exists; choose another, or continue with --resume"
     ):
         RunFolder.create(tmp_path / "deep" / "runs", "one")
     folder.discard()

@@ -123,7 +123,7 @@ def test_a_process_that_dies_ends_all_and_the_run_can_be_resumed(tmp_path):
     _, err = processes.finish(process)
     assert process.returncode != 0
     assert "process 0: error: another of the 2 processes was lost" in err or (
-        "stopped; to go on: --resume" in err
+        "stopped; to continue: --resume" in err
     )
     _, state = weights(tmp_path / "two")
     assert state["epoch"] >= 2

@@ -19,8 +19,7 @@ import torch
 
 import torchbp
 from torchbp import data
-from torchbp.training import checkpoint
-from torchbp.training.trainer import AutogradSGD
+from torchbp.training import AutogradSGD, checkpoint
 
 engines = pytest.mark.parametrize("engine", ["autograd", "explicit"])
 DEPTH = 1000
@@ -140,28 +139,28 @@ def test_the_soak_notices_what_is_kept(
             file.close()
 
 
-def check_resumes(tmp_path: Path, meter: Meter, sittings: int) -> None:
-    """As many sittings as epochs: no handle stays open, and each sitting may leave one
+def check_resumes(tmp_path: Path, meter: Meter, sessions: int) -> None:
+    """As many sessions as epochs: no handle stays open, and each session may leave one
     event file."""
     assert run_epochs(tmp_path, "explicit", "basic", 1, "--name", "run") == 0
     handles, files = [], []
-    for epoch in range(2, sittings + 1):
+    for epoch in range(2, sessions + 1):
         more = ["--resume", str(meter.run)]
         assert run_epochs(tmp_path, "explicit", "basic", epoch, *more) == 0
         handles.append(len(os.listdir("/proc/self/fd")))
         files.append(len(list(meter.run.iterdir())))
     assert handles[-1] <= handles[0]
-    assert files[-1] - files[0] <= sittings - 2
+    assert files[-1] - files[0] <= sessions - 2
     state = checkpoint.load(meter.run / "checkpoint.pt")
-    assert state["trainer"]["epoch"] == sittings
+    assert state["trainer"]["epoch"] == sessions
 
 
-def test_many_sittings(tmp_path: Path, meter: Meter) -> None:
+def test_many_sessions(tmp_path: Path, meter: Meter) -> None:
     check_resumes(tmp_path, meter, 6)
 
 
 @pytest.mark.slow
-def test_very_many_sittings(tmp_path: Path, meter: Meter) -> None:
+def test_very_many_sessions(tmp_path: Path, meter: Meter) -> None:
     check_resumes(tmp_path, meter, 100)
 
 

@@ -1,7 +1,7 @@
 """Runs of the main job that are killed, interrupted, starved of disk and locked out:
-the next sitting goes on, and ends with the bits of a run that nothing happened to.
+the next session continues, and ends with the bits of a run that nothing happened to.
 
-The sittings are real runs of ``experiments/mnist.py``, in processes that
+The sessions are real runs of ``experiments/mnist.py``, in processes that
 ``survival_driver.py`` forks after the imports, so that there can be many.
 """
 
@@ -116,31 +116,31 @@ def assert_whole(folder):
     assert steps_of(folder)
 
 
-def sit_until_done(driver, folder, engine, epochs, happenings, *options):
-    """Start `folder`, and resume it until it is done; each sitting has its happening.
+def run_until_done(driver, folder, engine, epochs, happenings, *options):
+    """Start `folder`, and resume it until it is done; each session has its happening.
 
     Returns:
-        how many sittings there were.
+        how many sessions there were.
     """
-    for sittings, order in enumerate([*happenings, {}], start=1):
+    for sessions, order in enumerate([*happenings, {}], start=1):
         if (folder / "settings.json").exists():
             answer = driver.run("--resume", folder, **order)
         else:  # stopped before there was anything: the user starts again
             shutil.rmtree(folder, ignore_errors=True)
             answer = start(driver, folder, engine, epochs, *options, **order)
         if answer["status"] == 0:
-            return sittings
+            return sessions
         assert answer["status"] == -signal.SIGKILL, answer
         if (folder / "settings.json").exists() and not RunFolder(folder).never_began:
             assert_whole(folder)
-    pytest.fail("expected the last sitting to come to the end")
+    pytest.fail("expected the last session to come to the end")
 
 
 @pytest.mark.parametrize(("engine", "every"), [("explicit", 1), ("autograd", 4)])
-def test_a_kill_before_any_call_of_a_sitting(
+def test_a_kill_before_any_call_of_a_session(
     driver, undisturbed, tmp_path, engine, every
 ):
-    """Any call of a sitting that saves once: those of its lock, settings and save."""
+    """Any call of a session that saves once: those of its lock, settings and save."""
     reference = undisturbed(engine, 3)
     for at in range(1, 1000, every):
         folder = prepared(undisturbed, tmp_path, engine)
@@ -167,7 +167,7 @@ def test_kills_at_random_calls(driver, undisturbed, tmp_path, engine):
         {"happening": "tear", "at": generator.randint(1, 90)} for _ in range(14)
     ]
     folder = tmp_path / "runs" / "run"
-    sit_until_done(driver, folder, engine, 5, happenings)
+    run_until_done(driver, folder, engine, 5, happenings)
     assert_undisturbed(folder, undisturbed(engine, 5))
 
 
@@ -176,7 +176,7 @@ def test_kills_at_random_times(driver, undisturbed, tmp_path, engine):
     generator = random.Random(f"times {engine}")
     happenings = [{"at": {"seconds": generator.uniform(0, 0.3)}} for _ in range(10)]
     folder = tmp_path / "runs" / "run"
-    sit_until_done(driver, folder, engine, 5, happenings)
+    run_until_done(driver, folder, engine, 5, happenings)
     assert_undisturbed(folder, undisturbed(engine, 5))
 
 
@@ -191,12 +191,12 @@ def test_a_kill_before_any_call_of_a_run(
     reference, folder = undisturbed(engine, 2, *full), tmp_path / "runs" / "run"
     for at in range(1, 10_000):
         order = [{"happening": happening, "at": at}]
-        sittings = sit_until_done(driver, folder, engine, 2, order, *full)
+        sessions = run_until_done(driver, folder, engine, 2, order, *full)
         assert_undisturbed(folder, reference)
         shutil.rmtree(folder)
-        if sittings == 1:
+        if sessions == 1:
             break
-    assert at > 100
+    assert at > 40, "expected the calls of three saves and of four writes of events"
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_many_kills_at_random_times(driver, undisturbed, tmp_path, engine):
     for i in range(10):
         happenings = [{"at": {"seconds": generator.uniform(0, 0.4)}} for _ in range(20)]
         folder = tmp_path / "runs" / f"run-{i}"
-        sit_until_done(driver, folder, engine, 8, happenings)
+        run_until_done(driver, folder, engine, 8, happenings)
         assert_undisturbed(folder, undisturbed(engine, 8))
 
 
@@ -220,13 +220,13 @@ def test_kills_while_it_learns_mnist(driver, tmp_path, mnist_root, engine):
     happenings = [{"at": {"seconds": generator.uniform(0, seconds)}} for _ in range(12)]
     folder, reference = tmp_path / "runs" / "run", tmp_path / "whole" / "run"
     assert start(driver, reference, engine, 4, *options)["status"] == 0
-    sit_until_done(driver, folder, engine, 4, happenings, *options)
+    run_until_done(driver, folder, engine, 4, happenings, *options)
     assert_undisturbed(folder, reference)
 
 
 @pytest.mark.parametrize(("happening", "status"), [("int", 130), ("term", 143)])
 def test_a_signal_is_a_clean_end(driver, undisturbed, tmp_path, happening, status):
-    """At any call: no leftovers, not even before the next sitting, and nothing lost."""
+    """At any call: no leftovers, not even before the next session, and nothing lost."""
     generator = random.Random(happening)
     folder = tmp_path / "runs" / "run"
     reference = undisturbed("explicit", 3)
@@ -287,7 +287,7 @@ def assert_stopped(answer, folder, reason, epoch):
     assert steps_of(folder)
 
 
-@pytest.mark.parametrize("at", [2, 14, 25, 34])
+@pytest.mark.parametrize("at", [2, 14, 24, 25, 27])
 def test_a_disk_that_is_full_from_some_call_on(driver, undisturbed, tmp_path, at):
     folder = prepared(undisturbed, tmp_path, "explicit")
     resume = ["--resume", folder, "--epochs", 3]
@@ -306,7 +306,7 @@ def test_a_quota_on_the_size_of_files(driver, tmp_path):
     resume = ["--resume", folder, "--epochs", 2]
     answer = driver.run(*resume, largest=150_000)
     assert_stopped(answer, folder, "File too large", epoch=1)
-    assert f"to go on: --resume {folder}" in answer["err"]
+    assert f"--resume {folder}" in answer["err"]
     assert driver.run(*resume)["status"] == 0
 
 
@@ -370,7 +370,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     first = start(driver, folder, "explicit", 2, *TORCH_CALLS, user=user)
     assert first["status"] == 0, first
     resume = ["--epochs", 3, "--resume", folder]
-    order = {"happening": "read-only", "at": 30, "user": user}
+    order = {"happening": "read-only", "at": 25, "user": user}
     assert_stopped(driver.run(*resume, **order), folder, "Permission denied", epoch=2)
     for path in [folder, *folder.iterdir()]:
         path.chmod(0o777)
@@ -378,7 +378,7 @@ def test_a_run_folder_that_becomes_read_only(driver, undisturbed, open_folder):
     assert_undisturbed(folder, undisturbed("explicit", 3, *TORCH_CALLS))
 
 
-@pytest.mark.parametrize("at", [28, 30, 38])
+@pytest.mark.parametrize("at", [25, 26, 31])
 def test_a_log_folder_that_is_deleted_underway(driver, undisturbed, tmp_path, at):
     folder = prepared(undisturbed, tmp_path, "explicit")
     answer = driver.run(
@@ -401,7 +401,8 @@ def test_a_file_system_without_hard_links(driver, undisturbed, tmp_path):
     answer = driver.run("--resume", folder, "--epochs", 5)
     assert answer["status"] == 0
     assert (
-        f"NOTE: {folder / 'checkpoint.pt'}: no such checkpoint; going" in answer["err"]
+        f"NOTE: {folder / 'checkpoint.pt'}: no such checkpoint; continuing"
+        in answer["err"]
     )
     assert_undisturbed(folder, undisturbed("explicit", 5))
 
@@ -424,7 +425,8 @@ def test_two_processes_on_one_run(driver, tmp_path):
     epoch = RunFolder(folder).load()[0]["trainer"]["epoch"]
     third = driver.run("--resume", folder, "--epochs", epoch + 1)
     assert third["status"] == 0
-    assert steps_of(folder)["cost/test"] == list(range(epoch + 2))
+    # 1,297 images in batches of 100 are 13 mini-batches.
+    assert steps_of(folder)["cost/test"] == list(range(0, 13 * (epoch + 2), 13))
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
@@ -448,7 +450,7 @@ def test_the_checkpoint_before_a_damaged_one(driver, undisturbed, tmp_path, dama
     assert answer["err"].count("\n") == 1
     assert answer["err"].startswith(f"NOTE: {newest}: expected a ")
     before = folder / "checkpoint.previous.pt"
-    assert f"going on from {before}, epoch 1" in answer["err"]
+    assert f"continuing from {before}, epoch 1" in answer["err"]
     aside = folder / "checkpoint.damaged.pt"
     assert aside.read_bytes() == content
     aside.unlink()

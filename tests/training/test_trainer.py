@@ -9,7 +9,7 @@ import torch
 
 import torchbp
 from torchbp.data.sets import Split, Splits, scale
-from torchbp.training.trainer import (
+from torchbp.training import (
     SCHEDULES,
     AutogradSGD,
     DivergedError,
@@ -216,9 +216,7 @@ def test_evaluation_changes_nothing():
 def test_evaluate_is_the_mean_over_all_examples(monkeypatch):
     trainer = make_trainer()
     whole = evaluate(trainer.model, trainer.cost, DATA.train)
-    monkeypatch.setattr(
-        "torchbp.training.trainer.EVALUATE_AT_ONCE", 5
-    )  # 23 = 4 · 5 + 3
+    monkeypatch.setattr("torchbp.training.scores.EVALUATE_AT_ONCE", 5)  # 23 = 4 · 5 + 3
     parts = evaluate(trainer.model, trainer.cost, DATA.train)
     assert parts.cost == pytest.approx(whole.cost)
     assert parts.accuracy == whole.accuracy

@@ -1,19 +1,19 @@
-"""MNIST and its family as tensors, checked before they are believed.
+"""MNIST and its family as verified tensors.
 
-`load` gives (images, labels) tensors of whole splits, never single images: a data
-set of 50,000 images is 39 MB as uint8 and is best kept in memory whole. Files are
-read where they lie, packed or not; a root is written to only by a download.
+`load` returns (images, labels) tensors of whole splits, not single images: 50,000
+images are 39 MB as uint8. Files are read in their place, packed or not; only a download
+writes to a root.
 
-Before anything is downloaded, each file is looked for in `root/MNIST/raw` (as
-torchvision has it; FashionMNIST or KMNIST for these), then in `root` itself, then in
-`root/raw`: so root may be torchvision's, or its MNIST folder, or the files' own. In
-each, a file may be called train-images-idx3-ubyte.gz or train-images.idx3-ubyte.gz, or
-either without .gz. Checksums tell whose a packed file is, or an unpacked one of MNIST.
-Unpacked files of Fashion-MNIST and KMNIST have the same names and sizes: they count in
-a folder called after their set (FashionMNIST, fashion-mnist, ...), or in raw in one.
+Each file is searched for in `root/MNIST/raw` (torchvision's layout; FashionMNIST or
+KMNIST for these sets), then in `root`, then in `root/raw`: root may be torchvision's
+root, its MNIST folder, or the folder of the files. In each, a file may be named
+train-images-idx3-ubyte.gz or train-images.idx3-ubyte.gz, or either without .gz.
+Checksums identify packed files and MNIST's unpacked ones. Unpacked files of
+Fashion-MNIST and KMNIST have the same names and sizes, so they are read only from a
+folder named after the set (FashionMNIST, fashion-mnist, ...) or from raw in it.
 
-torchvision, scikit-learn and numpy are imported when first used, so that this module
-stands on torch alone, and `load("digits")` works without torchvision and network.
+torchvision, scikit-learn and numpy are imported at their first use: this module needs
+torch alone, and `load("digits")` neither torchvision nor a network.
 """
 
 import gzip
@@ -42,6 +42,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchbp._terminal import UserError
+
 NAMES = ("mnist", "fashion", "kmnist", "digits")
 
 _CLASSES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
@@ -52,22 +54,22 @@ _FILES = tuple(
     for part in _COUNTS
     for kind in ("images-idx3", "labels-idx1")
 )
-# torchvision knows the MD5 of the .gz files only. These tell an unpacked MNIST from
-# its siblings, whose files bear the same names and sizes.
+# torchvision knows the MD5 of the .gz files only. These distinguish unpacked MNIST from
+# the other sets, whose files have the same names and sizes.
 _MNIST_UNPACKED_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-_GZ_EXTRA = 1 << 16  # for gzip's header, which may hold a name, and its trailer
-_PROBE_SECONDS = 10.0  # imports included, a lack of network shows within 15 s
+_GZ_EXTRA = 1 << 16  # for gzip's header, which may contain a name, and its trailer
+_PROBE_SECONDS = 10.0  # so that a missing network is reported within 15 s
 _STALL_SECONDS = 15.0
-_TIMEOUT_LOCK = threading.Lock()  # the default time-out belongs to the whole process
+_TIMEOUT_LOCK = threading.Lock()  # the default time-out is global to the process
 _DIGITS_BOUNDS = (0, 1_297, 1_547, 1_797)
 
 
-class DataError(RuntimeError):
+class DataError(UserError):
     """Data that is missing, damaged or cannot be loaded; the message is one line.
 
     Args:
@@ -81,12 +83,9 @@ class DataError(RuntimeError):
         1 line
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
-
 
 class Split(NamedTuple):
-    """Images and what they show.
+    """Images and their labels.
 
     Attributes:
         images: uint8 (n, 784).
@@ -123,25 +122,25 @@ class Splits(NamedTuple):
 def load(
     name: str, root: str | os.PathLike[str] | None = None, download: bool = True
 ) -> Splits:
-    """Loads a dataset as tensors: all images and labels of each split.
+    """Load a data set as tensors: all images and labels of each split.
 
-    The MNIST family is split 50,000 / 10,000 / 10,000, validation being the last of
-    the 60,000. "digits" is scikit-learn's 8x8 digits, laid out like MNIST, split
-    1,297 / 250 / 250 by a fixed permutation; it needs neither files nor network.
+    The MNIST family is split 50,000 / 10,000 / 10,000; validation is the last of the
+    60,000. "digits" is scikit-learn's 8x8 digits, laid out like MNIST, split
+    1,297 / 250 / 250 by a fixed permutation; it needs neither files nor a network.
 
     Args:
         name: one of `NAMES`.
-        root: folder in torchvision's layout, or one of the others that this module's
+        root: folder in torchvision's layout, or in another one that this module's
             docstring lists; `default_root()` if None.
-        download: fetch files of the MNIST family that root lacks.
+        download: download files of the MNIST family that are missing in root.
 
     Returns:
         Splits: train, validation and test, each (images, labels).
 
     Raises:
-        ValueError: the name is unknown; gives the choices and what came.
-        DataError: files are missing, damaged, another dataset's or out of reach, or
-            the library that reads them is missing or broken; tells what to do.
+        ValueError: the name is unknown.
+        DataError: files are missing, damaged, another data set's or not available, or
+            the library that reads them is missing or broken; says what to do.
 
     Examples:
         >>> train, validation, test = load("digits")
@@ -153,16 +152,16 @@ def load(
         return _load_digits()
     try:
         return _load_family(name, folder, download)
-    except (OSError, ValueError) as error:  # ValueError: a path that no system takes
+    except (OSError, ValueError) as error:  # ValueError: not a valid path
         raise DataError(f"cannot load {name} from {folder}: {error}") from error
 
 
 def join_validation(splits: Splits) -> Splits:
-    """Adds the validation images to the training images, and leaves none to validate
-    on: for a last training, after the choices are made.
+    """Add the validation images to the training images, for a last training after all
+    choices are made.
 
     Args:
-        splits: as `load` returns them; left as they are.
+        splits: as `load` returns them; not changed.
 
     Returns:
         Splits: with an empty validation split.
@@ -178,20 +177,20 @@ def join_validation(splits: Splits) -> Splits:
 
 
 def find(name: str, root: str | os.PathLike[str] | None = None) -> bool:
-    """Tells whether any file of a dataset is on disk; reads and imports nothing.
+    """Return whether any file of a data set is on disk, without reading it.
 
-    Packed files lying flat in root count for the whole family: their names do not tell
-    whose they are.
+    Packed files directly in root count for the whole family, since their names do not
+    identify the set.
 
     Args:
         name: one of `NAMES`; "digits" is found if scikit-learn is installed.
         root: as in `load`.
 
     Returns:
-        bool: whether `load(name, root)` would find files, whole or damaged.
+        bool: whether `load(name, root)` would find files, intact or damaged.
 
     Raises:
-        ValueError: the name is unknown; gives the choices and what came.
+        ValueError: the name is unknown.
 
     Examples:
         >>> find("mnist", root="/nowhere")
@@ -202,7 +201,7 @@ def find(name: str, root: str | os.PathLike[str] | None = None) -> bool:
         if name == "digits":
             return importlib.util.find_spec("sklearn") is not None
         return bool(_locate(name, folder))
-    except (OSError, DataError):  # a folder that may not be searched, or is nobody's
+    except (OSError, DataError):  # a folder without permission, or of no user
         return False
 
 
@@ -211,19 +210,18 @@ def scale(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Scales bytes to [0, 1]: images / 255.
+    """Scale bytes to [0, 1]: images / 255.
 
     Args:
         images: uint8, any shape.
         dtype: floating-point type of the result.
-        device: where the result lies; where the images are if None.
+        device: of the result; that of the images if None.
 
     Returns:
         Tensor: of the shape of images.
 
     Raises:
-        TypeError: images is not a uint8 tensor or dtype not a floating-point type;
-            gives what was expected and what came.
+        TypeError: images is not a uint8 tensor, or dtype not a floating-point type.
 
     Examples:
         >>> scale(torch.tensor([0, 51, 255], dtype=torch.uint8))
@@ -234,12 +232,12 @@ def scale(
         raise TypeError(f"expected images as a torch.uint8 tensor, got {came}")
     if not dtype.is_floating_point:
         raise TypeError(f"expected a floating-point dtype, got {dtype}")
-    # Moved as bytes: a quarter of what float32 would send to the device.
+    # Moved as bytes, a quarter of the size in float32.
     return images.to(device).to(dtype).div_(255)
 
 
 def default_root() -> Path:
-    """Returns `$TORCHBP_DATA`, else `$XDG_CACHE_HOME/torchbp`, else `~/.cache/torchbp`.
+    """Return `$TORCHBP_DATA`, else `$XDG_CACHE_HOME/torchbp`, else `~/.cache/torchbp`.
 
     Examples:
         >>> default_root().is_absolute()
@@ -248,43 +246,43 @@ def default_root() -> Path:
     if chosen := os.environ.get("TORCHBP_DATA"):
         return Path(chosen).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # The XDG specification requires that relative paths are ignored.
     return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "torchbp"
 
 
 def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
-    """Checks the name of a dataset and says where its files are looked for."""
+    """Check the name of a data set and return the folder of its files."""
     if name not in NAMES:
         raise ValueError(f"expected a dataset name among {NAMES}, got {name!r}")
     if root is not None and "\0" in os.fsdecode(root):
         raise DataError(f"root: expected a folder, got {root!r}")
     try:
         return default_root() if root is None else Path(root).expanduser()
-    except RuntimeError as error:  # ~ of a user that there is not
+    except RuntimeError as error:  # ~ of an unknown user
         place = "~/.cache" if root is None else root
         raise DataError(f"root: expected a folder, got {place}: {error}") from error
 
 
 def _load_family(name: str, root: Path, download: bool) -> Splits:
-    """Loads MNIST, Fashion-MNIST or KMNIST, downloading what is missing if allowed."""
+    """Load MNIST, Fashion-MNIST or KMNIST; download missing files if allowed."""
     if root.exists() and not root.is_dir():
         raise DataError(f"expected a folder as root, got the file {root}")
-    found = _locate(name, root)
-    missing = [file for file in _FILES if file not in found]
-    for path in (path for file in missing for path, _ in _places(name, root, file)):
-        # A download would replace it, unless another process's just did.
+    located = _locate(name, root)
+    missing = [file for file in _FILES if file not in located]
+    for path in (path for file in missing for path, _ in _candidates(name, root, file)):
+        # A download would replace it, unless another process has just done so.
         if os.path.lexists(path) and not path.is_file():
             came = "a folder" if path.is_dir() else "a link to nothing or a device"
             raise DataError(f"{path}: expected a file, got {came}; move or remove it")
     if missing and not download:
-        state = f"lacks {len(missing)} of 4 files" if found else "holds no file"
+        state = f"lacks {len(missing)} of 4 files" if located else "holds no file"
         state = state if root.exists() else "does not exist and holds no file"
         raise DataError(f"{root} {state} of {name}: {_remedy(name, root, missing)}")
     dataset = _dataset_class(name)
     with tempfile.TemporaryDirectory(prefix="torchbp-") as scratch:
         raw = Path(scratch, dataset.__name__, "raw")
         raw.mkdir(parents=True)
-        for file, path in found.items():
+        for file, path in located.items():
             (raw / file).write_bytes(_verified(path, file, name, dataset))
         if missing:
             _download(name, root, missing, dataset)
@@ -299,12 +297,12 @@ def _load_family(name: str, root: Path, download: bool) -> Splits:
 
 
 def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
-    """Reads the images and labels of verified files through torchvision."""
+    """Read the images and labels of verified files through torchvision."""
     try:
         stored = dataset(root, train=part == "train", download=False)
         images, labels = stored.data, stored.targets
-    except Exception as error:  # whatever a torchvision of another version raises
-        raise DataError(_torchvision_mend(f"failed to read {part}", error)) from error
+    except Exception as error:  # torchvision's versions raise different ones
+        raise DataError(_torchvision_advice(f"failed to read {part}", error)) from error
     n = _COUNTS[part]
     if images.shape != (n, 28, 28) or labels.shape != (n,):
         raise DataError(
@@ -315,18 +313,18 @@ def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _locate(name: str, root: Path) -> dict[str, Path]:
-    """Finds the files of a dataset whose set is certain, or shown by a checksum."""
-    found: dict[str, Path] = {}
+    """Find the files that belong to a data set for certain or by their checksum."""
+    located: dict[str, Path] = {}
     for file in _FILES:
-        for path, is_certain in _places(name, root, file):
+        for path, is_certain in _candidates(name, root, file):
             if is_certain and path.is_file():
-                found.setdefault(file, path)
-    return found
+                located.setdefault(file, path)
+    return located
 
 
-def _places(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
-    """Where a file may lie, the best place first, and whether one that lies there is
-    of this set for certain; .gz before unpacked, for the checksum's sake."""
+def _candidates(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
+    """Return the paths that a file may have, the preferred ones first, and whether each
+    determines the data set; .gz before unpacked, because of the checksum."""
     folders = root / _CLASSES[name] / "raw", root, root / "raw"
     names = file, file.replace("-idx", ".idx")
     return [
@@ -338,8 +336,8 @@ def _places(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
 
 
 def _is_certain(name: str, folder: Path) -> bool:
-    """Tells whether unpacked files in a folder are known to be of a set: by checksums,
-    as MNIST's are, or by the folder's name."""
+    """Return whether unpacked files in a folder belong to a data set for certain: by
+    their checksums, as MNIST's do, or by the folder's name."""
     ends = (Path(end(folder)) for end in (os.path.abspath, os.path.realpath))
     owners = [(end.parent if end.name == "raw" else end).name for end in ends]
     plain = {"".join(filter(str.isalnum, owner)).lower() for owner in owners}
@@ -347,8 +345,8 @@ def _is_certain(name: str, folder: Path) -> bool:
 
 
 def _uncertain(name: str, root: Path, files: list[str]) -> str:
-    """Says which files are there, but might be another set's."""
-    for path in (path for file in files for path, _ in _places(name, root, file)):
+    """Return a hint at files that might be another set's, or ""."""
+    for path in (path for file in files for path, _ in _candidates(name, root, file)):
         if path.is_file():
             return (
                 f" ({path} may be another set's: unpacked files count in a folder "
@@ -358,8 +356,8 @@ def _uncertain(name: str, root: Path, files: list[str]) -> str:
 
 
 def _home(name: str, root: Path) -> Path:
-    """Where a download puts its files: in torchvision's layout, of which root may be
-    an inner folder."""
+    """Return the folder of downloads in torchvision's layout, of which root may be an
+    inner folder."""
     folder = Path(os.path.abspath(root))
     if folder.parts[-2:] == (_CLASSES[name], "raw"):
         return root
@@ -368,7 +366,7 @@ def _home(name: str, root: Path) -> Path:
 
 
 def _remedy(name: str, root: Path, files: list[str]) -> str:
-    """Says which files go where, and what works without them."""
+    """Return which files are needed where, and what works without them."""
     gz = ", ".join(f"{file}.gz" for file in files)
     return (
         f"put {gz} into {_home(name, root)}{_uncertain(name, root, files)}, or use the "
@@ -377,7 +375,7 @@ def _remedy(name: str, root: Path, files: list[str]) -> str:
 
 
 def _verified(path: Path, file: str, name: str, dataset: Any) -> bytes:
-    """Returns the unpacked bytes of a file once everything known of it agrees."""
+    """Return the unpacked bytes of a file after all checks."""
     n = _COUNTS[file.split("-")[0]]
     shape = (n, 28, 28) if "images" in file else (n,)
     header = struct.pack(f">{1 + len(shape)}i", 2048 + len(shape), *shape)
@@ -395,12 +393,12 @@ def _verified(path: Path, file: str, name: str, dataset: Any) -> bytes:
 
 
 def _plain(path: Path, size: int, mnist_md5: str | None, is_mnist: bool) -> bytes:
-    """Reads an unpacked file of the right size which is MNIST's if it should be."""
+    """Read an unpacked file of the right size; its MD5 tells MNIST from other sets."""
     if path.stat().st_size != size:  # before a file of any size is read
         raise _damaged(path, f"{size} bytes", f"{path.stat().st_size}")
     with path.open("rb") as stream:
         content = stream.read(size + 1)
-    if len(content) != size:  # changed since
+    if len(content) != size:  # changed meanwhile
         raise _damaged(path, f"{size} bytes", f"{len(content)} or more")
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if mnist_md5 and (md5 == mnist_md5) != is_mnist:
@@ -410,9 +408,9 @@ def _plain(path: Path, size: int, mnist_md5: str | None, is_mnist: bool) -> byte
 
 
 def _gunzipped(path: Path, size: int, expected: str) -> bytes:
-    """Unpacks a .gz file of the right MD5, reading at most a byte more than size."""
-    # Deflate adds 5 bytes to a block that does not shrink, at worst to each 16 KB; more
-    # is not read, however large the file is.
+    """Unpack a .gz file of the right MD5; read at most one byte more than its size."""
+    # Deflate adds 5 bytes to an incompressible block, at worst to each 16 KB; no more
+    # is read, however large the file is.
     largest = size + size // 1024 + _GZ_EXTRA
     with path.open("rb") as file:
         packed = file.read(largest + 1)
@@ -422,7 +420,7 @@ def _gunzipped(path: Path, size: int, expected: str) -> bytes:
     if md5 != expected:
         came = f"{md5} ({len(packed)} bytes{_owner(md5)})"
         raise _damaged(path, f"MD5 {expected}", came)
-    try:  # the very bytes that were checked, not the file again
+    try:  # the checked bytes, since the file may change
         with gzip.open(io.BytesIO(packed), "rb") as stream:
             content = stream.read(size + 1)
     except (EOFError, OSError, zlib.error) as error:
@@ -434,7 +432,7 @@ def _gunzipped(path: Path, size: int, expected: str) -> bytes:
 
 
 def _owner(md5: str) -> str:
-    """Names the file of the family that has this MD5, if any has."""
+    """Return which of the family's files has this MD5, or ""."""
     for dataset in map(_dataset_class, _CLASSES):
         for file, known in dataset.resources:
             if md5 == known:
@@ -443,7 +441,7 @@ def _owner(md5: str) -> str:
 
 
 def _damaged(path: Path, expected: str, came: str) -> DataError:
-    """Describes a file that is not what it should be; the user may remove it."""
+    """Return the error about a damaged file, which is left to the user to remove."""
     return DataError(
         f"{path} is damaged or not the right file: expected {expected}, got {came}; "
         "move or remove it, and load again to download it"
@@ -451,12 +449,12 @@ def _damaged(path: Path, expected: str, came: str) -> DataError:
 
 
 def _download(name: str, root: Path, files: list[str], dataset: Any) -> None:
-    """Fetches files into root; each appears there whole and verified, or not at all."""
+    """Download files into root; each appears complete and verified or not at all."""
     mirrors = _reachable_mirrors(name, root, files, dataset)
     raw = _home(name, root)
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        # Beside its goal, since os.replace is atomic within one file system only.
+        # In root, since os.replace is atomic only within a file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch:
             for file in files:
                 _fetch(f"{file}.gz", mirrors, scratch, dataset)
@@ -467,7 +465,7 @@ def _download(name: str, root: Path, files: list[str], dataset: Any) -> None:
 
 
 def _fetch(file: str, mirrors: list[str], folder: str, dataset: Any) -> None:
-    """Downloads one file with torchvision from the first mirror that has it right."""
+    """Download a file with torchvision from the first mirror with the right MD5."""
     utils = _import("torchvision.datasets.utils")
     md5, failures = dict(dataset.resources)[file], []
     for mirror in mirrors:
@@ -484,7 +482,7 @@ def _fetch(file: str, mirrors: list[str], folder: str, dataset: Any) -> None:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Gives sockets a time-out; torchvision's downloads set none of their own."""
+    """Set the default time-out of sockets, since torchvision's downloads set none."""
     with _TIMEOUT_LOCK:
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(seconds)
@@ -497,7 +495,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 def _reachable_mirrors(
     name: str, root: Path, files: list[str], dataset: Any
 ) -> list[str]:
-    """Returns the mirrors, the first to answer in front; a DataError if none does."""
+    """Return the mirrors, the first to answer first; raise DataError if none does."""
     answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
     def probe(mirror: str) -> None:
@@ -511,7 +509,7 @@ def _reachable_mirrors(
                 error.close()
             answers.put((mirror, str(error) or type(error).__name__))
 
-    # Threads, since getaddrinfo heeds no time-out; daemons, since it may never return.
+    # Threads, since getaddrinfo ignores time-outs; daemons, since it may never return.
     silent = dict.fromkeys(dataset.mirrors, f"no answer in {_PROBE_SECONDS:g} s")
     for mirror in silent:
         threading.Thread(target=probe, args=(mirror,), daemon=True).start()
@@ -529,13 +527,13 @@ def _reachable_mirrors(
 
 
 def _dataset_class(name: str) -> Any:
-    """Returns torchvision's class of a dataset."""
+    """Return torchvision's class of a data set."""
     datasets = _import("torchvision.datasets")
     return getattr(datasets, _CLASSES[name])
 
 
-def _torchvision_mend(event: str, error: Exception) -> str:
-    """Says what became of torchvision and how to mend it."""
+def _torchvision_advice(event: str, error: Exception) -> str:
+    """Return what is wrong with torchvision and how to fix it."""
     return (
         f"torchvision {event} ({type(error).__name__}: {error}); it must fit torch "
         f"{torch.__version__}: pip install --upgrade torch torchvision, or use the "
@@ -544,23 +542,23 @@ def _torchvision_mend(event: str, error: Exception) -> str:
 
 
 def _import(module: str) -> Any:
-    """Imports a part of torchvision; one built for another torch fails in many ways."""
+    """Import a part of torchvision; DataError if that fails, in whichever way."""
     try:
         return importlib.import_module(module)
     except Exception as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == "torchvision"
         event = "is not installed" if absent else "cannot be imported"
-        raise DataError(_torchvision_mend(event, error)) from error
+        raise DataError(_torchvision_advice(event, error)) from error
 
 
 def _load_digits() -> Splits:
-    """Loads scikit-learn's digits, laid out like MNIST, in a fixed order."""
+    """Load scikit-learn's digits, laid out like MNIST, in a fixed order."""
     try:
         import numpy as np
         from sklearn.datasets import load_digits
     except Exception as error:
-        mend = "pip install --upgrade scikit-learn"
-        raise DataError(f"digits need scikit-learn ({error}): {mend}") from error
+        fix = "pip install --upgrade scikit-learn"
+        raise DataError(f"digits need scikit-learn ({error}): {fix}") from error
     pixels, classes = load_digits(return_X_y=True)
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(pixels)))
     images = _enlarged(torch.from_numpy(pixels).float().view(-1, 8, 8)[order])
@@ -570,14 +568,15 @@ def _load_digits() -> Splits:
 
 
 def _enlarged(images: Tensor) -> Tensor:
-    """Lays 8x8 images of 0..16 out as MNIST does: 20x20, centre of mass in 28x28."""
+    """Return 8x8 images of 0..16 in MNIST's layout: scaled to 20x20, with the centre of
+    mass in the middle of 28x28."""
     box = torch.nn.functional.interpolate(images[:, None], (20, 20), mode="bicubic")
     box = box[:, 0].clamp(0, 16).mul(255 / 16).round()  # (n, 20, 20)
     mass = box.sum((1, 2)).clamp(min=1)
-    # On their device and of their dtype, whatever torch's defaults are set to.
+    # On the images' device and of their dtype, not torch's defaults.
     steps = torch.arange(20, device=box.device)
     grid = steps.to(box.dtype)
-    # Clamped so that the box stays inside.
+    # Clamped to keep the box inside.
     top = (13.5 - box.sum(2) @ grid / mass).round().clamp(0, 8).long()
     left = (13.5 - box.sum(1) @ grid / mass).round().clamp(0, 8).long()
     rows = (top[:, None] + steps)[:, :, None]  # (n, 20, 1)

@@ -1,4 +1,4 @@
-"""A1 and A2, for costs."""
+"""A1 and A2, of costs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from torch import Tensor
 
 from torchbp.examination.differences import CLOSE, Slopes, look
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import (
-    F64,
-    difference,
-    nodes_of,
-)
-from torchbp.examination.verdicts import (
-    Fail,
-    NotApplicable,
-    shape_of,
-)
+from torchbp.examination.tools import F64, difference, nodes_of
+from torchbp.examination.verdicts import Fail, NotApplicable, shape_of
 
 
 def a1(s: Subject) -> str:
@@ -34,21 +26,21 @@ def a1(s: Subject) -> str:
     if not each.isfinite().all():
         raise NotApplicable("a row by itself has no finite cost")
     mean = each.mean()
-    if found := difference(outputs[0], mean, tolerance, tolerance):
+    if text := difference(outputs[0], mean, tolerance, tolerance):
         factor = (outputs[0] / mean).item()
         raise Fail(
-            f"C of {n} rows is {factor:.4g} times the mean of their costs ({found})",
+            f"C of {n} rows is {factor:.4g} times the mean of their costs ({text})",
             _a1_fix(factor, n),
         )
     for k, i in enumerate(s.floats):
         if i not in rows:
             continue
         right = torch.cat([own[k] for _, own in parts]) / n
-        if found := difference(grads[k], right, tolerance, tolerance):
+        if text := difference(grads[k], right, tolerance, tolerance):
             factor = ((grads[k] * right).sum() / right.square().sum()).item()
             raise Fail(
                 f"∂C/∂{s.labels[i]} of {n} rows is {factor:.4g} times the mean of "
-                f"theirs ({found})",
+                f"theirs ({text})",
                 _a1_fix(factor, n),
             )
     return f"C and ∇C of {n} rows are the means of theirs"
@@ -70,7 +62,7 @@ def a2(s: Subject) -> str:
     arguments = s.copies()
     leaves = s.leaves(arguments)
     outputs = s.evaluate(arguments)
-    fix = "take what C depends on from the network's outputs alone"
+    fix = "let C depend on the network's outputs alone"
     if s.inputs < len(s.arguments):
         name = s.labels[s.inputs]
         raise Fail(f"C has a parameter of its own, {name}", fix)
@@ -81,17 +73,17 @@ def a2(s: Subject) -> str:
                 f"C depends on a tensor {shape_of(variable)} besides its arguments",
                 fix,
             )
-    text = "through the outputs only"
+    passed = "through the outputs only"
     for i, t in enumerate(s.arguments):
         if i in s.floats or not isinstance(t, Tensor) or not t.is_floating_point():
             continue
-        text = _target(s, i) or text
-    return text
+        passed = _target(s, i) or passed
+    return passed
 
 
 def _target(s: Subject, i: int) -> str:
-    """What becomes of a target that requires grad: it is refused, or a constant, or
-    what it gets is right."""
+    """What happens to a target that requires grad: it is refused, or a constant (""),
+    or its gradient is right."""
     arguments = s.copies()
     leaves = s.leaves(arguments, (i,))
     try:
@@ -103,14 +95,13 @@ def _target(s: Subject, i: int) -> str:
         return f"{s.labels[i]} that requires grad is refused"
     if not grad.any() or s.dtype != F64:
         return ""
-    f = s.closure(s.copies(), (i,))
-    with torch.no_grad():
-        gs = s.cotangents(outputs)
-        (seen,) = look(s, Slopes(f, leaves, s.seed), [gs], [[grad]], 64)
+    f, _ = s.closure(s.copies(), (i,))
+    gs = s.cotangents(outputs)
+    (seen,) = look(s, Slopes(f, leaves, s.seed), [gs], [[grad]], 64)
     if seen.wrong:
-        found = difference(seen.ours, seen.right, CLOSE)
+        text = difference(seen.ours, seen.right, CLOSE)
         raise Fail(
-            f"the gradient of {s.labels[i]} is {found}",
+            f"the gradient of {s.labels[i]} is {text}",
             f"return None for {s.labels[i]}: under A2 it is a constant",
         )
     return f"{s.labels[i]} gets its gradient, too"

@@ -5,34 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from torchbp._numeric import central_difference
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import F64, largest_of, random_like
+from torchbp.examination.tools import F64, flat, largest_of, random_like
 
 # gradcheck's own defaults, 1e-3 and 1e-5, let a σ' that is 0.1 % off pass. Central
 # differences with a step of 1e-6 err by some 1e-10 in float64 at sizes of order 1.
 CLOSE = 1e-5
 STEP = 2.0**-20
-# How many roundings of the outputs a difference may be off by.
+# How many roundings of the outputs a difference may err by.
 ROUNDINGS = 8
-# At so many entries that do not fit, it is asked whether there is a kink.
+# At how many entries that disagree a kink is looked for.
 ASKED = 12
 
 
 class Slopes:
     """Finite differences of `f` at a point.
 
-    Its rounding is measured, since a function of float64 may compute in float32 inside:
-    along a line of nine points STEP apart the fourth differences of a smooth function
-    vanish, and what is left is rounding.
+    The rounding of `f` is measured, since a function of float64 may compute in float32
+    inside: at nine points STEP apart the fourth differences of a smooth function
+    vanish, and rounding remains.
+
+    Args:
+        f: the function, which returns several tensors.
+        at: the point.
+        seed: of the direction in which rounding is measured.
+        exact: whether the dtype is float64.
 
     Attributes:
         values: all outputs, end to end.
         noise: the rounding of each.
-        steps: the lengths to be tried, the best one first.
+        steps: the step lengths to try, the best one first.
         is_coarse: whether `f` is less exact than float64.
     """
 
@@ -56,7 +64,7 @@ class Slopes:
         # Near 0, where terms of order 1 cancel, that is no share of the output.
         ratios = (noise / sizes.clamp(min=1))[sizes > 0]
         ratio = ratios.median().item() if ratios.numel() else eps
-        # What is far above the others' is a kink, not rounding.
+        # Noise far above the other outputs' is a kink, not rounding.
         most = 100 * ratio * max(1.0, largest_of(self.values))
         self.noise = noise.clamp(max=max(most, eps))
         self.is_coarse = not ratio < 1e-12
@@ -68,9 +76,7 @@ class Slopes:
         )  # fmt: skip
 
     def _outputs(self, tensors: Sequence[Tensor]) -> Tensor:
-        outputs = self.f(*[t.clone() for t in tensors])
-        flat = [y.detach().reshape(-1).to("cpu", F64) for y in outputs]
-        return torch.cat(flat) if flat else torch.empty(0, dtype=F64, device="cpu")
+        return flat(self.f(*[t.clone() for t in tensors]))
 
     def _moved(self, direction: Sequence[Tensor | None], length: float) -> Tensor:
         return self._outputs(
@@ -81,21 +87,20 @@ class Slopes:
         )
 
     def curvature(self, step: float) -> float:
-        """The share of an error that comes from the length of the step."""
+        """The relative error that the length of the step may cause."""
         return 4 * step**4 if self.is_coarse else 0.0
 
     def slope(self, direction: Sequence[Tensor | None], step: float) -> Tensor:
         """The derivative of each output along the direction."""
-        near = self._moved(direction, step) - self._moved(direction, -step)
-        slope = near / (2 * step)
+        slope = central_difference(partial(self._moved, direction), step)
         if self.is_coarse:
-            far = self._moved(direction, 2 * step) - self._moved(direction, -2 * step)
-            slope = (8 * near - far) / (12 * step)
-        # An output that is infinite here has no slope, and the others have theirs.
+            wider = central_difference(partial(self._moved, direction), 2 * step)
+            slope = (4 * slope - wider) / 3
+        # An output that is infinite has no slope; the others have theirs.
         return torch.where(self.values.isfinite(), slope, 0)
 
     def is_kink(self, direction: Sequence[Tensor | None]) -> bool:
-        """Whether the slopes to either side part, at any distance, or are infinite."""
+        """Whether the one-sided slopes differ at every distance, or are infinite."""
         gaps, finite = [], self.values.isfinite()
         for step in (self.steps[0], self.steps[0] / 8):
             ends = self._moved(direction, step), self._moved(direction, -step)
@@ -105,7 +110,7 @@ class Slopes:
             gap = (ends[0] + ends[1] - 2 * self.values).abs() / step
             gap = gap - 4 * self.noise / step
             gaps.append(torch.where(finite & (gap > 1e-3 * (ahead + behind)), gap, 0))
-        # Curvature's share shrinks with the step, a kink's does not.
+        # A gap from curvature shrinks with the step, one from a kink does not.
         return bool(((gaps[1] > 0.5 * gaps[0]) & (gaps[1] > 0)).any())
 
     def entry(self, k: int, j: int) -> list[Tensor | None]:
@@ -115,21 +120,22 @@ class Slopes:
         return self.only(k, unit.reshape(self.at[k].shape))
 
     def only(self, k: int, v: Tensor) -> list[Tensor | None]:
+        """The direction `v` of argument k."""
         return [v if i == k else None for i in range(len(self.at))]
 
 
 @dataclass
 class Seen:
-    """What was seen of one argument.
+    """What finite differences tell of the gradient of one argument.
 
     Attributes:
-        entries: the numbers of the entries that were looked at.
+        entries: the numbers of the entries that were compared.
         ours: their gradients, of several output gradients: (entries, draws).
         right: the same by differences.
-        wrong: the places in `entries` where the two part.
-        kinks: the places in `entries` where nothing is held against anybody.
-        is_flat: whether no output moved with any of the entries.
-        along: the gradient along a direction that is wrong, in words.
+        wrong: the places in `entries` where the two disagree.
+        kinks: the places in `entries` where differences tell nothing.
+        is_flat: whether no output moves with any of the entries.
+        along: the wrong derivative along a random direction, in words, or "".
     """
 
     entries: list[int]
@@ -140,6 +146,10 @@ class Seen:
     is_flat: bool = True
     along: str = ""
 
+    def off_by(self) -> Tensor:
+        """|ours - right|, infinite where either is NaN: (entries, draws)."""
+        return (self.ours - self.right).abs().nan_to_num(float("inf"))
+
 
 def look(
     s: Subject,
@@ -148,23 +158,28 @@ def look(
     grads: Sequence[Sequence[Tensor]],
     budget: int,
 ) -> list[Seen]:
-    """What differences say of the gradients that several output gradients give: at
-    `budget` entries in all, and where that is not all, along random directions."""
-    ends = torch.stack([_flat(g) for g in cotangents], 1)
+    """Compare the gradients of several output gradients with finite differences.
+
+    Args:
+        s: the function, for its tolerance and seed.
+        slopes: its differences.
+        cotangents: the output gradients of each draw.
+        grads: the gradients that these give.
+        budget: how many entries are differenced; where that is not all, three random
+            directions are, too.
+    """
+    ends = torch.stack([flat(g) for g in cotangents], 1)
+    comparison = _Comparison(slopes, ends, s.requested_tolerance or CLOSE, s.seed)
     each = max(1, budget // max(1, len(slopes.at))) if budget else 0
     result = []
     for k, t in enumerate(slopes.at):
-        ours = torch.stack([_flat([grad[k]]) for grad in grads], 1)
+        ours = torch.stack([flat([grad[k]]) for grad in grads], 1)
         entries = _sample(t.numel(), each, s.seed)
-        seen = _entries(s, slopes, k, entries, ours[entries], ends)
+        seen = comparison.at_entries(k, entries, ours[entries])
         if len(entries) < t.numel() and not seen.wrong:
-            _directions(s, slopes, k, seen, ours, ends)
+            comparison.along_directions(k, seen, ours)
         result.append(seen)
     return result
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1).to("cpu", F64) for t in tensors])
 
 
 def _sample(count: int, most: int, seed: int) -> list[int]:
@@ -175,89 +190,85 @@ def _sample(count: int, most: int, seed: int) -> list[int]:
     return sorted(order[:most].tolist())
 
 
-def _close(s: Subject, slopes: Slopes, step: float) -> float:
-    """How far two right results may part, relative to the largest."""
-    return max(s.given_tolerance or CLOSE, slopes.curvature(step))
+@dataclass
+class _Comparison:
+    """Gradients beside the differences of one function.
 
+    Attributes:
+        slopes: the differences.
+        ends: the output gradients: (outputs, draws).
+        tolerance: how far two right results may be apart, relative to the largest.
+        seed: of the random directions.
+    """
 
-def _fits(
-    s: Subject, slopes: Slopes, step: float, ours: Tensor, right: Tensor, size: Tensor,
-    ends: Tensor,
-) -> bool:  # fmt: skip
-    noise = ROUNDINGS * (ends.abs().t() @ slopes.noise) / step
-    most = _close(s, slopes, step) * size + noise
-    return bool(((ours - right).abs() <= most).all())  # never so for NaN
+    slopes: Slopes
+    ends: Tensor
+    tolerance: float
+    seed: int
 
+    def at_entries(self, k: int, entries: list[int], ours: Tensor) -> Seen:
+        """Compare at these entries of argument k."""
+        seen = Seen(entries, ours, torch.zeros_like(ours))
+        for place, j in enumerate(entries):
+            slope = self.slopes.slope(self.slopes.entry(k, j), self.slopes.steps[0])
+            seen.is_flat = seen.is_flat and not slope.any()
+            seen.right[place] = slope @ self.ends
+        both = torch.cat([ours, seen.right]).nan_to_num(0, 0, 0).abs()
+        size = both.amax(0) if both.numel() else ours.new_zeros(ours.shape[1])
+        asked = 0
+        for place, j in enumerate(entries):
+            if self._agree(ours[place], seen.right[place], size, self.slopes.steps[0]):
+                continue
+            asked += 1
+            direction = self.slopes.entry(k, j)
+            if asked <= ASKED and self._agree_elsewhere(ours[place], direction, size):
+                seen.right[place] = ours[place]
+            elif asked <= ASKED and self.slopes.is_kink(direction):
+                seen.kinks.append(place)
+            else:
+                seen.wrong.append(place)
+        return seen
 
-def _entries(
-    s: Subject, slopes: Slopes, k: int, entries: list[int], ours: Tensor, ends: Tensor
-) -> Seen:
-    right, step = torch.zeros_like(ours), slopes.steps[0]
-    seen = Seen(entries, ours, right)
-    for place, j in enumerate(entries):
-        slope = slopes.slope(slopes.entry(k, j), step)
-        seen.is_flat = seen.is_flat and not slope.any()
-        right[place] = slope @ ends
-    size = _size(ours, right)
-    asked = 0
-    for place, j in enumerate(entries):
-        if _fits(s, slopes, step, ours[place], right[place], size, ends):
-            continue
-        asked += 1
-        direction = slopes.entry(k, j)
-        if asked <= ASKED and _fits_elsewhere(
-            s, slopes, direction, ours[place], right[place], size, ends
-        ):
-            right[place] = ours[place]
-        elif asked <= ASKED and slopes.is_kink(direction):
-            seen.kinks.append(place)
-        else:
-            seen.wrong.append(place)
-    return seen
+    def along_directions(self, k: int, seen: Seen, ours: Tensor) -> None:
+        """Compare along three random directions of argument k, and add it to `seen`."""
+        generator = torch.Generator("cpu").manual_seed(self.seed + 1)
+        for _ in range(3):
+            v = random_like(self.slopes.at[k], generator)
+            v = v / max(1.0, v.norm().item() / 2)
+            direction, step = self.slopes.only(k, v), self.slopes.steps[0]
+            slope = self.slopes.slope(direction, step)
+            seen.is_flat = seen.is_flat and not slope.any()
+            right, own = slope @ self.ends, v.reshape(-1) @ ours
+            size = 2 * ours.nan_to_num(0, 0, 0).norm(dim=0) + right.abs()
+            if (
+                not self._agree(own, right, size, step)
+                and not self._agree_elsewhere(own, direction, size)
+                and not self.slopes.is_kink(direction)
+            ):
+                seen.along = f"{own[0]:.4g}, expected {right[0]:.4g}"
+                return
 
+    def _agree(self, ours: Tensor, right: Tensor, size: Tensor, step: float) -> bool:
+        """Whether they agree to the tolerance and the rounding of the differences."""
+        noise = ROUNDINGS * (self.ends.abs().t() @ self.slopes.noise) / step
+        close = max(self.tolerance, self.slopes.curvature(step))
+        # False for NaN.
+        return bool(((ours - right).abs() <= close * size + noise).all())
 
-def _size(ours: Tensor, right: Tensor) -> Tensor:
-    """The largest entry of each draw."""
-    both = torch.cat([ours, right]).nan_to_num(0, 0, 0).abs()
-    return both.amax(0) if both.numel() else ours.new_zeros(ours.shape[1])
-
-
-def _fits_elsewhere(
-    s: Subject, slopes: Slopes, direction: Sequence[Tensor | None], ours: Tensor,
-    right: Tensor, size: Tensor, ends: Tensor,
-) -> bool:  # fmt: skip
-    """Whether another step fits: the first one may have crossed a kink."""
-    for step in slopes.steps[1:]:
-        right = slopes.slope(direction, step) @ ends
-        if _fits(s, slopes, step, ours, right, size, ends):
-            return True
-    return False
-
-
-def _directions(
-    s: Subject, slopes: Slopes, k: int, seen: Seen, ours: Tensor, ends: Tensor
-) -> None:
-    """Compare along three random directions of argument k."""
-    generator = torch.Generator("cpu").manual_seed(s.seed + 1)
-    for _ in range(3):
-        v = random_like(slopes.at[k], generator)
-        v = v / max(1.0, v.norm().item() / 2)
-        direction, step = slopes.only(k, v), slopes.steps[0]
-        slope = slopes.slope(direction, step)
-        seen.is_flat = seen.is_flat and not slope.any()
-        right, own = slope @ ends, v.reshape(-1) @ ours
-        size = 2 * ours.nan_to_num(0, 0, 0).norm(dim=0) + right.abs()
-        if _fits(s, slopes, step, own, right, size, ends) or _fits_elsewhere(
-            s, slopes, direction, own, right, size, ends
-        ):
-            continue
-        if not slopes.is_kink(direction):
-            seen.along = f"{own[0]:.4g}, expected {right[0]:.4g}"
-            return
+    def _agree_elsewhere(
+        self, ours: Tensor, direction: Sequence[Tensor | None], size: Tensor
+    ) -> bool:
+        """Whether they agree with another step: the first may have crossed a kink."""
+        return any(
+            self._agree(
+                ours, self.slopes.slope(direction, step) @ self.ends, size, step
+            )
+            for step in self.slopes.steps[1:]
+        )
 
 
 def names_of(seen: Seen, places: Sequence[int], shape: torch.Size) -> str:
-    """Up to three entries, as they are written."""
+    """Up to three entries, as indices in brackets."""
     named = [_index(seen.entries[p], shape) for p in places[:3]]
     return ", ".join(named) + (", …" if len(places) > 3 else "")
 
@@ -275,7 +286,7 @@ def _index(j: int, shape: torch.Size) -> str:
 def where_kinks(
     seen: Sequence[Seen], labels: Sequence[str], at: Sequence[Tensor]
 ) -> Iterator[str]:
-    """The entries at which nothing can be said, named."""
+    """The entries at which differences tell nothing, by argument and index."""
     for one, label, t in zip(seen, labels, at, strict=True):
         if one.kinks:
             yield label + names_of(one, one.kinks, t.shape)

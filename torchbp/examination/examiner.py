@@ -4,13 +4,7 @@ is right, and what else it can be used with."""
 from __future__ import annotations
 
 import functools
-import random
-import re
-import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,31 +12,36 @@ from torch import Tensor
 
 from torchbp.examination import (
     backward,
+    basics,
     costs,
     derivatives,
+    execution,
+    forward_mode,
     layouts,
+    precision,
     seconds,
     transforms,
 )
-from torchbp.examination.isolation import in_a_child
+from torchbp.examination.isolation import in_a_child, undisturbed
+from torchbp.examination.prepare import describe, learn
 from torchbp.examination.report import Finding, Report
-from torchbp.examination.subject import Subject, make_subject
-from torchbp.examination.tools import F64, first_line
-from torchbp.examination.verdicts import Fail, Verdict, fix_for
+from torchbp.examination.subject import Subject
+from torchbp.examination.tools import first_line
+from torchbp.examination.verdicts import Verdict, fix_for
 
 __all__ = ["CHECKS", "examine"]
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
-    "forward": derivatives.forward,
-    "determinism": transforms.determinism,
-    "linear-in-g": derivatives.linear_in_g,
+    "forward": basics.forward,
+    "determinism": basics.determinism,
+    "linear-in-g": basics.linear_in_g,
     "first-derivatives": derivatives.first_derivatives,
     "raw-gradients": backward.raw_gradients,
     "second-derivatives": seconds.second_derivatives,
-    "reference": derivatives.reference,
-    "float32": functools.partial(derivatives.in_dtype, torch.float32),
-    "bfloat16": functools.partial(derivatives.in_dtype, torch.bfloat16),
-    "float16": functools.partial(derivatives.in_dtype, torch.float16),
+    "reference": precision.reference,
+    "float32": functools.partial(precision.in_dtype, torch.float32),
+    "bfloat16": functools.partial(precision.in_dtype, torch.bfloat16),
+    "float16": functools.partial(precision.in_dtype, torch.float16),
     "requires_grad-subsets": backward.subsets,
     "unneeded-gradients": backward.unneeded_gradients,
     "gradients-unchanged": backward.output_gradients_unchanged,
@@ -60,26 +59,27 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "vmap": transforms.vmap,
     "vmap-of-grad": transforms.vmap_of_grad,
     "jacrev": transforms.jacrev,
-    "jvp": transforms.jvp,
-    "dual-numbers": transforms.dual_numbers,
-    "jacfwd": transforms.jacfwd,
-    "compile": transforms.compile,
-    "compiled-backward": transforms.compiled_backward,
-    "autocast": transforms.autocast,
-    "second-device": transforms.second_device,
+    "jvp": forward_mode.jvp,
+    "dual-numbers": forward_mode.dual_numbers,
+    "jacfwd": forward_mode.jacfwd,
+    "compile": execution.compile,
+    "compiled-backward": execution.compiled_backward,
+    "autocast": execution.autocast,
+    "second-device": execution.second_device,
     "A1": costs.a1,
     "A2": costs.a2,
 }
-# These have something to say of a function without derivatives, too.
+# These examine a function without derivatives, too.
 OF_VALUES = ("forward", "inputs-unchanged", "outputs-freed")
-# These ask for nothing but a backward that runs.
-OF_NUMBERS = ("determinism", "linear-in-g", "first-derivatives")
-UNNUMBERED = (
-    *OF_VALUES, *OF_NUMBERS, "raw-gradients", "unneeded-gradients", "vmap", "jvp",
+# Where one of these has a finding, every other that compares gradients would repeat it.
+OF_GRADIENTS = ("determinism", "linear-in-g", "first-derivatives")
+# These do not compare gradients with right ones, so they run whatever those found.
+INDEPENDENT = (
+    *OF_VALUES, *OF_GRADIENTS, "raw-gradients", "unneeded-gradients", "vmap", "jvp",
     "gradients-unchanged", "retain_graph", "saved-on-ctx", "changes-in-between",
     "dual-numbers", "jacfwd", "compiled-backward", "A1", "A2",
 )  # fmt: skip
-# One cause, one finding: those on these checks explain what this one would find.
+# One cause, one finding: a finding of these checks explains one of the check.
 AFTER: dict[str, tuple[str, ...]] = {
     "linear-in-g": ("determinism",),
     "first-derivatives": ("determinism", "linear-in-g"),
@@ -89,8 +89,10 @@ AFTER: dict[str, tuple[str, ...]] = {
     "float16": ("reference", "float32", "bfloat16"),
     "output-gradients": ("gradients-unchanged",),
     "unneeded-gradients": ("requires_grad-subsets",),
-    "retain_graph": ("inputs-unchanged", "gradients-unchanged", *OF_NUMBERS[:1]),
-    "changes-in-between": ("saved-on-ctx", "inputs-unchanged", "gradients-unchanged"),
+    "retain_graph": ("inputs-unchanged", "gradients-unchanged", "determinism"),
+    "changes-in-between": (
+        "first-derivatives", "saved-on-ctx", "inputs-unchanged", "gradients-unchanged",
+    ),
     "outputs-freed": ("saved-on-ctx",),
     "N-d-inputs": ("raw-gradients", "reference", "output-gradients"),
     "empty-inputs": ("raw-gradients", "N-d-inputs"),
@@ -103,8 +105,8 @@ AFTER: dict[str, tuple[str, ...]] = {
     "compiled-backward": ("compile",),
     "autocast": ("float32", "bfloat16"),
     "A1": ("first-derivatives", "linear-in-g"),
-}
-# Where a function of random numbers may draw others: in another dtype, order or shape.
+}  # fmt: skip
+# Where a function may draw other random numbers: in another dtype, order or shape.
 DRAWN_ANEW = (
     "float32", "bfloat16", "float16", "reference", "input-layouts", "N-d-inputs",
     "empty-inputs", "batched-gradients", "vmap", "vmap-of-grad", "jacrev", "jvp",
@@ -130,48 +132,50 @@ def examine(
 
     Args:
         fn: an autograd.Function (the class or its ``apply``), a function of tensors, or
-            a module, whose parameters are examined as further inputs. What it returns
-            may be a tensor or several.
-        inputs: what it is called with: tensors, and whatever else it takes. They are
-            copied. Those that require grad are differentiated; if none does, all
+            a module, whose parameters are examined as further inputs. It may return
+            a tensor or several, in tuples, lists and dicts.
+        inputs: its arguments: tensors of any shape, and whatever else it takes. They
+            are copied. Those that require grad are differentiated; if none does, all
             floating ones (of a cost, the first). Avoid kinks such as ReLU at 0. Of up
-            to 200 entries each is differenced; of more, so many and random directions.
-            Rows with the first tensor's first size are taken as examples where they
-            prove to be.
-        reference: what is right: a function of the same arguments; for a module, a
+            to 200 entries each is differenced; of more, that many and random
+            directions. Rows are taken as examples where a row by itself gives what it
+            gives among the others.
+        reference: a function of the same arguments that is right; for a module, a
             function of its inputs and parameters, or a module with parameters of the
-            same shapes in the same order, for which the first one's stand in.
+            same shapes in the same order, which are replaced by those of `fn`.
         surrogate: the function whose derivatives the backward is meant to return, where
             that is not `fn`: the identity for a straight-through estimator, -x for a
-            gradient reversal, ``lambda v: v + (v.round() - v).detach()`` as well. It
-            takes the same arguments, or the first of them.
-        cost: whether `fn` is a cost, to be held to A1 and A2; None: if it gives one 0-d
-            tensor from two inputs with as many rows and is called a cost, loss, entropy
-            or likelihood, or has a second input of integers or without a gradient.
+            gradient reversal, or ``lambda v: v + (v.round() - v).detach()``. It takes
+            the same arguments, or the first of them.
+        cost: whether `fn` is a cost, for which A1 and A2 must hold; None: if it returns
+            one 0-d tensor from two inputs with as many rows, and its name contains
+            cost, loss, entropy or likelihood, or its second input has integers or gets
+            no gradient.
         compile: whether to compile it, with the backend "aot_eager" or the one named.
         skip: checks to leave out, by identifier or title.
         only: the only checks to run; empty: all.
         strict: whether a warning counts as a failure.
-        tolerance: how far two results may part, relative to the largest entry of what
-            is compared; None: 1e-5 from finite differences, and the dtype's rounding
-            between two computations. Never less than that rounding.
+        tolerance: how far two results may be apart, relative to the largest entry of
+            what is compared; None: 1e-5 from finite differences, and the dtype's
+            rounding between two computations. Never less than that rounding.
         isolate: whether to examine in a child process, for code that may crash.
-        seed: of all that is random here.
+        seed: of all random numbers.
 
     Returns:
         the :class:`Report`; for a test, ``assert report.ok, report.brief()``.
 
     Raises:
-        TypeError: `fn` cannot be called, or an input is complex or sparse.
-        ValueError: a module as `reference` whose parameters do not fit, or no such
-            check.
+        TypeError: `fn` or `surrogate` cannot be called, or an input is complex or
+            sparse.
+        ValueError: the parameters of a module as `reference` or `surrogate` do not fit,
+            there is no such check, or `isolate` is not possible in this process.
 
-    Whatever goes wrong in a check is a finding. The inputs, the generators of random
-    numbers, the grad mode and a module's buffers are as before when it returns. Where
-    `fn` does not take float64, most checks make do with its own dtype.
+    An error in a check is a finding. The inputs, the generators of random numbers, the
+    grad mode and a module's buffers are restored. Where `fn` does not take float64,
+    most checks use its own dtype.
 
-    Differences move every entry alone. A function of symmetric, positive or normalised
-    arguments is therefore examined as one of free ones: ``lambda x: f(x + x.mT)``,
+    Differences move each entry by itself. So examine a function of symmetric, positive
+    or normalised arguments as one of free arguments: ``lambda x: f(x + x.mT)``,
     ``lambda x: f(x.exp())``, ``lambda x: f(x.softmax(-1))``.
 
     Examples:
@@ -184,13 +188,26 @@ def examine(
     chosen = _chosen(skip, only)
 
     def run() -> Iterator[Any]:
-        with _undisturbed(inputs):
-            subject = make_subject(fn, inputs, reference, seed, surrogate)
-            subject.backend = "aot_eager" if compile is True else compile or None
-            subject.given_tolerance = tolerance
+        with undisturbed(inputs):
+            subject = describe(
+                fn,
+                inputs,
+                reference,
+                surrogate,
+                seed=seed,
+                requested_tolerance=tolerance or 0.0,
+                backend="aot_eager" if compile is True else compile or None,
+            )
             yield _title(subject)
-            yield from _findings(subject, cost, chosen)
-            yield subject.calls
+            try:
+                subject = learn(subject, cost)
+            except Exception as error:
+                reason = f"raised {first_line(error)}"
+                fix = fix_for(error, "pass arguments that it takes")
+                yield Finding("forward", "fail", reason, fix)
+            else:
+                yield from _findings(subject, chosen)
+            yield subject.calls.number
 
     name, *findings, calls = in_a_child(run, chosen) if isolate else run()
     return Report(name, tuple(findings), strict, calls)
@@ -214,30 +231,9 @@ def _chosen(skip: Sequence[str], only: Sequence[str]) -> list[str]:
     return [name for name in CHECKS if name in wanted and name not in named["skip"]]
 
 
-@contextmanager
-def _undisturbed(inputs: tuple[Any, ...]) -> Iterator[None]:
-    """Run with grad on, autocast and inference mode off; restore the caller's modes and
-    random state."""
-    devices = sorted(
-        {t.device.index for t in inputs if isinstance(t, Tensor) and t.is_cuda}
-    )
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", *(t.device.type for t in inputs if isinstance(t, Tensor))}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(random.setstate, random.getstate())
-        if "numpy" in sys.modules:
-            numpy = sys.modules["numpy"].random
-            stack.callback(numpy.set_state, numpy.get_state())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _title(s: Subject) -> str:
+    """The function's name with the shapes of its arguments."""
+
     def short(t: Any) -> str:
         if not isinstance(t, Tensor):
             return repr(t) if len(repr(t)) < 20 else type(t).__name__
@@ -248,144 +244,45 @@ def _title(s: Subject) -> str:
     return f"{s.name}({arguments})".replace("torch.", "")
 
 
-def _findings(s: Subject, cost: bool | None, chosen: list[str]) -> Iterator[Finding]:
-    """Every check's finding; where the function cannot be called at all, that one."""
-    try:
-        why_not = _first_call(s, cost)
-    except Exception as error:
-        reason = f"raised {first_line(error)}"
-        yield Finding(
-            "forward", "fail", reason, fix_for(error, "give it what it takes")
-        )
-        return
-    broken = None if why_not else _first_backward(s)
-    s.has_backward = broken is None and not why_not
-    found: dict[str, str] = {}
+def _findings(s: Subject, chosen: list[str]) -> Iterator[Finding]:
+    """The finding of every check; an error of backward is that of one check."""
+    ordered = ("first-derivatives", *chosen)
+    bearer = next((n for n in ordered if n in chosen and n not in OF_VALUES), "")
+    blocked = s.underivable or (f"see {bearer}" if s.backward_error else "")
+    unexplained: set[str] = set()
     for name in chosen:
-        before = [n for n in _causes(name) if n in found]
-        if why_not and name not in OF_VALUES:
-            yield Finding(name, "not applicable", why_not)
-        elif broken and name == "first-derivatives":
-            yield Finding(name, "fail", broken.reason, broken.fix)
-        elif broken and name not in OF_VALUES:
-            yield Finding(name, "not applicable", "see first-derivatives")
-        elif before:
-            yield Finding(name, "not applicable", f"see {before[0]}")
+        causes = [n for n in _causes(name) if n in unexplained]
+        if s.backward_error and name == bearer:
+            reason = f"the backward raised {first_line(s.backward_error)}"
+            yield Finding(name, "fail", reason, fix_for(s.backward_error, _RAISED))
+        elif blocked and name not in OF_VALUES:
+            yield Finding(name, "not applicable", blocked)
+        elif causes:
+            yield Finding(name, "not applicable", f"see {causes[0]}")
         else:
             finding = _finding(name, CHECKS[name], s)
             if finding.status in ("fail", "warn"):
-                found[name] = finding.status
+                unexplained.add(name)
             yield finding
-
-
-def _causes(name: str) -> tuple[str, ...]:
-    """The checks whose findings explain those of this one."""
-    return (*AFTER.get(name, ()), *(() if name in UNNUMBERED else OF_NUMBERS))
-
-
-def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
-    try:
-        return Finding(name, "pass", check(s))
-    except Verdict as verdict:
-        if verdict.status == "fail" and name in DRAWN_ANEW and s.is_random:
-            return Finding(
-                name, "not applicable", "it draws other random numbers there"
-            )
-        return Finding(name, verdict.status, verdict.reason, verdict.fix)
-    except Exception as error:
-        reason = f"the check stopped at {first_line(error)}"
-        return Finding(name, "fail", reason, fix_for(error))
-
-
-def _first_call(s: Subject, cost: bool | None) -> str:
-    """Learn what the function is like; say why it has no derivatives, or ""."""
-    arguments = s.copies(s.own_dtype)
-    with torch.no_grad():
-        outputs = s.call(arguments)
-    s.in_place = any(y is t for y in outputs for t in arguments)
-    if any(y.layout != torch.strided for y in outputs):
-        return "its outputs are not dense"
-    s.is_cost = _looks_like_a_cost(s, outputs) if cost is None else bool(cost)
-    asked = [i for i in s.floats if i < s.inputs]
-    if s.is_cost and len(asked) > 1 and not s.was_asked:
-        s.floats = (asked[0], *(i for i in s.floats if i >= s.inputs))
-    if not s.floats:
-        return "no floating input to differentiate by"
-    s.dtype, s.refusal = _working_dtype(s)
-    arguments = s.copies()
-    s.leaves(arguments)
-    start = time.perf_counter()
-    outputs = s.evaluate(arguments)
-    # A slow function is differenced at fewer entries: for some ten seconds in all.
-    s.entries = int(max(8, min(s.entries, 4 / (time.perf_counter() - start + 1e-9))))
-    if not any(y.requires_grad for y in outputs):
-        return "no output requires grad"
-    return ""
-
-
-def _first_backward(s: Subject) -> Fail | None:
-    """Learn in which dtype the backward runs, and how; what it raises, if in none."""
-    error = _error_of_backward(s)
-    if error is not None and s.dtype != s.own_dtype:
-        dtype, s.dtype = s.dtype, s.own_dtype
-        if _error_of_backward(s) is None:
-            s.refusal = f"its backward raised {first_line(error)}"
-            return None
-        s.dtype = dtype
-    if error is not None:
-        return Fail(f"the backward raised {first_line(error)}", fix_for(error, _RAISED))
-    s.is_exact = derivatives.is_exact(s)
-    return None
 
 
 _RAISED = "call the backward by itself, with the output gradients that it should take"
 
 
-def _error_of_backward(s: Subject) -> Exception | None:
-    """What the backward raises, both as autograd.grad and as backward() run it."""
-    errors = []
-    for s.accumulates in (False, True):
-        arguments = s.copies()
-        leaves = s.leaves(arguments)
-        try:
-            s.pull_back(s.evaluate(arguments), leaves)
-        except Exception as error:
-            errors.append(error)
-            continue
-        if s.accumulates or all(t.grad is None for t in leaves):
-            return None
-    s.accumulates = False
-    return errors[0]
+def _causes(name: str) -> tuple[str, ...]:
+    """The checks whose findings explain those of this one."""
+    return (*AFTER.get(name, ()), *(() if name in INDEPENDENT else OF_GRADIENTS))
 
 
-def _looks_like_a_cost(s: Subject, outputs: list[Tensor]) -> bool:
-    """One number from two inputs with as many rows, of which the second is a target: by
-    the function's name, or because it is of integers or gets no gradient."""
-    first = [i for i in range(s.inputs) if isinstance(s.arguments[i], Tensor)][:2]
-    if len(outputs) != 1 or outputs[0].dim() > 0 or len(first) < 2:
-        return False
-    output, target = (s.arguments[i] for i in first)
-    if not (output.dim() and target.dim() and len(output) == len(target) > 1):
-        return False
-    if re.search("cost|loss|entropy|likelihood", s.name, re.IGNORECASE):
-        return True
-    if not target.is_floating_point():
-        return True
+def _finding(name: str, check: Callable[[Subject], str], s: Subject) -> Finding:
+    """The finding of one check."""
     try:
-        arguments = s.copies(s.own_dtype)
-        (leaf,) = s.leaves(arguments, (first[1],))
-        (y,) = s.evaluate(arguments)
-        if not y.requires_grad:
-            return True
-        return torch.autograd.grad(y, leaf, allow_unused=True)[0] is None
-    except Exception:
-        return True
-
-
-def _working_dtype(s: Subject) -> tuple[torch.dtype, str]:
-    try:
-        with torch.no_grad():
-            s.evaluate(s.copies(F64))
+        return Finding(name, "pass", check(s))
+    except Verdict as verdict:
+        if verdict.status == "fail" and name in DRAWN_ANEW and s.is_random:
+            reason = "it draws other random numbers in this check"
+            return Finding(name, "not applicable", reason)
+        return Finding(name, verdict.status, verdict.reason, verdict.fix)
     except Exception as error:
-        return s.own_dtype, first_line(error)
-    return F64, ""
+        reason = f"the check stopped at {first_line(error)}"
+        return Finding(name, "fail", reason, fix_for(error))

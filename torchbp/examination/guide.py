@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from torchbp.examination.examiner import CHECKS
 
 _TEXT = Path(__file__).with_name("guide.md")
-# What the examples stand on, by the name of the class.
+# The classes of the introduction that a page uses.
 _BASES = re.compile(r"\b(Square|Product)\b")
 
 
@@ -19,7 +20,7 @@ def explain(check: str | None = None) -> str:
         check: the check's identifier or title; None for the list of all checks.
 
     Returns:
-        what the check asks, why, and a wrong and a right example.
+        what the check asks, why it matters, and a wrong and a right example.
 
     Raises:
         ValueError: there is no such check.
@@ -30,9 +31,11 @@ def explain(check: str | None = None) -> str:
     """
     pages = read_pages()
     if check is None:
-        lines = [f"{name:<22} {page.split('. ')[0]}" for name, page in pages.items()]
-        listed = "\n".join(" ".join(line.split("\n"))[:88] for line in lines)
-        return f"{listed}\n\n--explain CHECK prints the page of one."
+        lines = [
+            f"{name:<22} {shorten(page.split('. ')[0], 65, placeholder=' …')}"
+            for name, page in pages.items()
+        ]
+        return "\n".join([*lines, "", "--explain CHECK prints the page of one."])
     name = check.replace(" ", "-")
     if name not in pages:
         raise ValueError(
@@ -40,18 +43,18 @@ def explain(check: str | None = None) -> str:
         )
     page = pages[name]
     prelude = blocks(introduction())[0]
-    below = [
+    bases = [
         re.findall(
             rf"^class {base}\(.*?(?=^class |\Z)", prelude, re.DOTALL | re.MULTILINE
         )
         for base in sorted(set(_BASES.findall(page)))
     ]
-    code = [f"```python\n{text.strip()}\n```" for (text,) in below]
+    code = [f"```python\n{text.strip()}\n```" for (text,) in bases]
     return "\n".join([f"{name}\n", page.strip(), *code])
 
 
 def introduction() -> str:
-    """What stands before the first page."""
+    """The text before the first page."""
     return _TEXT.read_text(encoding="utf-8").split("\n## ")[0]
 
 
@@ -62,5 +65,5 @@ def read_pages() -> dict[str, str]:
 
 
 def blocks(page: str) -> list[str]:
-    """The code of a page: what is wrong and what is right."""
+    """The code of a page: a wrong example and a right one."""
     return re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The findings of an examination, and how they are written."""
+"""The findings of an examination, and how they are printed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ WIDTH = 88
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The outcome of one check.
 
     Attributes:
         check: its identifier, such as "first-derivatives".
         status: "pass"; "fail", where something is wrong; "warn", where it is right, but
-            wasteful or fragile; "not supported", where it raises an error; "not
-            applicable", where there was nothing to check.
+            wasteful or fragile; "not supported", where it raises an error that says so;
+            "not applicable", where there was nothing to check.
         reason: what was seen.
         fix: what to do about it; "" if nothing.
 
@@ -53,14 +53,14 @@ class Report:
     """The findings on one function, in the order of the checks.
 
     ``report["vmap"]`` is one of them, by the check's identifier or its title. ``str``
-    says what failed, why, and what to do about it, and folds the rest; ``table()`` has
-    every finding.
+    prints what failed, why, and what to do about it, and names the rest; ``table()``
+    has every finding.
 
     Attributes:
-        name: the function's.
+        name: the function's, with the shapes of its arguments.
         findings: one for each check.
         strict: whether warnings count as failures.
-        calls: how often the function was called.
+        calls: how often the function was called; 0 if a child process ended.
 
     Examples:
         >>> report = Report("f", (Finding("vmap", "pass", "as a loop does it"),))
@@ -87,7 +87,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """The findings on what is right, but wasteful or fragile."""
+        """The findings that something is right, but wasteful or fragile."""
         return self._of("warn")
 
     def _of(self, status: str) -> tuple[Finding, ...]:
@@ -97,6 +97,11 @@ class Report:
         return iter(self.findings)
 
     def __getitem__(self, check: str) -> Finding:
+        """Return the finding of a check.
+
+        Raises:
+            KeyError: there is none of that identifier or title.
+        """
         for finding in self.findings:
             if check in (finding.check, finding.title):
                 return finding
@@ -123,17 +128,17 @@ class Report:
         return html_table(self._head(), lines, left=4, verdicts=words)
 
     def table(self) -> str:
-        """Every finding in a line, and below it what failed."""
+        """Return every finding in a line, and below them what failed and what to do."""
         lines = [self._head(), "", *map(str, self.findings)]
         return "\n".join([*lines, *_details([*self.failures, *self.warnings])])
 
     def brief(self) -> str:
-        """What failed (with `strict`, what warns, too), why, and how to fix it."""
+        """Return what failed (with `strict`, what warns, too), why, and what to do."""
         shown = [*self.failures, *(self.warnings if self.strict else ())]
         return "\n".join([self._head(), *_details(shown)])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, lists, strings and numbers, for JSON."""
+        """Return the report as dicts, lists, strings and numbers, for JSON."""
         findings = [asdict(f) | {"title": f.title} for f in self]
         return {
             "name": self.name,

@@ -8,27 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbp.examination.differences import (
-    CLOSE,
-    Seen,
-    Slopes,
-    look,
-    names_of,
-    where_kinks,
-)
+from torchbp.examination.differences import Seen, Slopes, look, names_of, where_kinks
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import (
-    differences,
-    first_line,
-    variables_of,
-)
+from torchbp.examination.tools import first_line, variables_of
 from torchbp.examination.verdicts import (
     Fail,
     NotApplicable,
     NotSupported,
-    Verdict,
     fix_for,
-    labels_of,
     must_run,
     needs_float64,
     needs_own_graph,
@@ -42,32 +29,27 @@ _NOT_TWICE = ("once_differentiable", "implemented", "does not require grad")
 
 
 def second_derivatives(s: Subject) -> str:
-    """The gradients have gradients, and those are right."""
+    """The gradients have gradients, and those are right, by differences of the first:
+    with a surrogate, too, since the first are its own."""
     needs_float64(s)
     needs_own_graph(s)
-    arguments = s.copies()
-    f = s.closure(arguments)
-    at = [arguments[i].detach() for i in s.floats]
+    f, at = s.closure(s.copies())
     gs = s.cotangents(f(*at))
-    names = [*labels_of(s), *["the output's gradient"] * len(gs)]
+    names = [*s.names, *["the output's gradient"] * len(gs)]
     weights, ours, cut = _seconds(s, f, at, gs)
-    if s.surrogate is not None:
-        return _seconds_as_surrogate(s, arguments, ours, names)
 
     def firsts(*tensors: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            own = [t.detach().requires_grad_() for t in tensors[: len(at)]]
-            return s.pull_back(f(*own), own, tensors[len(at) :])
+        own = [t.detach().requires_grad_() for t in tensors[: len(at)]]
+        return s.pull_back(f(*own), own, tensors[len(at) :])
 
     slopes = Slopes(firsts, [*at, *gs], s.seed)
     if not slopes.values.isfinite().all():
         raise NotApplicable("a gradient is infinite: move the input away from the pole")
     seen = look(s, slopes, weights, ours, s.entries // 2)
-    kinks = ", ".join(where_kinks(seen, names, slopes.at))
     for k, one in enumerate(seen):
         if one.wrong or one.along:
-            raise _second_diagnosis(s, seen, k, names, slopes.at[k].shape, cut)
-    if kinks:
+            raise _second_diagnosis(s, one, names[k], slopes.at[k].shape, cut)
+    if kinks := ", ".join(where_kinks(seen, names, slopes.at)):
         raise NotApplicable(
             f"the first derivatives have a kink or a pole at {kinks}",
             "move the input away from it",
@@ -79,7 +61,7 @@ def _seconds(
     s: Subject, f: Callable[..., Any], at: Sequence[Tensor], gs: Sequence[Tensor]
 ) -> tuple[list[list[Tensor]], list[list[Tensor]], bool]:
     """For each argument the gradients of its own gradient, weighted so that no sum
-    vanishes; whether all of them are cut off from the graph."""
+    vanishes; and whether all of them are cut off from the graph."""
     weights, ours, cut = [], [], True
     for chosen in range(len(at)):
         own = [t.clone().requires_grad_() for t in (*at, *gs)]
@@ -96,12 +78,8 @@ def _seconds(
         seconds: Sequence[Tensor | None] = [None] * len(own)
         if total.requires_grad:
             seconds = _second_pass(total, own)
-        ours.append(
-            [
-                torch.zeros_like(t) if d is None else d
-                for d, t in zip(seconds, own, strict=True)
-            ]
-        )
+        pairs = zip(seconds, own, strict=True)
+        ours.append([torch.zeros_like(t) if d is None else d for d, t in pairs])
     return weights, ours, cut
 
 
@@ -111,8 +89,6 @@ def _second_pass(total: Tensor, own: list[Tensor]) -> Sequence[Tensor | None]:
         if ends := variables_of([total]):
             torch.autograd.grad(total, ends, allow_unused=True, retain_graph=True)
         return torch.autograd.grad(total, own, allow_unused=True)
-    except Verdict:
-        raise
     except Exception as error:
         if any(word in str(error) for word in _NOT_TWICE):
             raise NotSupported(first_line(error), _TWICE) from None
@@ -120,68 +96,37 @@ def _second_pass(total: Tensor, own: list[Tensor]) -> Sequence[Tensor | None]:
         raise Fail(reason, fix_for(error, _TWICE)) from None
 
 
-def _seconds_as_surrogate(
-    s: Subject, arguments: list[Any], ours: list[list[Tensor]], names: list[str]
-) -> str:
-    surrogate = s.surrogate
-    assert surrogate is not None
-
-    def f(*tensors: Tensor) -> list[Tensor]:
-        full = list(arguments)
-        for i, t in zip(s.floats, tensors, strict=True):
-            full[i] = t
-        return [y for y in s.evaluate(full, surrogate) if y.requires_grad]
-
-    at = [arguments[i].detach() for i in s.floats]
-    gs = s.cotangents(s.closure(arguments)(*at))
-    _, right, _ = _seconds(s, f, at, gs)
-    for mine, theirs in zip(ours, right, strict=True):
-        if found := differences(mine, theirs, names, CLOSE, 1e-9):
-            raise Fail(
-                f"the gradient, derived by {found}, beside the surrogate", _TWICE
-            )
-    return "as the surrogate's"
-
-
 def _second_diagnosis(
-    s: Subject,
-    seen: list[Seen],
-    by: int,
-    names: list[str],
-    shape: torch.Size,
-    cut: bool,
+    s: Subject, one: Seen, by: str, shape: torch.Size, cut: bool
 ) -> Fail:
-    """Which gradient does not know that it depends on what."""
-    one, labels = seen[by], labels_of(s)
+    """Which gradient lacks a dependence on the argument `by`, or is off."""
     if cut:
         return Fail(
-            f"the gradients are cut off from the graph: derived by {names[by]} they "
-            "are not 0",
+            f"the gradients are cut off from the graph: derived by {by} they are not 0",
             _TWICE,
         )
     places = one.wrong or list(range(len(one.entries)))
-    gaps = (one.ours - one.right)[places].abs().nan_to_num(float("inf")).amax(0)
-    which = int(gaps.argmax())
-    what = f"the gradient of {labels[which]}"
+    which = int(one.off_by()[places].amax(0).argmax())
+    what = f"the gradient of {s.names[which]}"
     if not one.ours[:, which].any():
         return Fail(
-            f"{what} is a constant to {names[by]}, on which it depends: what forward "
+            f"{what} is a constant to {by}, on which it depends: what forward "
             "computed and saved, and what is detached, is constant to autograd",
             _TWICE,
         )
     if not one.wrong:
-        return Fail(f"{what}, derived by {names[by]}, is {one.along}", _TWICE)
-    nan = [p for p in one.wrong if not one.ours[p].isfinite().all()]
-    if nan:
+        return Fail(f"{what}, derived by {by}, is {one.along}", _TWICE)
+    infinite = [p for p in one.wrong if not one.ours[p].isfinite().all()]
+    if infinite:
         return Fail(
-            f"{what}, derived by {names[by]}, is NaN or infinite at {len(nan)} entries "
-            f"{names_of(one, nan, shape)}, where differences are finite",
+            f"{what}, derived by {by}, is NaN or infinite at {len(infinite)} entries "
+            f"{names_of(one, infinite, shape)}, where differences are finite",
             "mask before the operation, not after it: 0 times infinity is NaN",
         )
     worst = one.wrong[0]
     return Fail(
-        f"{what}, derived by {names[by]}, is off at {len(one.wrong)} of "
-        f"{len(one.entries)} entries; at {names_of(one, [worst], shape)} it is "
+        f"{what}, derived by {by}, is off at {len(one.wrong)} of {len(one.entries)} "
+        f"entries; at {names_of(one, [worst], shape)} it is "
         f"{one.ours[worst, which]:.4g}, expected {one.right[worst, which]:.4g}",
         _TWICE,
     )

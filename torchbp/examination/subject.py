@@ -1,23 +1,21 @@
-"""The function under examination as a function of all its arguments, with copies of
-the arguments and the tools to call and to differentiate it."""
+"""The function under examination, with copies of its arguments and the tools to call
+and to differentiate it."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.func import functional_call
 
 from torchbp.examination.tools import (
     F64,
     TOLERANCE,
+    cloned,
     difference,
     flatten,
     random_like,
@@ -26,33 +24,46 @@ from torchbp.examination.tools import (
 )
 
 
-@dataclass(eq=False)
+@dataclass
+class CallCount:
+    """How often a function was called; the copies of a Subject share one."""
+
+    number: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """What is examined.
+    """A function to be examined; nothing of it changes after it is made.
+
+    :func:`~torchbp.examination.prepare.describe` makes one, and
+    :func:`~torchbp.examination.prepare.learn` another that knows the attributes from
+    `dtype` on, which only calls of the function can tell.
 
     Attributes:
-        name: as it stands in the report.
+        name: as the report prints it.
         function: takes all arguments, those of a module's parameters last.
-        arguments: copies, detached, in the dtypes they came in.
-        labels: what the arguments are called.
-        floats: which of them are differentiated.
-        inputs: how many are inputs; the rest are a module's parameters.
-        reference: a function of the same arguments that is right, or None.
+        arguments: copies, detached, in their own dtypes.
+        labels: the arguments' names.
+        floats: the positions of the arguments that are differentiated.
+        inputs: how many arguments are inputs; the rest are a module's parameters.
+        reference: a right function of the same arguments, or None.
         surrogate: the function whose derivatives the backward is meant to return, or
             None for the function's own.
-        given_tolerance: the caller's, or None.
-        is_cost: whether A1 and A2 are examined.
+        seed: of all random numbers.
+        requested_tolerance: the caller's, or 0.
         backend: torch.compile's, or None.
-        in_place: whether the function returns one of its arguments, overwritten.
-        dtype: in which it is examined: float64 where it takes that.
-        refusal: why it does not take float64.
-        was_asked: whether the caller chose `floats` by requires_grad.
-        accumulates: whether its backward adds to .grad itself, so that only
-            ``backward()`` gives all gradients (a checkpoint that is reentrant).
-        has_backward: whether its backward runs without an error.
+        chosen_floats: whether the caller chose `floats` by requires_grad.
         calls: how often the function was called.
+        dtype: the working dtype: float64 where the function takes that.
+        refusal: why it does not take float64.
+        is_cost: whether A1 and A2 are examined.
+        in_place: whether the function returns one of its arguments, overwritten.
+        accumulates: whether its backward adds to .grad itself, so that only
+            ``backward()`` gives all gradients (a reentrant checkpoint).
         entries: at how many entries of the arguments differences are taken.
         is_exact: whether it computes in float64 inside, where it takes that.
+        underivable: why it has no derivatives, or "".
+        backward_error: what its backward raises, or None.
     """
 
     name: str
@@ -61,34 +72,40 @@ class Subject:
     labels: tuple[str, ...]
     floats: tuple[int, ...]
     inputs: int
-    reference: Callable[..., Any] | None
-    seed: int
+    reference: Callable[..., Any] | None = None
     surrogate: Callable[..., Any] | None = None
-    given_tolerance: float | None = None
-    is_cost: bool = False
+    seed: int = 0
+    requested_tolerance: float = 0.0
     backend: str | None = None
-    in_place: bool = False
+    chosen_floats: bool = False
+    calls: CallCount = field(default_factory=CallCount)
     dtype: torch.dtype = F64
     refusal: str = ""
-    was_asked: bool = False
+    is_cost: bool = False
+    in_place: bool = False
     accumulates: bool = False
-    calls: int = 0
-    has_backward: bool = True
     entries: int = 200
     is_exact: bool = True
-    _rows: tuple[int, ...] | None = field(default=None, repr=False)
+    underivable: str = ""
+    backward_error: Exception | None = None
 
     # ------------------------------------------------------------ arguments
 
     @property
     def own_dtype(self) -> torch.dtype:
-        """The dtype that the differentiated arguments came in."""
+        """The dtype in which the differentiated arguments were passed."""
         tensors = [self.arguments[i] for i in self.floats]
         dtype: torch.dtype = tensors[0].dtype if tensors else torch.float32
         return dtype
 
     @property
+    def names(self) -> list[str]:
+        """The labels of the differentiated arguments."""
+        return [self.labels[i] for i in self.floats]
+
+    @property
     def device(self) -> torch.device:
+        """The first tensor's."""
         tensors = [t for t in self.arguments if isinstance(t, Tensor)]
         return tensors[0].device if tensors else torch.device("cpu")
 
@@ -98,10 +115,10 @@ class Subject:
         if dtype == F64 and not self.is_exact:
             dtype = torch.float32
         usual = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
-        return max(usual, self.given_tolerance or 0.0)
+        return max(usual, self.requested_tolerance)
 
     def copies(self, dtype: torch.dtype | None = None, device: Any = None) -> list[Any]:
-        """The arguments, copied; floating ones in `dtype`, the working one if None."""
+        """Copies of the arguments, floating ones in `dtype` or the working dtype."""
         dtype = dtype or self.dtype
 
         def copied(t: Any) -> Any:
@@ -122,9 +139,11 @@ class Subject:
     def call(
         self, arguments: Sequence[Any], function: Callable[..., Any] | None = None
     ) -> list[Tensor]:
-        """The tensors that the function returns, complex ones as pairs of real ones;
-        the random numbers that it draws are the same at each call."""
-        self.calls += 1
+        """The tensors that the function returns, complex ones as pairs of real ones.
+
+        Each call draws the same random numbers.
+        """
+        self.calls.number += 1
         seed_generators(self.seed, self.device)
         outputs = flatten((function or self.function)(*arguments))
         return [torch.view_as_real(y) if y.is_complex() else y for y in outputs]
@@ -132,8 +151,8 @@ class Subject:
     def evaluate(
         self, arguments: Sequence[Any], function: Callable[..., Any] | None = None
     ) -> list[Tensor]:
-        """The same of clones: a function that overwrites its arguments fails the one
-        check of that, and no other."""
+        """`call` with clones, so that a function that overwrites its arguments fails
+        the check of that alone."""
         clones = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
         return self.call(clones, function)
 
@@ -141,40 +160,55 @@ class Subject:
         """Its outputs that have a gradient."""
         return tuple(y for y in self.evaluate(arguments) if y.requires_grad)
 
-    @functools.cached_property
-    def is_random(self) -> bool:
-        """Whether it gives other values with another seed, in either dtype."""
-        with torch.no_grad():
-            return any(self._is_random_in(d) for d in {self.dtype, self.own_dtype})
+    def new_graph(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The leaves and the differentiable outputs of a graph that no other check
+        uses: only `retain_graph` examines a second pass through one."""
+        arguments = self.copies(dtype)
+        return self.leaves(arguments), self.differentiable(arguments)
 
-    def _is_random_in(self, dtype: torch.dtype) -> bool:
-        first = self.evaluate(self.copies(dtype))
-        self.seed += 1
-        try:
-            second = self.evaluate(self.copies(dtype))
-        finally:
-            self.seed -= 1
-        return any(difference(a, b, 0.0) for a, b in zip(first, second, strict=True))
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether another seed gives other values, in the working or the own dtype."""
+        other = replace(self, seed=self.seed + 1)
+        return any(
+            difference(a, b, 0.0)
+            for dtype in {self.dtype, self.own_dtype}
+            for a, b in zip(
+                self.evaluate(self.copies(dtype)),
+                other.evaluate(self.copies(dtype)),
+                strict=True,
+            )
+        )
 
     def closure(
-        self, arguments: list[Any], wrt: Sequence[int] = ()
-    ) -> Callable[..., tuple[Tensor, ...]]:
-        """A function of the arguments at `wrt` alone, that returns the differentiable
-        outputs, known from a first call."""
+        self,
+        arguments: list[Any],
+        wrt: Sequence[int] = (),
+        function: Callable[..., Any] | None = None,
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+        """A function of the arguments at `wrt` alone that returns the differentiable
+        outputs, which a first call tells, and these arguments."""
         positions = tuple(wrt or self.floats)
-        probe = list(arguments)
-        for i in positions:
-            probe[i] = probe[i].detach().clone().requires_grad_()
-        chosen = [k for k, y in enumerate(self.evaluate(probe)) if y.requires_grad]
+        at = [arguments[i].detach() for i in positions]
 
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def evaluated(*tensors: Tensor) -> list[Tensor]:
             full = list(arguments)
             for i, t in zip(positions, tensors, strict=True):
                 full[i] = t
-            outputs = self.evaluate(full)
+            return self.evaluate(full, function)
+
+        first = evaluated(*[t.clone().requires_grad_() for t in at])
+        chosen = [k for k, y in enumerate(first) if y.requires_grad]
+
+        def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
+            outputs = evaluated(*tensors)
             return tuple(outputs[k] for k in chosen)
 
-        return function
+        return differentiable, at
+
+    # ------------------------------------------------------------ gradients
 
     def cotangents(self, outputs: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
         """Output gradients: random, never 0, of few bits, so exact in every dtype."""
@@ -206,9 +240,7 @@ class Subject:
         have: the surrogate's where there is one."""
         outputs, grads = self.gradients(arguments, (), function, cotangents)
         if self.surrogate is not None:
-            fresh = [
-                t.detach().clone() if isinstance(t, Tensor) else t for t in arguments
-            ]
+            fresh = cloned(arguments)
             _, grads = self.gradients(fresh, (), self.surrogate, cotangents)
         return outputs, grads
 
@@ -228,7 +260,7 @@ class Subject:
         # Not the forward's seed: a mask that backward draws anew must differ.
         seed_generators(self.seed + 7919, self.device)
         if self.accumulates and not options.get("create_graph"):
-            grads = self._accumulated(outputs, leaves, cotangents, options)
+            grads = _accumulated(outputs, leaves, cotangents, options)
         else:
             grads = list(
                 torch.autograd.grad(
@@ -239,20 +271,6 @@ class Subject:
             torch.zeros_like(t) if grad is None else grad
             for grad, t in zip(grads, leaves, strict=True)
         ]
-
-    def _accumulated(
-        self, outputs: Any, leaves: Any, cotangents: Any, options: dict[str, Any]
-    ) -> list[Tensor | None]:
-        known = [*leaves, *variables_of(outputs)]
-        before = [t.grad for t in known]
-        try:
-            for t in known:
-                t.grad = None
-            torch.autograd.backward(outputs, cotangents, **options)
-            return [t.grad for t in leaves]
-        finally:
-            for t, grad in zip(known, before, strict=True):
-                t.grad = grad
 
     # ------------------------------------------------------------ rows
 
@@ -269,18 +287,15 @@ class Subject:
         rows = next(iter(tensors.values())).shape[0]
         return tuple(i for i, t in tensors.items() if t.shape[0] == rows)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, ...]:
-        """The inputs whose rows are examples: with one row the function gives that row
-        of what it gives with all. Empty if there are none."""
-        if self._rows is None:
-            candidates = self.row_candidates
-            if self.is_cost:
-                self._rows = candidates
-            else:
-                tries = [candidates, candidates[:1]] if candidates else []
-                self._rows = next((c for c in tries if self._is_rowwise(c)), ())
-        return self._rows
+        """The inputs whose rows are examples: a row by itself gives what it gives among
+        the others. Empty if there are none."""
+        candidates = self.row_candidates
+        if self.is_cost:
+            return candidates
+        tries = [candidates, candidates[:1]] if candidates else []
+        return next((c for c in tries if self._is_rowwise(c)), ())
 
     def _is_rowwise(self, candidates: tuple[int, ...]) -> bool:
         arguments = self.copies()
@@ -288,15 +303,14 @@ class Subject:
         if rows < 2:
             return False
         try:
-            with torch.no_grad():
-                whole = self.evaluate(arguments)
-                for part in (slice(0, 1), slice(1, None)):
-                    got = self.evaluate(self.cut(arguments, candidates, part))
-                    for y, all in zip(got, whole, strict=True):
-                        if all.dim() == 0 or all.shape[0] != rows:
-                            return False
-                        if difference(y, all[part], self.tolerance()):
-                            return False
+            whole = self.evaluate(arguments)
+            for part in (slice(0, 1), slice(1, None)):
+                outputs = self.evaluate(self.cut(arguments, candidates, part))
+                for y, all in zip(outputs, whole, strict=True):
+                    if all.dim() == 0 or all.shape[0] != rows:
+                        return False
+                    if difference(y, all[part], self.tolerance()):
+                        return False
         except Exception:
             return False
         return True
@@ -309,163 +323,17 @@ class Subject:
         ]
 
 
-# ---------------------------------------------------------------- making one
-
-
-def make_subject(
-    fn: Any,
-    inputs: tuple[Any, ...],
-    reference: Any = None,
-    seed: int = 0,
-    surrogate: Any = None,
-) -> Subject:
-    """`fn`, its copied inputs and what belongs to them as a Subject."""
-    if isinstance(fn, type) and issubclass(fn, Function):
-        fn = fn.apply
-    if not callable(fn) or isinstance(fn, type):
-        got = f"the class {fn.__name__}" if isinstance(fn, type) else type(fn).__name__
-        raise TypeError(f"fn: expected a Function, a function or a module, got {got}")
-    for i, t in enumerate(inputs):
-        if isinstance(t, Tensor) and t.is_complex():
-            raise TypeError(f"inputs: expected real tensors, got {t.dtype} as {i}")
-        if isinstance(t, Tensor) and t.layout != torch.strided:
-            raise TypeError(f"inputs: expected dense tensors, got {t.layout} as {i}")
-    count = len(inputs)
-    asked = [i for i, t in enumerate(inputs) if _is_float(t) and t.requires_grad]
-    floats = asked or [i for i, t in enumerate(inputs) if _is_float(t)]
-    parameters = dict(fn.named_parameters()) if isinstance(fn, nn.Module) else {}
-    floats += [count + k for k, p in enumerate(parameters.values()) if p.requires_grad]
-    return Subject(
-        name=_name(fn),
-        function=_Stateless(fn, count) if isinstance(fn, nn.Module) else fn,
-        arguments=tuple(map(_copy, [*inputs, *parameters.values()])),
-        labels=(*_input_names(fn, count), *parameters),
-        floats=tuple(floats),
-        inputs=count,
-        reference=_same_arguments(reference, "reference", parameters, count),
-        seed=seed,
-        surrogate=_same_arguments(surrogate, "surrogate", parameters, count),
-        was_asked=bool(asked),
-    )
-
-
-def _same_arguments(
-    f: Any, what: str, parameters: Mapping[str, Tensor], inputs: int
-) -> Callable[..., Any] | None:
-    """`f` as a function of the subject's arguments, parameters included; a function
-    that takes fewer gets the first ones."""
-    if isinstance(f, nn.Module):
-        theirs = [tuple(p.shape) for p in f.parameters()]
-        shapes = [tuple(p.shape) for p in parameters.values()]
-        if parameters and theirs != shapes:
-            raise ValueError(
-                f"{what}: expected parameters of shapes {shapes}, got {theirs}"
-            )
-        return _Stateless(f, inputs, bool(parameters))
-    if f is None or what == "reference":
-        return f
-    if not callable(f):
-        raise TypeError(f"{what}: expected a function, got {type(f).__name__}")
+def _accumulated(
+    outputs: Any, leaves: Any, cotangents: Any, options: dict[str, Any]
+) -> list[Tensor | None]:
+    """The gradients as ``backward()`` adds them to .grad, which is restored."""
+    known = [*leaves, *variables_of(outputs)]
+    before = [t.grad for t in known]
     try:
-        kinds = [p.kind for p in inspect.signature(f).parameters.values()]
-    except (TypeError, ValueError):
-        return f
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return f
-    P = inspect.Parameter
-    positional = P.POSITIONAL_ONLY, P.POSITIONAL_OR_KEYWORD
-    return functools.partial(_first_of, f, sum(k in positional for k in kinds))
-
-
-def _first_of(f: Callable[..., Any], count: int, *arguments: Any) -> Any:
-    return f(*arguments[:count])
-
-
-def _copy(t: Any) -> Any:
-    return t.detach().clone() if isinstance(t, Tensor) else t
-
-
-def _is_float(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point()
-
-
-def _name(fn: Any) -> str:
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, type):
-        return f"{owner.__name__}.{fn.__name__}"
-    return str(getattr(fn, "__name__", type(fn).__name__))
-
-
-def _input_names(fn: Any, count: int) -> Iterator[str]:
-    """The names of the function's own parameters, where it tells them."""
-    owner = getattr(fn, "__self__", None)
-    names: list[str] = []
-    try:
-        if isinstance(owner, type) and issubclass(owner, Function):
-            parameters = list(inspect.signature(owner.forward).parameters.values())
-            lean = owner.setup_context is Function.setup_context
-            parameters = parameters[1:] if lean else parameters
-        else:
-            call = fn.forward if isinstance(fn, nn.Module) else fn
-            parameters = list(inspect.signature(call).parameters.values())
-        for p in parameters:
-            if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
-                break
-            names.append(p.name)
-    except (TypeError, ValueError):  # some builtins have no signature
-        pass
-    for i in range(count):
-        yield names[i] if i < len(names) else f"input {i}"
-
-
-class _Stateless:
-    """A module as a function of its inputs and then of its parameters.
-
-    Each call sets the tensors on a new copy of the module, which lives as long as the
-    graph does: a module that computes again in its backward finds them there.
-
-    Args:
-        module: the module; it is not changed.
-        inputs: how many of the arguments are inputs.
-        takes_parameters: whether the rest replaces its parameters.
-    """
-
-    def __init__(
-        self, module: nn.Module, inputs: int, takes_parameters: bool = True
-    ) -> None:
-        self.module, self.inputs = module, inputs
-        self.parameters = list(module.parameters()) if takes_parameters else []
-        known = {id(p) for p in self.parameters}
-        state = [*module.parameters(), *module.buffers()]
-        self.fixed = [t for t in state if id(t) not in known]
-
-    def _values(self, arguments: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of the module with the one that takes its place: buffers follow
-        the arguments in dtype and device."""
-        given = arguments[self.inputs :]
-        like = next((t for t in (*given, *arguments) if _is_float(t)), None)
-
-        def following(t: Tensor) -> Tensor:
-            if like is None:
-                return t.detach().clone()
-            dtype = like.dtype if t.is_floating_point() else t.dtype
-            return t.detach().to(like.device, dtype, copy=True)
-
-        pairs = list(zip(self.parameters, given, strict=False))
-        return [*pairs, *((t, following(t)) for t in self.fixed)]
-
-    def __call__(self, *arguments: Any) -> Any:
-        values = self._values(arguments)
-        try:
-            # Wherever the copy refers to a parameter it finds the one of the memo.
-            copied = copy.deepcopy(self.module, {id(old): new for old, new in values})
-        except Exception:  # what a module refers to may be impossible to copy
-            return self.functional(*arguments)
-        return copied(*arguments[: self.inputs])
-
-    def functional(self, *arguments: Any) -> Any:
-        """The same by functional_call, which torch.compile can trace."""
-        new = {id(old): t for old, t in self._values(arguments)}
-        state = [*self.module.named_parameters(), *self.module.named_buffers()]
-        values = {name: new[id(t)] for name, t in state}
-        return functional_call(self.module, values, arguments[: self.inputs])
+        for t in known:
+            t.grad = None
+        torch.autograd.backward(outputs, cotangents, **options)
+        return [t.grad for t in leaves]
+    finally:
+        for t, grad in zip(known, before, strict=True):
+            t.grad = grad

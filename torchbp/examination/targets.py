@@ -1,4 +1,4 @@
-"""Functions and tensors as they are written on a command line."""
+"""Functions and tensors by their names and shapes on a command line."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from torchbp.examination.tools import first_line
 
 _TARGET = re.compile(r"([\w.]+):([\w.]+)(\(.*\))?")
-# What ast raises of text that is no literal, or of one that is nested too deep.
+# What ast raises for text that is no literal, or for one that is nested too deep.
 UNREADABLE = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 _KINDS = ("normal", "uniform", "simplex", "bool")
 
 
 def find(text: str) -> Any:
-    """What "package.module:Name" stands for; "package.module:Name(4, bias=False)" is
-    what it returns when it is called with these literals.
+    """Return what "package.module:Name" names, or for "package.module:Name(4,
+    bias=False)" what it returns when it is called with these literals.
 
     Args:
         text: the name of a function, a Function or a module class.
 
+    Returns:
+        the object; of a module class an instance, made without arguments.
+
     Raises:
-        ValueError: there is no such thing, or the call fails.
+        ValueError: there is no such name, or the call fails.
 
     Examples:
         >>> find("torch.nn:Linear(3, 2, bias=False)")
@@ -35,21 +40,24 @@ def find(text: str) -> Any:
         raise ValueError(f"{text!r}: expected package.module:Name or ...:Name(4, 3)")
     module, names, call = match.groups()
     try:
-        found = importlib.import_module(module)
+        value = importlib.import_module(module)
     except Exception as error:
-        raise ValueError(f"{text}: cannot import {module}: {_said(error)}") from None
+        raise ValueError(
+            f"{text}: cannot import {module}: {first_line(error)}"
+        ) from None
     for name in names.split("."):
-        if not hasattr(found, name):
+        if not hasattr(value, name):
             raise ValueError(f"{text}: expected a name in {module}, got {name!r}")
-        found = getattr(found, name)
+        value = getattr(value, name)
     if call is not None:
-        found = _called(text, found, call)
-    elif isinstance(found, type) and issubclass(found, nn.Module):
-        found = _called(text, found, "()")
-    return found
+        value = _called(text, value, call)
+    elif isinstance(value, type) and issubclass(value, nn.Module):
+        value = _called(text, value, "()")
+    return value
 
 
 def _called(text: str, f: Any, call: str) -> Any:
+    """What `f` returns for the literals in `call`, such as "(4, bias=False)"."""
     try:
         node = ast.parse(f"f{call}", mode="eval").body
         if not isinstance(node, ast.Call):
@@ -61,17 +69,11 @@ def _called(text: str, f: Any, call: str) -> Any:
     try:
         return f(*args, **kwargs)
     except Exception as error:
-        raise ValueError(f"{text}: cannot be made: {_said(error)}") from None
-
-
-def _said(error: BaseException) -> str:
-    # Without the frames that torch's C++ adds on further lines.
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+        raise ValueError(f"{text}: cannot be made: {first_line(error)}") from None
 
 
 def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
-    """The argument that SHAPE, SHAPE:KIND or =LITERAL stands for.
+    """Return the argument that SHAPE, SHAPE:KIND or =LITERAL describes.
 
     Args:
         text: a shape as "3,4" or "()", a shape and a kind as "3:uniform" or "3:int<10",
@@ -79,8 +81,11 @@ def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
         dtype: of floating tensors.
         generator: draws the numbers.
 
+    Returns:
+        a tensor on the CPU, or the literal.
+
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or the tensor is too large.
 
     Examples:
         >>> draw("3:int<10", torch.float64, torch.Generator()).shape
@@ -102,24 +107,17 @@ def draw(text: str, dtype: torch.dtype, generator: torch.Generator) -> Any:
         names = ", ".join(_KINDS)
         raise ValueError(f"--input {text}: expected {names} or int<N, got {kind!r}")
     try:
-        if below:
-            return torch.randint(
-                int(below[1]), shape, generator=generator, device="cpu"
-            )
-        return _drawn(kind or "normal", shape, dtype, generator)
+        if below or kind == "bool":
+            high = int(below[1]) if below else 2
+            t = torch.randint(high, shape, generator=generator, device="cpu")
+            return t if below else t.bool()
+        t = torch.empty(shape, dtype=torch.float64, device="cpu")
+        # In float64 first: the same numbers in every dtype, to its rounding.
+        if kind == "uniform":
+            return t.uniform_(generator=generator).to(dtype)
+        t.normal_(generator=generator)
+        return (t.softmax(-1) if kind == "simplex" and shape else t).to(dtype)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # too large
-        raise ValueError(f"--input {text}: cannot be made: {_said(error)}") from None
-
-
-def _drawn(
-    kind: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
-    if kind == "bool":
-        return torch.randint(2, shape, generator=generator, device="cpu").bool()
-    # In float64 first: the same numbers in every dtype, to its rounding.
-    if kind == "uniform":
-        return torch.rand(
-            shape, generator=generator, dtype=torch.float64, device="cpu"
-        ).to(dtype)
-    t = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return (t.softmax(-1) if kind == "simplex" and shape else t).to(dtype)
+        raise ValueError(
+            f"--input {text}: cannot be made: {first_line(error)}"
+        ) from None

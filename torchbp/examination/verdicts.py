@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from torchbp.examination.subject import Subject
-from torchbp.examination.tools import (
-    F64,
-    differences,
-    first_line,
-    largest_of,
-    place_of,
-)
+from torchbp.examination.tools import F64, differences, first_line, place_of
 
-# Jacobians with more entries are not made.
+# Jacobians with more entries are not computed.
 LARGE = 100_000
-CALCULUS = "derive it again, and set it beside finite differences"
+CALCULUS = "derive it again, and compare it with finite differences"
 
 
 class Verdict(Exception):  # noqa: N818
-    """Any outcome of a check but "pass"."""
+    """Any outcome of a check but "pass".
+
+    Args:
+        reason: what was seen.
+        fix: what to do about it, or "".
+    """
 
     status = ""
 
@@ -34,43 +33,50 @@ class Verdict(Exception):  # noqa: N818
 
 
 class Fail(Verdict):
+    """Something is wrong."""
+
     status = "fail"
 
 
 class Warn(Verdict):
+    """It is right, but wasteful or fragile."""
+
     status = "warn"
 
 
 class NotSupported(Verdict):
+    """It raises an error that says so."""
+
     status = "not supported"
 
 
 class NotApplicable(Verdict):
+    """There is nothing to check."""
+
     status = "not applicable"
 
 
-# What torch says at length.
-_KNOWN = {
+# Short forms of torch's long messages, by a part of them.
+_SHORT = {
     "autograd.Function with functorch transforms": "it has no setup_context",
     "does not have vmap support": "it has no vmap rule",
     "must implement the jvp function": "it has no jvp",
     "Unsupported custom jvp": "torch.compile takes no Function with a jvp",
 }
-# What to do about an error of a backward, by a part of its message.
+# What to do about an error, by a part of its message.
 _FIXES = {
     "incorrect number of gradients": "return one gradient, or None, for each argument "
     "of forward, in their order",
     "returned an invalid gradient": "give each gradient the shape of its argument",
-    "view size is not compatible": "use reshape in place of view: an output gradient "
-    "may have any strides",
-    "NoneType": "treat None: a gradient that is not there is zero",
-    "must have the same dtype": "cast to the argument's dtype before products",
+    "view size is not compatible": "use reshape in place of view: a tensor may have "
+    "any strides",
+    "NoneType": "treat None: a missing output gradient is zero",
     "same dtype": "cast to the argument's dtype before products",
-    "cannot reshape tensor of 0": "spell sizes out: reshape(-1, n) is ambiguous for "
-    "empty tensors",
+    "cannot reshape tensor of 0": "write the sizes out: reshape(-1, n) is ambiguous "
+    "for empty tensors",
     "modified by an inplace operation": "save a copy, or do not write to what is saved",
-    "second time": "leave what is saved as it is, and on ctx",
-    "AssertionError": "drop the assertion, or say in forward what is not supported",
+    "second time": "do not change what is saved, or what is on ctx",
+    "AssertionError": "drop the assertion, or refuse in forward what is not supported",
 }
 
 
@@ -91,14 +97,14 @@ def supported(fix: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         reason = first_line(error)
-        for part, short in _KNOWN.items():
+        for part, short in _SHORT.items():
             reason = short if part in str(error) else reason
         raise NotSupported(reason, fix) from None
 
 
 @contextmanager
 def must_run(what: str, fix: str = "", verdict: type[Verdict] = Fail) -> Iterator[None]:
-    """Report an error in the block as failed, or as the verdict given."""
+    """Report an error in the block as `verdict`."""
     try:
         yield
     except Verdict:
@@ -108,24 +114,33 @@ def must_run(what: str, fix: str = "", verdict: type[Verdict] = Fail) -> Iterato
         raise verdict(reason, fix_for(error, fix)) from None
 
 
-def labels_of(s: Subject) -> list[str]:
-    return [s.labels[i] for i in s.floats]
-
-
 def numbered(outputs: Sequence[Any]) -> list[str]:
+    """What the outputs are called."""
     if len(outputs) == 1:
         return ["output"]
     return [f"output {k}" for k in range(len(outputs))]
 
 
+def shape_of(t: Tensor) -> str:
+    """Its shape, as (3, 4) or (4)."""
+    return str(tuple(t.shape)).replace(",)", ")")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name, as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def needs_float64(s: Subject) -> None:
+    """Report a function that does not take float64 as not supported."""
     if s.dtype != F64:
         raise NotSupported(
-            f"float64: {s.refusal}", "accept float64, for checks as this"
+            f"float64: {s.refusal}", "accept float64, which checks like this one need"
         )
 
 
 def needs_own_graph(s: Subject) -> None:
+    """Report one that ``backward()`` alone can differentiate as not supported."""
     if s.accumulates:
         raise NotSupported(
             "its backward accumulates into .grad, for backward() alone",
@@ -134,19 +149,11 @@ def needs_own_graph(s: Subject) -> None:
         )
 
 
-def is_large(s: Subject) -> bool:
+def needs_small_jacobian(s: Subject) -> None:
+    """Report a function of too many inputs and outputs as not applicable."""
     entries = sum(s.arguments[i].numel() for i in s.floats)
-    with torch.no_grad():
-        outputs = sum(y.numel() for y in s.evaluate(s.copies()))
-    return entries * outputs > LARGE
-
-
-def shape_of(t: Tensor) -> str:
-    return str(tuple(t.shape)).replace(",)", ")")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    if entries * sum(y.numel() for y in s.evaluate(s.copies())) > LARGE:
+        raise NotApplicable("the Jacobian is too large: pass smaller inputs")
 
 
 def must_equal(
@@ -157,70 +164,32 @@ def must_equal(
     fix: str = "",
     floor: float = 0.0,
 ) -> None:
-    """Fail unless values and gradients are the same."""
+    """Fail unless values and gradients are the same.
+
+    Args:
+        s: the function.
+        ours: its outputs and gradients.
+        right: what they should be.
+        tolerance: relative to the largest entry of each.
+        fix: what to do about it; "" for the usual advice.
+        floor: how far they may differ besides.
+    """
     if len(ours[0]) != len(right[0]):
         raise Fail(f"{len(ours[0])} outputs, expected {len(right[0])}", fix or CALCULUS)
-    names = numbered(right[0])
-    if found := differences(ours[0], right[0], names, tolerance, floor):
-        raise Fail(f"the value of the {found}", fix or "see which of the two is wrong")
-    if found := differences(ours[1], right[1], labels_of(s), tolerance, floor):
-        raise Fail(f"the gradient of {found}", fix or CALCULUS)
+    if text := differences(ours[0], right[0], numbered(right[0]), tolerance, floor):
+        raise Fail(f"the value of the {text}", fix or "see which of the two is wrong")
+    if text := differences(ours[1], right[1], s.names, tolerance, floor):
+        raise Fail(f"the gradient of {text}", fix or CALCULUS)
 
 
-def must_equal_rounded(
-    s: Subject, ours: Any, exact: list[Any], dtype: torch.dtype, truth: Any, fix: str
+def same_gradients(
+    s: Subject,
+    ours: Sequence[Tensor],
+    right: Sequence[Tensor],
+    what: str,
+    fix: str,
+    tolerance: float | None = None,
 ) -> None:
-    """Fail unless what was computed in `dtype` is `truth` of the same arguments in the
-    working dtype, to its rounding.
-
-    The rounding is granted as it acts on the arguments: what moving each of them by
-    one unit in the last place does to the result, is what `dtype` cannot tell. Terms of
-    the arguments' size that cancel leave a few units of them.
-    """
-    eps = torch.finfo(dtype).eps
-    floats = [t for t in exact if isinstance(t, Tensor) and t.is_floating_point()]
-    size = max([1.0, *map(largest_of, floats)])
-    right = s.right_gradients(_cloned(exact), function=truth)
-    tolerance, floor = s.tolerance(dtype), 4 * eps * size
-    try:
-        return must_equal(s, ours, right, tolerance, fix, floor)
-    except Fail as fail:
-        spread = 0.0
-        for draw in range(3):
-            moved = _moved(s, exact, eps, draw)
-            other = s.right_gradients(moved, function=truth)
-            for a, b in zip(
-                [*other[0], *other[1]], [*right[0], *right[1]], strict=True
-            ):
-                if a.shape == b.shape and a.is_floating_point():
-                    spread = max(spread, largest_of(a - b))
-        if spread == 0:
-            raise fail from None
-        must_equal(s, ours, right, tolerance, fix, floor + 4 * spread)
-
-
-def _cloned(arguments: Sequence[Any]) -> list[Any]:
-    return [t.detach().clone() if isinstance(t, Tensor) else t for t in arguments]
-
-
-def _moved(s: Subject, arguments: Sequence[Any], eps: float, draw: int) -> list[Any]:
-    """The arguments, each floating one moved by up to `eps` of its largest entry."""
-    generator = torch.Generator("cpu").manual_seed(s.seed + draw)
-    result = _cloned(arguments)
-    for i, t in enumerate(result):
-        if isinstance(t, Tensor) and t.is_floating_point():
-            noise = (
-                2 * torch.rand(t.shape, generator=generator, dtype=F64, device="cpu")
-                - 1
-            )
-            result[i] = t + eps * largest_of(t) * noise.to(t.device, t.dtype)
-    return result
-
-
-def differentiated(
-    s: Subject, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Leaves and outputs of a new graph: what a second pass through one does is the
-    business of `retain_graph` alone."""
-    arguments = s.copies(dtype)
-    return s.leaves(arguments), s.differentiable(arguments)
+    """Fail unless the gradients are the same, to the working dtype's rounding."""
+    if text := differences(ours, right, s.names, tolerance or s.tolerance()):
+        raise Fail(f"{what} the gradient of {text}", fix)

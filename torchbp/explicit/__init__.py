@@ -1,21 +1,24 @@
-"""The whole algorithm at once: backpropagation without autograd, to read and to run."""
+"""The whole algorithm at once, without autograd.
 
-from torchbp.explicit.engine import (
-    ExplicitSGD,
-    backprop,
-    check_rates,
-    layers_of,
-    summing_dtype,
-)
+- `algorithm`: :func:`torchbp.backprop`, to read.
+- `engine`: :class:`torchbp.ExplicitSGD`, the same algorithm to train with.
+- `parameters`: what a step works on.
+- `steps`: a step as torch calls on buffers made beforehand.
+- `kernel`: an epoch as compiled loops (``kernel.cpp``).
+- `checks`: what all of them refuse.
+"""
+
+from torchbp.explicit.algorithm import backprop
+from torchbp.explicit.checks import Rates, layers_of
+from torchbp.explicit.engine import ExplicitSGD
 from torchbp.explicit.kernel import KERNELS
 from torchbp.explicit.kernel import explain_failure as kernel_failure
 
 __all__ = [
     "KERNELS",
     "ExplicitSGD",
+    "Rates",
     "backprop",
-    "check_rates",
     "kernel_failure",
     "layers_of",
-    "summing_dtype",
 ]

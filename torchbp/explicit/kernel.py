@@ -1,9 +1,9 @@
-"""The compiled loops of ``kernel.cpp``: built once on each machine, and called.
+"""The compiled loops of ``kernel.cpp``: the choice, the build and the call.
 
-``torch.utils.cpp_extension`` builds them with the machine's own compiler, in a folder
-that belongs to this build alone; the finished library then gets its name in the cache
-in one step. So two processes may build at once, and an interrupted build leaves nothing
-that a later one could wait for or load.
+The loops are built once on each machine, by ``torch.utils.cpp_extension`` with the
+machine's own compiler, in a folder that belongs to this build alone. The finished
+library then gets its name in the cache in one step. So two processes may build at once,
+and an interrupted build leaves nothing that a later one could wait for or load.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from torchbp import costs, nn
 from torchbp.costs import CostFunction
+from torchbp.explicit.checks import Rates
 from torchbp.explicit.steps import Steps, Unit
 from torchbp.functional import LinearFunction
 
@@ -41,14 +42,15 @@ SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno"]
 MACHINE_FLAGS = ["-march=native"]
 SYSTEMS = ("linux", "darwin")
-# Examples in an epoch from which on "auto" builds: the build takes seconds, once.
+# "auto" builds, which takes seconds once, for epochs of at least so many examples.
 BUILT_FROM = 10_000
-# Products of one call at the most, which take less than a second anywhere: an interrupt
-# waits until the call returns.
+# The most products in one call. They take less than a second on any machine: an
+# interrupt waits until the call returns.
 PRODUCTS_AT_ONCE = 500_000_000
-# "auto" leaves mini-batches of more products of a weight and an input than that to
-# BLAS, for images in bytes, where zeros are skipped, and for numbers: measured beside
-# the torch calls for one to three layers of 30 to 800, batches of 1 to 1,024.
+# "auto" leaves mini-batches with more products of a weight and an input to BLAS: the
+# first limit is for images in bytes, in which zeros are skipped, the second for
+# numbers. Measured beside the torch calls for one to three layers of 30 to 800 neurons
+# and batches of 1 to 1,024.
 SKIPPED_PRODUCTS, PRODUCTS = 10_000_000, 2_500_000
 
 
@@ -90,7 +92,7 @@ class Examples(ctypes.Structure):
     )
 
 
-# ---------------------------------------------------------------- what it can train
+# ---------------------------------------------------------------- the choice
 
 
 def explain_unsuitable(
@@ -98,7 +100,7 @@ def explain_unsuitable(
     cost: type[CostFunction],
     parameters: Sequence[Tensor],
 ) -> str | None:
-    """Say what about a network the compiled loops cannot train, or None."""
+    """Return what in a network the compiled loops cannot train, or None."""
     for function in functions:
         if function not in ACTIVATIONS:
             return f"{function.__name__.removesuffix('Function')} layers"
@@ -111,25 +113,56 @@ def explain_unsuitable(
 
 
 def is_faster(weights: Sequence[Tensor], batch_size: int, is_bytes: bool) -> bool:
-    """Whether the compiled loops are faster than the torch calls, which leave the
-    products to BLAS: a fixed rule, so that a run is the same on every machine."""
+    """Return whether the compiled loops are faster than the torch calls, which leave
+    the products to BLAS: by a fixed rule, so a run is the same on every machine."""
     products = batch_size * sum(W.numel() for W in weights)
     return products <= (SKIPPED_PRODUCTS if is_bytes else PRODUCTS)
 
 
-# ---------------------------------------------------------------- building and loading
+def choose(
+    kernel: str,
+    functions: Sequence[type[LinearFunction]],
+    cost: type[CostFunction],
+    weights: Sequence[Tensor],
+    batch_size: int,
+    is_bytes: bool,
+    may_build: bool,
+) -> str:
+    """Return "torch" or "compiled", whichever the option `kernel` means for these
+    steps; raise ValueError if it asks for loops that are not available."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: expected one of {KERNELS}, got {kernel!r}")
+    if kernel == "torch":
+        return "torch"
+    reason = explain_unsuitable(functions, cost, weights)
+    if kernel == "auto":
+        suits = reason is None and is_faster(weights, batch_size, is_bytes)
+        return "compiled" if suits and load(may_build) else "torch"
+    if reason is not None:
+        raise ValueError(
+            f"kernel: expected 'auto' or 'torch' for {reason}, got 'compiled'"
+        )
+    if load(build=True) is None:
+        raise ValueError(
+            "kernel: expected 'auto' or 'torch' where the loops cannot be "
+            f"compiled, got 'compiled': {explain_failure()}"
+        )
+    return "compiled"
+
+
+# ---------------------------------------------------------------- the build
 
 _library: Any = None  # the loaded function
-_failure: str | None = None  # why there will be none in this process
-_is_absent = False  # from the cache, when it was last asked
+_failure: str | None = None  # why it is not available in this process
+_is_absent = False  # whether the cache lacked it when it was last searched
 
 
 def load(build: bool) -> Any:
     """Return the compiled function, from the cache or, if `build`, newly built.
 
     Returns:
-        None where it is not built and `build` is false, or where it cannot be had;
-        :func:`explain_failure` then says why.
+        None if it is not built and `build` is false, or if it is not available;
+        :func:`explain_failure` then returns the reason.
     """
     global _library, _failure, _is_absent
     if _library is None and _failure is None and (build or not _is_absent):
@@ -142,10 +175,10 @@ def load(build: bool) -> Any:
 
 
 def explain_failure() -> str | None:
-    """Say in a line why the compiled loops cannot be had here.
+    """Return one line about why the compiled loops are not available.
 
     Returns:
-        None if they can be had, or nobody has asked for them yet.
+        None if they are available, or have not been asked for yet.
 
     Examples:
         >>> isinstance(explain_failure(), str | None)
@@ -155,6 +188,8 @@ def explain_failure() -> str | None:
 
 
 def _find_or_build(build: bool) -> Any:
+    """Return the function from the cache, or newly built, or None; raise OSError,
+    RuntimeError or ImportError if it is not available."""
     if sys.platform not in SYSTEMS:
         raise OSError(f"expected one of {', '.join(SYSTEMS)}, got {sys.platform}")
     path = cache_folder() / f"kernel-{_key()}.so"
@@ -164,18 +199,19 @@ def _find_or_build(build: bool) -> Any:
 
 
 def cache_folder() -> Path:
-    """`torchbp` in `$TORCH_EXTENSIONS_DIR`, `$XDG_CACHE_HOME` or ~/.cache."""
+    """Return the folder `torchbp` in $TORCH_EXTENSIONS_DIR, $XDG_CACHE_HOME or
+    ~/.cache."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "torchbp"
 
 
 def _compiler() -> list[str]:
-    """The command that torch.utils.cpp_extension uses."""
+    """The compiler command that torch.utils.cpp_extension uses."""
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def _key() -> str:
-    """A name for source, flags, compiler and processor."""
+    """Cache key of source, flags, compiler and processor."""
     try:
         version = subprocess.run(
             [*_compiler(), "--version"], capture_output=True, check=True
@@ -187,7 +223,8 @@ def _key() -> str:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a home folder may be that of several machines."""
+    """The processor, on which -march=native depends: several machines may share a home
+    folder."""
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_bytes().partition(b"\n\n")[0].splitlines()
         wanted = (b"model name", b"flags", b"Features", b"CPU part")
@@ -208,7 +245,7 @@ def _build(path: Path) -> Any:
         folder = tempfile.TemporaryDirectory(
             dir=path.parent, prefix="building-", ignore_cleanup_errors=True
         )
-    except OSError:  # a cache that is read-only: for this process alone
+    except OSError:  # a read-only cache: build for this process alone
         folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with folder as name:
         library = _compile(name)
@@ -219,10 +256,11 @@ def _build(path: Path) -> Any:
 
 
 def _compile(folder: str) -> Path:
-    """Build the library in `folder`, which nobody else uses, and return its path."""
+    """Build the library in `folder`, which belongs to this build alone, and return its
+    path."""
     with warnings.catch_warnings(), _ninja_on_path():
         warnings.simplefilter("ignore")
-        # It logs that no GPU is there, and more: nothing that matters here.
+        # It logs that there is no GPU, and more that does not matter for this build.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch.utils import cpp_extension
 
@@ -230,7 +268,7 @@ def _compile(folder: str) -> Path:
             "torchbp_kernel",
             [str(SOURCE)],
             extra_cflags=[*FLAGS, *MACHINE_FLAGS],
-            # The loops use nothing of torch's, so that they fit any version.
+            # Not linked to torch, which the loops do not use: they fit any version.
             extra_ldflags=["-Wl,--as-needed"] if sys.platform == "linux" else [],
             build_directory=folder,
             with_cuda=False,
@@ -242,7 +280,8 @@ def _compile(folder: str) -> Path:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """Let `ninja` be found in this Python's environment, activated or not."""
+    """Add this Python's scripts to PATH: `ninja` may be in an environment that is not
+    activated."""
     if find_spec("ninja") is None:
         yield
         return
@@ -255,13 +294,15 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def _last_line(message: str) -> str:
-    """The compiler's last error in what a failed build says, else the last line."""
+    """The compiler's last error in the message of a failed build, else its last
+    line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]
     return [*lines[-1:], *errors][-1] if lines else "unknown"
 
 
 def _function(path: Path) -> Any:
+    """Load the library at `path` and return its function."""
     train = ctypes.CDLL(str(path)).torchbp_train
     train.restype = ctypes.c_int
     train.argtypes = [
@@ -271,7 +312,7 @@ def _function(path: Path) -> Any:
     return train
 
 
-# ---------------------------------------------------------------- calling
+# ---------------------------------------------------------------- the call
 
 
 class CompiledSteps:
@@ -282,11 +323,11 @@ class CompiledSteps:
         units: the layers.
         cost: the cost's Function.
         m: rows in a batch.
-        make_steps: the torch calls for the same, for parameters that are not finite.
+        make_steps: makes the torch calls for the same steps.
 
-    The loops pass over inputs that are zero, which is right only while every parameter
-    is finite. They change nothing if one is not, or is not any more in the end; then
-    the torch calls take these steps, and NaN goes where it goes natively.
+    The loops skip inputs that are zero, which is right only while every parameter is
+    finite. If one is not, at the start or in the end, they change nothing, and the
+    torch calls take these steps: NaN then spreads as it does natively.
     """
 
     def __init__(
@@ -301,17 +342,17 @@ class CompiledSteps:
         self.units, self.make_steps = units, make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
         self.can_read = all(map(_can_read, units))
-        self.rates = (0.0, 0.0)
+        self.rates = Rates(0.0)
         self.all_rows = torch.arange(m, device="cpu")
         products = sum(unit.W.numel() for unit in units) * 3 * m
         self.rows_at_once = max(1, PRODUCTS_AT_ONCE // max(products, 1)) * m
 
-    def bind(self, lr: float, weight_decay: float) -> None:
+    def bind(self, rates: Rates) -> None:
         """Take the steps at these rates from now on."""
-        self.rates = (lr, weight_decay)
+        self.rates = rates
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        """Take the steps of the mini-batches `rows` of a set; their costs."""
+        """Take the steps of the mini-batches `rows` of a set; return their costs."""
         images, targets = images.resolve_neg(), targets.resolve_neg()
         if images.stride(1) != 1 or (targets.dim() == 2 and targets.stride(1) != 1):
             images, targets = images[rows].contiguous(), targets[rows].contiguous()
@@ -320,7 +361,7 @@ class CompiledSteps:
         return torch.cat([self._take(images, targets, part) for part in parts])
 
     def take_one(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take the step of one mini-batch; its cost, 0-d."""
+        """Take the step of one mini-batch; return its cost, 0-d."""
         x, y = x.contiguous().resolve_neg(), y.contiguous().resolve_neg()
         C = torch.empty((), dtype=torch.float32, device="cpu")
         if self._train(x, y, self.all_rows, C):
@@ -328,28 +369,30 @@ class CompiledSteps:
         return self._take(x, y, self.all_rows)[0]
 
     def _take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
+        """As :meth:`take`, by one call of the loops, or by torch calls if that
+        refuses."""
         C = torch.empty(-(-len(rows) // self.m), dtype=torch.float32, device="cpu")
         if not self._train(images, targets, rows, C):
             steps = self.make_steps()
-            steps.bind(*self.rates)
+            steps.bind(self.rates)
             return steps.take(images, targets, rows)
         return C
 
     def _train(self, images: Tensor, targets: Tensor, rows: Tensor, C: Tensor) -> bool:
-        """Take the steps and put their costs into C, or change nothing."""
-        tensors = images, targets, rows, C
-        # A fake tensor has no memory: the torch calls say what is wrong with it.
-        if not (self.can_read and all(t.data_ptr() for t in tensors)):
+        """Take the steps, write their costs to C and return True; or change nothing and
+        return False."""
+        pointers = images.data_ptr(), targets.data_ptr(), rows.data_ptr()
+        # A fake tensor has no memory: the torch calls raise the right error for it.
+        if not (self.can_read and all(pointers) and C.data_ptr()):
             return False
         # Made for each call, during which other threads run.
         examples = Examples(
-            *(t.data_ptr() for t in tensors[:3]), rows.shape[0], self.m,
-            images.stride(0), targets.stride(0),
+            *pointers, rows.shape[0], self.m, images.stride(0), targets.stride(0),
             images.dtype is torch.uint8, targets.dtype is torch.int64,
         )  # fmt: skip
         outcome = self.train(
-            self.layers, len(self.layers), examples, self.cost, *self.rates,
-            C.data_ptr(),
+            self.layers, len(self.layers), examples, self.cost,
+            self.rates.lr, self.rates.weight_decay, C.data_ptr(),
         )  # fmt: skip
         if outcome not in (TRAINED, NOT_FINITE):
             raise MemoryError("ExplicitSGD: no memory for the buffers of a mini-batch")
@@ -357,7 +400,7 @@ class CompiledSteps:
 
 
 def _can_read(unit: Unit) -> bool:
-    """Whether the numbers of W and b lie where their addresses and strides say."""
+    """Whether W and b can be read at their addresses, with unit stride along rows."""
     return unit.W.stride(1) == 1 and not any(
         t.is_neg() or _bytes_spanned(t) > t.untyped_storage().nbytes()
         for t in (unit.W, unit.b)
@@ -366,13 +409,14 @@ def _can_read(unit: Unit) -> bool:
 
 
 def _bytes_spanned(t: Tensor) -> int:
-    """The size that the storage must have: a storage may have been freed or cut."""
+    """The size that the storage of `t` must have; it may have been freed or cut."""
     steps = zip(t.shape, t.stride(), strict=True)
     last = t.storage_offset() + sum((n - 1) * step for n, step in steps)
     return int(last + 1) * t.element_size()
 
 
 def _describe_layer(unit: Unit) -> Layer:
+    """A unit as the loops read it."""
     W, b = unit.W, unit.b
     return Layer(
         W.data_ptr(), None if b is None else b.data_ptr(),

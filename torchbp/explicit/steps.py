@@ -1,26 +1,26 @@
 """A mini-batch's step as a list of bound calls on buffers made beforehand.
 
-At ten images a step is a dozen torch calls of about a microsecond each, so what counts
-is how many there are and that they allocate next to nothing. :class:`Steps` makes the
-buffers of one batch size and binds every call to them once; a step then is ``for op in
-ops: op()``, on CUDA one replay of the graph captured from the same calls.
+With ten images a step is a dozen torch calls of about a microsecond each, so what
+counts is their number, and that they allocate next to nothing. :class:`Steps` makes the
+buffers for one batch size and binds every call to them once. A step is then ``for op in
+ops: op()``; on CUDA it is one replay of the graph captured from the same calls.
 
 What the calls do, and why:
 
-- BP4 and the update are one operation, ``W.addmm_(delta.T, x, alpha=-lr/m)``: there is
-  no gradient, neither as a tensor nor as memory traffic. (Where that would be less
-  exact, it is two: see :func:`adds_once`.)
-- A packed matrix holds b as its last column, and x has a column of ones for it: BP3 is
-  a column of BP4, and z = x Wᵀ + b one product. (``b.addmv_(delta.T, ones)`` would be
-  wrong by 2e-3 at 1,024 rows: it adds tiny terms one by one.)
-- Rows of packed matrices start at multiples of 64 bytes. At 785 numbers a row the
-  products take 6.7 µs, at 800 they take 5.0.
+- BP4 and the update are one operation, ``W.addmm_(delta.T, x, alpha=-lr/m)``: the
+  gradient is neither made nor moved through memory. Where one operation would be less
+  exact, there are two: see :func:`adds_once`.
+- A packed matrix has b as its last column, and x has a column of ones for it: BP3 is a
+  column of BP4, and z = x Wᵀ + b is one product. ``b.addmv_(delta.T, ones)`` would
+  lose digits at large batches, since it adds tiny terms one by one.
+- Rows of packed matrices start at multiples of 64 bytes, which makes the products
+  faster.
 - Images stay bytes until they are gathered, many batches at once. They are scaled by
-  one multiplication with 1/255, which is within the last bit of the division and takes
-  0.6 µs a batch instead of 1.7.
+  one multiplication with 1/255, which is faster than the division and differs from it
+  by its last bit at most.
 - σ' of all layers that share a σ is one call over their activations, which lie one
-  behind the other.
-- The costs of many batches are computed at once, from outputs that are kept.
+  behind the other in memory.
+- The costs of many batches are computed at once, from their stored outputs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from torchbp import costs, functional
 from torchbp.costs import COSTS, CostFunction
+from torchbp.explicit.checks import Rates
 from torchbp.functional import LinearFunction
 from torchbp.nn import ACTIVATIONS
 
@@ -43,8 +44,8 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class Unit(NamedTuple):
-    """One layer as the steps see it. W and b are views: of the packed matrix `folded`,
-    (n_out, n_in + 1), or, where that is None, of the parameters themselves."""
+    """One layer as the steps see it. W and b are views of the packed matrix `folded`,
+    (n_out, n_in + 1), or of the parameters themselves if that is None."""
 
     function: type[LinearFunction]
     W: Tensor
@@ -55,13 +56,20 @@ class Unit(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Whatever the calls are bound to. Memory that calls are bound to is theirs,
-        so that no other tensor can have its address."""
-        W, b = self.W, self.b
-        trains = self.updates_weight, self.updates_bias
-        place_of_b = None if b is None else (b.data_ptr(), b.stride())
-        place_of_W = (W.data_ptr(), W.stride(), tuple(W.shape))
-        return (*place_of_W, W.dtype, W.device, place_of_b, *trains)
+        """The :func:`memory_key` of the layer."""
+        return memory_key(self.W, self.b, self.updates_weight, self.updates_bias)
+
+
+def memory_key(
+    W: Tensor, b: Tensor | None, updates_weight: bool, updates_bias: bool
+) -> tuple[Any, ...]:
+    """Cache key of what is bound to W and b: addresses, strides, shapes, dtypes and
+    devices, and which of them are trained. Bound calls keep this memory alive, so an
+    address in a key is never used again for other tensors."""
+    key = W.data_ptr(), W.stride(), W.shape, W.dtype, W.device, updates_weight
+    if b is None:
+        return key
+    return *key, b.data_ptr(), b.stride(), b.shape, b.dtype, b.device, updates_bias
 
 
 # The layers whose σ and σ' write into given memory. A user's subclass of one of them is
@@ -73,21 +81,22 @@ BUILT_IN = {cost.function for cost in COSTS.values()}
 
 
 def _alike(t: Tensor, value: float) -> Tensor:
-    """A tensor of t's shape and strides in memory of its own."""
+    """Return a tensor of t's shape and strides, filled with `value`."""
     return torch.empty_strided(
         t.shape, t.stride(), dtype=t.dtype, device=t.device
     ).fill_(value)
 
 
 def adds_once(W: Tensor, delta_T: Tensor, x: Tensor) -> bool:
-    """Whether ``W.addmm_(delta_T, x)`` adds the whole sum over the rows to W at once.
+    """Return whether ``W.addmm_(delta_T, x)`` adds the whole sum over the rows to W at
+    once.
 
-    BLAS adds a sum over many rows block after block, and each addition rounds at the
-    size of W, so that the change of W has an error that grows with their number. How
-    long a block is depends on the processor (in MKL 384 rows with AVX-512, 96 with
-    AVX2, and 1 for small matrices on older ones) and on the shapes, so that the product
-    itself is asked, on tensors of the same shapes and strides: to numbers of 1 the
-    first row adds ε/2 and the last one ε/4, of which each alone is rounded away.
+    BLAS adds a sum over many rows to W block after block, and each addition rounds at
+    the size of W, so the error of the update grows with the number of blocks. The
+    length of a block depends on the processor (in MKL 384 rows with AVX-512, 96 with
+    AVX2, and 1 for small matrices on older ones) and on the shapes. So it is tried, on
+    tensors of the same shapes and strides: to numbers of 1 the first row adds ε/2 and
+    the last one ε/4, and each of them alone would be rounded away.
     """
     if len(x) == 1:
         return True
@@ -97,22 +106,24 @@ def adds_once(W: Tensor, delta_T: Tensor, x: Tensor) -> bool:
     return bool((ones.addmm_(left, right, alpha=0.25) > 1).all())  # alpha: as in steps
 
 
-def padded(n: int, dtype: torch.dtype) -> int:
-    """n, up to a multiple of :data:`ALIGNMENT` bytes."""
+def padded_width(n: int, dtype: torch.dtype) -> int:
+    """Return the number of columns of which n are in use: n and the padding up to a
+    multiple of :data:`ALIGNMENT` bytes."""
     step = ALIGNMENT // dtype.itemsize
     return -(-n // step) * step
 
 
 def _first(n: int, buffer: Tensor) -> Tensor:
-    """The first n rows; a slice takes a microsecond, so there is none of all rows."""
+    """Return the first n rows; all rows are returned as they are, since a slice costs
+    as much as an operation on ten images."""
     return buffer if n == len(buffer) else buffer[:n]
 
 
-class Layer:
+class LayerCalls:
     """The buffers of one layer at batches of m rows, and the calls on them.
 
     Attributes:
-        z, a, delta: (m, n_out) views of the wide buffers.
+        z, a, delta: (m, n_out) views of the padded buffers, (m, width).
         x: what the next layer reads, (m, n_out + 1) with ones or (m, n_out).
     """
 
@@ -122,34 +133,35 @@ class Layer:
         self.is_identity = unit.function is functional.LinearFunction
         n = unit.W.shape[0]
         # The last layer has no ones to carry, and costs reduce over its rows.
-        self.width = n if is_last else padded(n + 1, unit.W.dtype)
-        self.wide_z, self.wide_delta = self._wide(), self._wide()
-        self.z, self.delta = self.wide_z[:, :n], self.wide_delta[:, :n]
+        self.width = n if is_last else padded_width(n + 1, unit.W.dtype)
+        self.padded_z, self.padded_delta = self._new_buffer(), self._new_buffer()
+        self.z, self.delta = self.padded_z[:, :n], self.padded_delta[:, :n]
         self.writes_ones = False
-        self.adds_once: bool | None = None  # not asked yet
-        self.sum: Tensor | None = None  # of δᵀ x, where it cannot be added as it grows
+        self.adds_once: bool | None = None  # not tried yet
+        self.sum: Tensor | None = None  # of δᵀ x, if that is not added at once
 
-    def _wide(self) -> Tensor:
+    def _new_buffer(self) -> Tensor:
+        """Zeros, (m, width)."""
         return self.unit.W.new_zeros(self.m, self.width)
 
     def place(self, a: Tensor | None, slope: Tensor | None) -> None:
-        """Take the shares of the memory that all layers' a and σ' lie in."""
+        """Use these parts of the memory in which the a and σ' of all layers lie."""
         n = self.unit.W.shape[0]
-        self.wide_a = self.wide_z if a is None else a.view(self.m, self.width)
-        self.wide_slope = None if slope is None else slope.view(self.m, self.width)
-        self.a = self.wide_a[:, :n]
+        self.padded_a = self.padded_z if a is None else a.view(self.m, self.width)
+        self.padded_slope = None if slope is None else slope.view(self.m, self.width)
+        self.a = self.padded_a[:, :n]
         self.x = self.a
         if self.unit.folded is not None and not self.is_last:
-            # σ is one call over z and this column: it keeps the ones of a where it is
-            # given a z for them.
+            # σ is one call over z and this column. It writes 1 there if the layer has a
+            # z with σ(z) = 1; if not, the ones are written again after each call.
             one = self.unit.function.one if self.is_fast else None
-            self.wide_z[:, n] = 1 if one is None else one
-            self.ones = self.wide_a[:, n].fill_(1)
+            self.padded_z[:, n] = 1 if one is None else one
+            self.ones = self.padded_a[:, n].fill_(1)
             self.writes_ones = self.is_fast and one is None
-            self.x = self.wide_a[:, : n + 1]
+            self.x = self.padded_a[:, : n + 1]
 
     def forward(self, x: Tensor, z: Tensor) -> list[Op]:
-        """z = x Wᵀ + b, a = σ(z)."""
+        """The calls for z = x Wᵀ + b and a = σ(z)."""
         unit = self.unit
         if unit.folded is not None:
             product = partial(torch.mm, x, unit.folded.t(), out=z)
@@ -161,33 +173,37 @@ class Layer:
             return [product]
         if self.is_fast:
             f: Any = unit.function.sigma
-            sigma = partial(f, self.wide_z, out=self.wide_a)
+            sigma = partial(f, self.padded_z, out=self.padded_a)
             ones = [partial(self.ones.fill_, 1)] if self.writes_ones else []
             return [product, sigma, *ones]
         return [product, lambda: self.a.copy_(unit.function.sigma(z))]
 
     def gate(self, grad_a: Tensor) -> list[Op]:
-        """δ = grad_a ⊙ σ'(z), where grad_a is `wide_delta` or has its shape."""
+        """The calls for δ = grad_a ⊙ σ'(z); grad_a has the shape of `padded_delta`."""
         if self.is_identity:
             return []
-        if self.wide_slope is not None:
-            if grad_a is self.wide_delta:
-                return [partial(grad_a.mul_, self.wide_slope)]  # BP2
-            return [partial(torch.mul, grad_a, self.wide_slope, out=self.wide_delta)]
+        if self.padded_slope is not None:
+            if grad_a is self.padded_delta:
+                return [partial(grad_a.mul_, self.padded_slope)]  # BP2
+            return [
+                partial(torch.mul, grad_a, self.padded_slope, out=self.padded_delta)
+            ]
         function = self.unit.function
         grad_a = grad_a[:, : self.delta.shape[1]]
         s = functional.saved_of(function, self.a, self.z)
         return [lambda: self.delta.copy_(function.gate(grad_a, s))]  # BP2
 
-    def update(self, x: Tensor, lr: float, decay: float) -> list[Op]:
-        """W ← W - η (δᵀ x / m + decay W), b ← b - η δᵀ 1 / m; δ is without the 1/m."""
+    def update(self, x: Tensor, rates: Rates) -> list[Op]:
+        """The calls for W ← W - η (δᵀ x / m + λ/n W) and b ← b - η δᵀ 1 / m. The 1/m of
+        A1 is in the rate; δ is without it."""
         unit, delta = self.unit, self.delta.t()
-        rate = -lr / self.m
+        rate = -rates.lr / self.m
         ops: list[Op] = []
-        if decay and unit.updates_weight:
-            # Not as the factor 1 - ηλ of the product below: at ηλ = 1e-6 its rounding
-            # would be 3 % of the decay, the same way at every step.
-            ops.append(partial(unit.W.add_, unit.W, alpha=-lr * decay))
+        if rates.weight_decay and unit.updates_weight:
+            # Not as the factor 1 - ηλ/n of the product below: that rounds, and for a
+            # small ηλ/n loses much of the decay, in the same direction at every step.
+            decay = -rates.lr * rates.weight_decay
+            ops.append(partial(unit.W.add_, unit.W, alpha=decay))
         whole = unit.folded is not None and unit.updates_weight and unit.updates_bias
         if whole:
             assert unit.folded is not None
@@ -204,7 +220,7 @@ class Layer:
     def _add_product(
         self, W: Tensor, delta: Tensor, x: Tensor, rate: float
     ) -> list[Op]:
-        """W ← W + rate δᵀ x, rounded once at the size of W."""
+        """The calls for W ← W + rate δᵀ x, rounded once at the size of W."""
         if self.adds_once is None:
             self.adds_once = adds_once(W, delta, x)
             self.sum = None if self.adds_once else _alike(W, 0)
@@ -221,11 +237,12 @@ class Steps:
         units: the layers.
         cost: the cost's Function.
         m, count: rows in a batch, and batches that are gathered at once.
-        labels: whether the targets are labels, so that their rows are one-hot.
+        labels: whether the targets are labels; their rows are then one-hot.
 
     Attributes:
-        x: (count m, n_in) where the inputs go.
-        y: (count m, K) where the targets' rows go; see :meth:`gather`.
+        x: the buffer for the inputs, (count m, n_in).
+        y: the buffer for the targets' rows, (count m, K); see :meth:`gather`.
+        v: the outputs from which the costs are computed, (count m, K).
     """
 
     def __init__(
@@ -237,24 +254,26 @@ class Steps:
         labels: bool,
     ) -> None:
         self.units, self.cost, self.m, self.count = units, cost, m, count
-        self.rate = (0.0, 0.0)
+        self.rates = Rates(0.0)
         first = units[0].W
         n_in, K = first.shape[1], units[-1].W.shape[0]
         rows = m * count
-        inputs = first.new_zeros(rows, padded(n_in + 1, first.dtype))
+        inputs = first.new_zeros(rows, padded_width(n_in + 1, first.dtype))
         inputs[:, n_in] = 1
         self.x = inputs[:, :n_in]
         has_ones = units[0].folded is not None
         self.inputs = inputs[:, : n_in + has_ones].view(count, m, -1).unbind(0)
-        self.y, self.kept = first.new_zeros(rows, K), first.new_zeros(rows, K)
+        self.y, self.v = first.new_zeros(rows, K), first.new_zeros(rows, K)
         self.targets = self.y.view(count, m, K).unbind(0)
-        self.outputs = self.kept.view(count, m, K).unbind(0)
+        self.outputs = self.v.view(count, m, K).unbind(0)
         self.costs = first.new_zeros(count)
         self.factors: Tensor | None = None
         if labels and cost in BUILT_IN and cost.one_hot_nabla is not None:
             self.factors, self.one = torch.ones_like(self.y), first.new_ones(())
-        self.layers = [Layer(u, m, i == len(units) - 1) for i, u in enumerate(units)]
-        self.keeps_z = self.layers[-1].is_identity
+        self.layers = [
+            LayerCalls(u, m, i == len(units) - 1) for i, u in enumerate(units)
+        ]
+        self.output_is_z = self.layers[-1].is_identity
         self.slopes = self._place()
         self.ops: list[list[Op]] = []
         self.selected: dict[torch.dtype, Tensor] = {}
@@ -263,8 +282,8 @@ class Steps:
         self.capturable = first.is_cuda
 
     def _place(self) -> list[Op]:
-        """Lay the activations of all layers one behind the other, their σ' likewise;
-        the calls that compute σ'."""
+        """Lay the activations of all layers one behind the other in memory, and their
+        σ' likewise; return the calls that compute σ'."""
         fast = [layer for layer in self.layers if layer.is_fast]
         sizes = [layer.m * layer.width for layer in fast]
         new = self.units[0].W.new_zeros
@@ -274,24 +293,26 @@ class Steps:
             if layer.is_fast:
                 layer.place(*next(shares))
             else:
-                own = None if layer.is_identity else layer._wide().view(-1)
+                own = None if layer.is_identity else layer._new_buffer().view(-1)
                 layer.place(own, None)
-        memory: list[Any] = [(x.unit.function, x.wide_a, x.wide_slope) for x in fast]
+        memory: list[Any] = [
+            (x.unit.function, x.padded_a, x.padded_slope) for x in fast
+        ]
         if len({layer.unit.function for layer in fast}) == 1:
             memory = [(fast[0].unit.function, a, slope)]
         return [partial(function.slope, a, out=out) for function, a, out in memory]
 
-    def bind(self, lr: float, weight_decay: float) -> None:
-        """Make the calls for these rates, unless they are made."""
-        if self.ops and self.rate == (lr, weight_decay):
+    def bind(self, rates: Rates) -> None:
+        """Make the calls for these rates, unless that is done."""
+        if self.ops and self.rates == rates:
             return
         # In this order: an interrupt must not leave the old calls under the new rates.
         self.ops, self.graph, self.warm = [], None, False
-        self.rate = (lr, weight_decay)
+        self.rates = rates
         self.ops = [self._step(k) for k in range(self.count)]
 
     def _step(self, k: int) -> list[Op]:
-        """The calls of batch `k`: the algorithm from feedforward to update."""
+        """The calls of batch `k`: the algorithm, from feedforward to update."""
         x, ops = self.inputs[k], []
         inputs = []
         for layer in self.layers:
@@ -307,42 +328,48 @@ class Steps:
                 ops.append(
                     partial(torch.mm, layer.delta, layer.unit.W, out=below.delta)
                 )  # BP2: (W)ᵀδ
-            ops += layer.update(inputs[i], *self.rate)
+            ops += layer.update(inputs[i], self.rates)
             if i:
-                ops += below.gate(below.wide_delta)
+                ops += below.gate(below.padded_delta)
         return ops
 
-    def _z(self, layer: Layer, k: int) -> Tensor:
-        """Where a layer's z goes: the network's output, where it is z, to the others
-        that are kept for the costs."""
-        return self.outputs[k] if layer is self.layers[-1] and self.keeps_z else layer.z
+    def _z(self, layer: LayerCalls, k: int) -> Tensor:
+        """The buffer for a layer's z: if the network's output is z, it is stored with
+        the other outputs, for the costs."""
+        return (
+            self.outputs[k]
+            if layer is self.layers[-1] and self.output_is_z
+            else layer.z
+        )
 
     def _output_error(self, k: int) -> list[Op]:
-        """δ^L of batch `k`, and whatever its cost will be computed from."""
-        last, y, kept = self.layers[-1], self.targets[k], self.outputs[k]
-        delta = last.wide_delta
+        """The calls for δ^L of batch `k`, which also store what its cost is computed
+        from."""
+        last, y, v = self.layers[-1], self.targets[k], self.outputs[k]
+        delta = last.padded_delta
         if self.cost is costs.QuadraticFunction and not last.is_identity:
-            # ∇_a C_x = a - y is kept instead of a: C_x = ½ ‖a - y‖².
-            return [partial(torch.sub, last.a, y, out=kept), *last.gate(kept)]  # BP1
-        ops: list[Op] = [] if self.keeps_z else [partial(kept.copy_, last.a)]
+            # ∇_a C_x = a - y is stored instead of a: C_x = ½ ‖a - y‖².
+            return [partial(torch.sub, last.a, y, out=v), *last.gate(v)]  # BP1
+        ops: list[Op] = [] if self.output_is_z else [partial(v.copy_, last.a)]
         one_hot_nabla = self.cost.one_hot_nabla
         if self.factors is None or one_hot_nabla is None:
             nabla = self.cost.nabla
-            return [*ops, lambda: delta.copy_(nabla(kept, y)), *last.gate(delta)]
+            return [*ops, lambda: delta.copy_(nabla(v, y)), *last.gate(delta)]
         factor = self.factors.view(self.count, self.m, -1)[k]
-        ops.append(partial(one_hot_nabla, kept, y, factor, out=delta))
+        ops.append(partial(one_hot_nabla, v, y, factor, out=delta))
         return ops + last.gate(delta)
 
     def take(self, images: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
-        """Take the steps of the mini-batches `rows` of a set; their costs."""
+        """Take the steps of the mini-batches `rows` of a set; return their costs."""
         costs = []
-        for some in rows.split(self.m * self.count):
-            self.gather(images, targets, some)
-            costs.append(self.run(len(some) // self.m).clone())
+        for part in rows.split(self.m * self.count):
+            self.gather(images, targets, part)
+            costs.append(self.run(len(part) // self.m).clone())
         return torch.cat(costs)
 
     def gather(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
-        """Put the examples `rows` of a whole set where the steps read them."""
+        """Copy the examples `rows` of a whole set to the buffers of inputs and
+        targets."""
         n = len(rows)
         x, y = _first(n, self.x), _first(n, self.y)
         x.copy_(self._selected(images, rows))
@@ -359,7 +386,7 @@ class Steps:
             torch.sub(self.one, y, alpha=self.cost.multiple, out=factors)
 
     def _selected(self, source: Tensor, rows: Tensor) -> Tensor:
-        """source[rows], in memory that the next call overwrites."""
+        """Return source[rows], in memory that the next call overwrites."""
         if source.dtype not in self.selected:
             shape = (len(self.x), *source.shape[1:])
             self.selected[source.dtype] = source.new_empty(shape)
@@ -367,8 +394,8 @@ class Steps:
         return torch.index_select(source, 0, rows, out=buffer)
 
     def run(self, count: int) -> Tensor:
-        """Take the steps of the first `count` batches, whose inputs and targets are in
-        place; their costs, (count), in a buffer that the next call overwrites."""
+        """Take the steps of the first `count` batches in the buffers; return their
+        costs, (count), in memory that the next call overwrites."""
         if self.capturable and count == self.count:
             self._replay()
         else:
@@ -376,14 +403,15 @@ class Steps:
         return self.costs[:count]
 
     def _run(self, count: int) -> None:
+        """Make the calls of `count` batches, and compute their costs."""
         for k in range(count):
             for op in self.ops[k]:
                 op()
         rows = count * self.m
-        v, out = self.kept[:rows], self.costs[:count]
-        if self.cost is costs.QuadraticFunction and not self.keeps_z:
+        v, out = self.v[:rows], self.costs[:count]
+        if self.cost is costs.QuadraticFunction and not self.output_is_z:
             # v is a - y. Batch by batch, which is faster than row by row, and as a
-            # mean: in float16 a sum overflows.
+            # mean, since a sum overflows in float16.
             outputs = v.shape[1]
             torch.mean(v.square().view(count, -1), 1, out=out).mul_(outputs / 2)
         else:
@@ -391,8 +419,8 @@ class Steps:
             torch.mean(C.view(count, self.m), 1, out=out)
 
     def _replay(self) -> None:
-        """As `_run`, by a CUDA graph from the second time on: the first one lets the
-        libraries make what they make once."""
+        """As `_run`, by a CUDA graph from the second time on: at the first, libraries
+        make what they make once."""
         if self.graph is not None:
             self.graph.replay()
             return
@@ -402,8 +430,8 @@ class Steps:
             return
         graph, device = torch.cuda.CUDAGraph(), self.y.device
         current = torch.cuda.current_stream(device)
-        # A stream of this device: the one that torch keeps for captures belongs to the
-        # device of the process's first, and elsewhere nothing would be captured.
+        # A stream of this device: torch's own stream for captures belongs to the device
+        # of the process's first capture, and on another one captures nothing.
         capture = torch.cuda.graph(
             graph,
             stream=torch.cuda.Stream(device),
@@ -412,8 +440,8 @@ class Steps:
         try:
             with torch.cuda.device(device), capture:
                 self._run(self.count)
-        except RuntimeError:  # a σ or a cost that looks at values, say
-            torch.cuda.set_stream(current)  # torch 2.8 stays on the other one
+        except RuntimeError:  # for example from a σ or a cost that reads values
+            torch.cuda.set_stream(current)  # torch 2.8 stays on the other stream
             self.capturable = False
             self._run(self.count)
             return

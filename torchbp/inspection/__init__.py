@@ -1,15 +1,19 @@
-"""Looking at our own layers: what they compute, and whether it is right."""
+"""Looking at our own layers: what they compute, and whether it is right.
 
-from torchbp.inspection.comparison import Agreement, Comparison, Row, compare
-from torchbp.inspection.observation import (
-    Record,
-    Trace,
-    evaluating,
-    observe,
-    probe,
-)
+- `observation`: observe and probe, which record a pass.
+- `records`: what is recorded.
+- `comparison`, `sweeps`, `agreement`: compare, the passes that it runs, and its report.
+- `tour`, `layout`: a guided tour of one example, and how it is printed.
+- `page`, `lessons`: a recorded pass as an HTML page, and the page's texts.
+"""
+
+from torchbp.inspection.agreement import Agreement, Comparison, Row
+from torchbp.inspection.comparison import compare
+from torchbp.inspection.layout import Section, show
+from torchbp.inspection.observation import evaluating, observe, probe
 from torchbp.inspection.page import save_page
-from torchbp.inspection.tour import Section, Tour, show
+from torchbp.inspection.records import Record, Trace
+from torchbp.inspection.tour import Tour
 
 __all__ = [
     "Agreement",

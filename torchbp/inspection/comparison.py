@@ -1,213 +1,79 @@
-"""Every equation of every layer beside native autograd and finite differences."""
+"""compare: every equation of every layer beside native autograd and finite differences.
+
+:mod:`torchbp.inspection.sweeps` runs the passes, :mod:`torchbp.inspection.agreement`
+has the report; this module says which quantities are compared, and what is at fault.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from textwrap import wrap
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from torchbp import costs, functional
+from torchbp import functional
 from torchbp._checks import explain_storage
-from torchbp._terminal import aligned, html_table
+from torchbp.inspection.agreement import (
+    Agreement,
+    Comparison,
+    Row,
+    agree,
+    close,
+    tolerance,
+)
 from torchbp.inspection.observation import observe
 from torchbp.inspection.sweeps import (
     KINDS,
-    Agreement,
     Call,
-    Cost,
     Sweep,
     Twin,
-    agree,
     by_hand,
-    close,
+    in_float64,
+    native_cost,
+    plain_copy,
     slope,
-    tolerance,
 )
 from torchbp.nn import MLP, BPLinear, check_takes
 
-__all__ = ["Agreement", "Comparison", "Row", "compare"]
+__all__ = ["compare"]
 
-# Finite differences are taken at so many entries of each quantity: half of them those
-# with the largest gradients, half drawn (in MNIST four of five pixels are 0, and so are
-# the gradients of their weights).
+# Entries of each quantity at which finite differences are taken: half of them have the
+# largest gradients, half are drawn. In MNIST four of five pixels are 0, and so are the
+# gradients of their weights.
 SAMPLED = 50
-# Of the largest entry; native autograd in float64 is held to 1.5e-8.
-NUMERIC_TOLERANCE = 1e-5
-
-
-@dataclass
-class Row:
-    """One equation at one layer.
-
-    Attributes:
-        equation: "BP1" ... "BP4", or "A1" for the cost itself.
-        layer: ℓ, counted over the calls from 1; 0 for the cost.
-        name: the layer's name in the model.
-        formula: the equation at this layer.
-        native: ours against native autograd, in the model's own dtype (in float64 if
-            they agree there only in the former).
-        numeric: ours against finite differences, in float64; None where they tell
-            nothing, since C moves by less than it is rounded.
-        sampled, entries: at how many entries of how many they were taken.
-        kinks: at how many entries they mean nothing, a kink of σ being within the step.
-        overruled: whether native and ours differ, and native is what is off: in float64
-            finite differences side with ours, or float64 with our shorter dtype.
-        fault: what is wrong in the equation itself; "" if nothing is, or if it is wrong
-            only through what it is built on.
-
-    Examples:
-        >>> same = Agreement(ok=True, exact=True, absolute=0.0, relative=0.0)
-        >>> row = Row("BP3", 1, "layers.0", "∂C/∂b^1 = Σ_x δ^1", same)
-        >>> row.ok, row.left
-        (True, '∂C/∂b^1')
-    """
-
-    equation: str
-    layer: int
-    name: str
-    formula: str
-    native: Agreement
-    numeric: Agreement | None = None
-    sampled: int = 0
-    entries: int = 0
-    kinks: int = 0
-    overruled: bool = False
-    fault: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether ours agrees with native, and with differences where they tell."""
-        return self.native.ok and (self.numeric is None or self.numeric.ok)
-
-    @property
-    def left(self) -> str:
-        """The left-hand side of the formula."""
-        return self.formula.partition(" = ")[0]
-
-    def cells(self) -> list[str]:
-        """The row of the table."""
-        cells = [f"{self.equation:<3}  {self.formula}"]
-        for agreement in (self.native, self.numeric):
-            if agreement is None:
-                cells += ["—", "—", "—"]
-            else:
-                numbers = agreement.absolute, agreement.relative
-                cells += [agreement.word, *(f"{x:.1e}" if x else "0" for x in numbers)]
-        sampled = f"{self.sampled} of {self.entries}" if self.entries else "—"
-        return [*cells, sampled]
-
-
-@dataclass
-class Comparison:
-    """What :func:`compare` found; `str()` is a table.
-
-    Attributes:
-        rows: the equations, from the last layer to the first, as a backward pass goes.
-        layers: what each layer is, in words.
-        dtype: that of the model.
-
-    Examples:
-        >>> import torch, torchbp
-        >>> model = torchbp.MLP([3, 2])
-        >>> report = torchbp.compare(
-        ...     model, torchbp.QuadraticCost(), torch.rand(5, 3), torch.rand(5, 2)
-        ... )
-        >>> report.faults, report.layers
-        ([], ['layer 1: layers.0, 5 x 3 → 2'])
-    """
-
-    rows: list[Row]
-    layers: list[str]
-    dtype: torch.dtype
-
-    @property
-    def ok(self) -> bool:
-        """Whether every equation agrees with both."""
-        return all(row.ok for row in self.rows)
-
-    @property
-    def faults(self) -> list[Row]:
-        """The rows that are wrong by themselves, not through others."""
-        return [row for row in self.rows if row.fault]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [*self._above(), "", aligned(self._lines(), 1), "", *self._below()]
-        )
-
-    def _repr_html_(self) -> str:
-        words = {"exact": "good", "≈": "good", "WRONG": "bad"}
-        caption = "\n".join([*self._above(), *self._below()])
-        return html_table(caption, self._lines(), left=1, verdicts=words)
-
-    def _above(self) -> list[str]:
-        """What was compared."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        beside = f"beside native autograd in {dtype}, and finite differences in float64"
-        return [*self.layers, beside]
-
-    def _lines(self) -> list[list[str]]:
-        """The table's headings and rows."""
-        titles = "equation|native|max diff|relative|finite|max diff|relative|entries"
-        return [titles.split("|"), *(row.cells() for row in self.rows)]
-
-    def _below(self) -> list[str]:
-        """What is to be said of the rows."""
-        lines: list[str] = []
-        kinks = [f"{row.kinks} of {row.left}" for row in self.rows if row.kinks]
-        if kinks:
-            lines += wrap(f"left out, next to a kink of σ: {', '.join(kinks)}", 96)
-        overruled = [row.left for row in self.rows if row.overruled]
-        if overruled:
-            lines += wrap(
-                f"digits lost by native, not by ours: {', '.join(overruled)}", 96
-            )
-        wrong = sum(not row.ok for row in self.rows)
-        lines.append(
-            f"{len(self.rows) - wrong} of {len(self.rows)} equations agree"
-            + (", the others because of:" if wrong else "")
-        )
-        lines += [
-            f"{row.equation} of {row.name or 'the model'}: {row.fault}"
-            for row in self.faults
-        ]
-        return lines
+NUMERIC_TOLERANCE = 1e-5  # a share of the largest entry
 
 
 def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Comparison:
-    """Set BP1-BP4 of every layer beside native autograd and beside central finite
+    """Compare BP1-BP4 of every layer with native autograd and with central finite
     differences.
 
-    Ours is what the layers' own backwards make, in the model's dtype and in float64.
+    Ours is what the layers' own backwards return, in the model's dtype and in float64.
     Native is the same model with z = F.linear(x, W, b) and a = σ(z) under autograd, and
-    for a cost of this package (``define_cost`` included) the mean of its C_x; another
-    cost is taken as it is. Finite differences nudge z (each example's own), b, W, and
+    the mean of C_x for a cost of this package (``define_cost`` included); any other
+    cost is used as it is. Finite differences nudge z (each example's own), b, W, and
     the input of a layer that no layer of ours feeds, in float64, at 50 entries of each:
-    the 25 with the largest gradients and 25 drawn with a fixed seed. "Equal" is to √ε
-    of the largest entry for native (3e-4 in float32, 1.5e-8 in float64), 1e-5 of it for
-    finite differences.
+    the 25 with the largest gradients and 25 drawn with a fixed seed. The tolerance is
+    √ε of the largest entry for native (3e-4 in float32, 1.5e-8 in float64), and 1e-5 of
+    it for finite differences.
 
-    It takes some hundreds of forward passes for each layer, so a mini-batch is the
-    right size: it tells as much as a large batch.
+    It takes some hundreds of forward passes for each layer. A mini-batch is the right
+    size: it shows as much as a large batch.
 
-    The model is copied: itself, its ``.grad``, its mode and buffers, and the random
-    numbers stay as they are. Frozen layers are compared too.
+    The model is copied: the model, its ``.grad``, mode and buffers, and the state of
+    the random numbers do not change. Frozen layers are compared, too.
 
     Args:
         model: an MLP, an ``nn.Sequential`` of our layers, or any other module with some
-            of them; around those, BP2 is compared in its two halves.
-        cost: of this package, or any callable with `takes`.
+            of them; next to other modules, BP2 is compared in its two halves.
+        cost: a cost of this package, or any callable with `takes`.
         input, target: what the model and the cost take.
+
+    Returns:
+        the rows of all equations; `str()` of it is a table.
 
     Raises:
         TypeError: an argument is of another type, or the cost does not say what it
@@ -216,8 +82,8 @@ def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Compa
             C; C is not finite, or differs when computed twice (dropout: call ``eval()``
             first); the model is compiled, or cannot be copied; a layer has a forward of
             its own, or a weight that a hook computes.
-        RuntimeError: under autocast, torch.compile or a torch.func transform; the model
-            has activation checkpointing; or a backward raises.
+        RuntimeError: it is called under autocast, torch.compile or a torch.func
+            transform; the model has activation checkpointing; or a backward raises.
 
     Examples:
         >>> import torch, torchbp
@@ -240,7 +106,7 @@ def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Compa
 
 
 def _check(model: Any, cost: Any, input: Any, target: Any) -> None:
-    """Refuse what can be refused before anything runs."""
+    """Raise the errors that need no pass."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     check_takes(model, cost)
@@ -261,24 +127,24 @@ def _check(model: Any, cost: Any, input: Any, target: Any) -> None:
         raise RuntimeError(
             "compare: expected to run outside autocast, torch.compile and torch.func"
         )
-    with observe(model):  # refuses what has no layers of ours, or is compiled
+    with observe(model):  # raises if it has no layers of ours, or is compiled
         pass
 
 
 class _Comparer:
-    """The sweeps of one comparison: ours and native's, in the model's dtype and in
-    float64."""
+    """The sweeps of one comparison, ours and native's in the model's dtype and in
+    float64, and the report about them."""
 
     def __init__(
         self, model: nn.Module, cost: Any, input: Tensor, target: Tensor
     ) -> None:
-        own = _copy(model)
-        x, y, native = input.detach(), target, _native(cost)
+        own = plain_copy(model)
+        x, y, native = input.detach(), target, native_cost(cost)
         self.hand = by_hand(copy.deepcopy(own), cost, x, y)
         self.native = Twin(own, native, x, y).sweep()
         if any(p.device.type == "mps" for p in own.parameters()):  # has no float64
             own, x, y = own.cpu(), x.cpu(), y.cpu()
-        own, x, y = own.double(), _double(x), _double(y)
+        own, x, y = own.double(), in_float64(x), in_float64(y)
         self.hand_64 = by_hand(copy.deepcopy(own), cost, x, y)
         self.twin = Twin(own, native, x, y)
         self.native_64 = self.twin.sweep()
@@ -289,7 +155,7 @@ class _Comparer:
         self.chain = is_chain(model)
 
     def _check_repeatable(self) -> None:
-        """Refuse what differs from one pass to the next: nothing could be compared."""
+        """Raise ValueError if two passes differ, or C is not finite."""
         C = self.native_64.cost.item()
         if not math.isfinite(C):
             raise ValueError(f"cost: expected a finite value, got {C}")
@@ -302,8 +168,8 @@ class _Comparer:
             )
 
     def _matched(self) -> list[int]:
-        """The numbers of the calls that C depends on, after a look at whether all have
-        the same calls and values."""
+        """The numbers of the calls that C depends on; raise ValueError if the sweeps do
+        not agree about calls and values."""
         sweeps = (self.hand, self.hand_64, self.native, self.native_64)
         numbers = []
         for number, calls in enumerate(zip(*(s.calls for s in sweeps), strict=True)):
@@ -328,14 +194,14 @@ class _Comparer:
         return numbers
 
     def report(self) -> Comparison:
-        """All rows, from the cost down to the first layer."""
+        """Return all rows, from the cost down to the first layer."""
         cost = self._row("A1", -1, "C = 1/n Σ_x C_x", "cost")
         rows = [cost]
         for number in reversed(self.numbers):
             rows += self._layer(number)
         wrong = [row for row in rows if not row.ok]
         if wrong and not any(row.fault for row in wrong):
-            wrong[0].fault = "it is not what finite differences say"
+            wrong[0].fault = "finite differences give another value"
         layers = [
             f"layer {self._index(number)}: {call.name or 'the model'}, "
             f"{' x '.join(map(str, call.x.shape))} → {call.W.shape[0]}"
@@ -350,11 +216,12 @@ class _Comparer:
         return self.numbers.index(number) + 1
 
     def _above(self, number: int) -> int | None:
-        """The number of the call that `number` feeds alone and directly, if any."""
+        """The number of the call that takes the a of this one, and nothing else, if
+        there is one."""
         return number + 1 if self.chain and number < self.numbers[-1] else None
 
     def _is_last(self, number: int) -> bool:
-        """Whether the call's a is what the cost takes."""
+        """Whether the cost takes the a of the call."""
         return self.native.last and number == len(self.native.calls) - 1
 
     def _layer(self, number: int) -> list[Row]:
@@ -386,8 +253,7 @@ class _Comparer:
     def _row(
         self, equation: str, number: int, formula: str, quantity: str, kind: str = ""
     ) -> Row:
-        """One quantity, of a call or (number -1) of the whole sweep, in all three
-        ways."""
+        """The row of one quantity, of a call or of the whole sweep (number -1)."""
 
         def of(sweep: Sweep) -> Tensor:
             t: Tensor = getattr(sweep if number < 0 else sweep.calls[number], quantity)
@@ -421,27 +287,27 @@ class _Comparer:
     def _differentiate(
         self, row: Row, number: int, kind: str, ours: Tensor, doubts: Tensor | None
     ) -> None:
-        """The finite differences of a row, at some of its entries: those with the
-        largest doubts, if there are any, instead of the largest gradients."""
+        """Add finite differences to a row, at some of its entries: those with the
+        largest `doubts` if there are any, else those with the largest gradients."""
         call = self.native_64.calls[number]
         expected: Tensor = getattr(call, KINDS[kind])
         entries = _entries(expected if doubts is None else doubts)
         slopes, kinks, rounding = self.twin.differences(number, kind, call, entries)
-        kept = [i for i, kink in enumerate(kinks) if not kink]
-        row.entries, row.kinks = expected.numel(), len(entries) - len(kept)
+        smooth = [i for i, kink in enumerate(kinks) if not kink]
+        row.entries, row.kinks = expected.numel(), len(entries) - len(smooth)
         largest = expected.abs().amax().item() if expected.numel() else 0.0
-        if not kept or 0 < largest < 10 * rounding:
+        if not smooth or 0 < largest < 10 * rounding:
             return
-        row.sampled = len(kept)
-        actual = ours.detach().cpu().reshape(-1)[[entries[i] for i in kept]]
-        numeric = actual.new_tensor([slopes[i] for i in kept])
+        row.sampled = len(smooth)
+        actual = ours.detach().cpu().reshape(-1)[[entries[i] for i in smooth]]
+        numeric = actual.new_tensor([slopes[i] for i in smooth])
         absolute = (actual - numeric).abs().amax().item()
         ok = absolute <= NUMERIC_TOLERANCE * largest + rounding
         relative = absolute / largest if largest else 0.0 if ok else math.inf
         row.numeric = Agreement(ok, absolute == 0, absolute, relative)
 
     def _fault(self, hand: Sweep, native: Sweep, number: int, quantity: str) -> str:
-        """What of the equation does not follow from its own right-hand side."""
+        """The part of the equation that is wrong, given its right-hand side, or ""."""
         if quantity == "cost":
             return "C is not the mean of the examples' C_x"
         call, ell, faults = hand.calls[number], self._index(number), []
@@ -477,8 +343,8 @@ class _Comparer:
 
 
 def _sides_with_ours(row: Row, native: Agreement) -> bool:
-    """Whether finite differences are nearer to ours than native is, by far: at
-    saturation autograd may take nearly equal numbers from each other."""
+    """Whether finite differences are much nearer to ours than native is: at saturation,
+    autograd may subtract nearly equal numbers."""
     numeric = row.numeric
     return (
         numeric is not None
@@ -489,12 +355,12 @@ def _sides_with_ours(row: Row, native: Agreement) -> bool:
 
 
 def _near(actual: Tensor, expected: Tensor) -> bool:
-    """Whether numbers of a short dtype are, to its √ε, those in float64."""
+    """Whether numbers of a short dtype agree with those in float64, to its √ε."""
     return agree(actual, expected, tolerance(actual)).ok
 
 
 def _fill(call: Call) -> None:
-    """A gradient that did not arrive is zero."""
+    """Set the gradients of a call that no backward pass has reached to zero."""
     for kind, name in KINDS.items():
         t = getattr(call, kind)
         if getattr(call, name) is None and t is not None:
@@ -502,7 +368,7 @@ def _fill(call: Call) -> None:
 
 
 def _entries(gradient: Tensor) -> list[int]:
-    """Where finite differences are taken."""
+    """The entries at which finite differences are taken."""
     flat = gradient.detach().abs().reshape(-1).cpu()
     if len(flat) <= SAMPLED:
         return list(range(len(flat)))
@@ -512,54 +378,10 @@ def _entries(gradient: Tensor) -> list[int]:
     return list(dict.fromkeys(largest + drawn))[:SAMPLED]
 
 
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
-
-
-def _native(cost: Any) -> Cost:
-    """The cost under native autograd: the mean of C_x as its definition has it."""
-    function = getattr(cost, "function", None)
-    if not (isinstance(function, type) and issubclass(function, costs.CostFunction)):
-        return cost  # type: ignore[no-any-return]
-
-    def native(v: Tensor, y: Tensor) -> Tensor:
-        if not y.is_floating_point():
-            y = torch.nn.functional.one_hot(y.long(), v.shape[-1]).to(v.dtype)
-        return function.per_example(v, y).mean()
-
-    return native
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy whose weights are plain parameters that all require grad."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BPLinear)}
-    for name, layer in layers.items():
-        if not (parametrize.is_parametrized(layer) or "weight" in layer._parameters):
-            raise ValueError(
-                f"{name or 'model'}: expected a weight that is a parameter, got one "
-                "that a hook computes; make it permanent (prune.remove) first"
-            )
-    try:
-        own = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"model: expected one that can be copied, got {type(model).__name__}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    for parameter in own.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_()
-    for name in layers:
-        twin = own.get_submodule(name)
-        if parametrize.is_parametrized(twin):
-            for parametrized in list(twin.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(twin, parametrized)
-    return own
-
-
 def is_chain(model: nn.Module) -> bool:
-    """Whether each layer of ours feeds the next, and nothing else, by the structure:
-    what comes before the first of an ``nn.Sequential`` may be anything."""
+    """Return whether the structure of `model` makes each layer of ours feed the next
+    and nothing else; other modules may stand before the first in an
+    ``nn.Sequential``."""
     if model._forward_hooks or model._forward_pre_hooks:
         return False
     if isinstance(model, BPLinear):

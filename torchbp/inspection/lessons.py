@@ -1,7 +1,7 @@
-"""The words of the page: the steps of a pass, and three lessons of the book.
+"""The texts of the page: the steps of a pass, and three lessons of the book.
 
-A lesson is a small network, recorded as the reader's own is, and a list of things to do
-with it. The page's script knows how to do them; what they are is said here.
+A lesson is a small network, recorded like the reader's own, and a list of things to do
+with it. This module describes them; the page's script does them.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Step:
 
     Attributes:
         kind: forward, cost, bp1, bp2, bp3, bp4 or update.
-        l: the layer, from 0.
-        title, equation, text: what the page says.
+        l: the layer, counted from 0.
+        title, equation, text: what the page shows.
     """
 
     kind: str
@@ -73,15 +73,15 @@ def steps(
     cost: str,
     cost_name: str,
 ) -> Iterator[Step]:
-    """The steps of a pass, forward and back.
+    """Return the steps of a pass, forward and back.
 
     Args:
         linked: whether each layer takes the activations of the one before it.
         has_delta: whether a backward pass reached each layer.
         has_bias: whether each layer has a bias.
         chain: whether each layer feeds the next alone, and the last the cost.
-        cost: which cost, as in COSTS, or anything else.
-        cost_name: what to call a cost that is not in COSTS.
+        cost: a key of COSTS, or any other name.
+        cost_name: the name that is shown for a cost that is not in COSTS.
     """
     last = len(linked) - 1
     up = [f"^{{{ell}}}" for ell in range(1, last + 3)]
@@ -129,7 +129,7 @@ class Lesson:
     """A network of sigmoid neurons with one example, and what to do with it.
 
     Attributes:
-        title, text: what it is about.
+        title, text: its subject.
         parameters: W and b of each layer.
         x, y: the example and its target.
         lr: η.
@@ -148,7 +148,7 @@ class Lesson:
     acts: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
     def network(self) -> tuple[MLP, Tensor, Tensor]:
-        """The MLP, in float64, and its example, (1, n_in) and (1, n_out)."""
+        """Return the MLP, in float64, and its example, (1, n_in) and (1, n_out)."""
         sizes = [len(self.x), *(len(b) for _, b in self.parameters)]
         model = MLP(sizes, device="cpu", dtype=torch.float64)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A recorded backward pass as one HTML file: the page a lesson can be given with.
+"""A recorded backward pass as one HTML file, for a lesson.
 
 The file holds everything: numbers, script and style. Its Content-Security-Policy
 forbids every request. `page.html` is the template, `page.js` computes and draws,
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torchbp import costs, functional
 from torchbp._files import write_atomically
 from torchbp._version import __version__
-from torchbp.explicit import check_rates
+from torchbp.explicit import Rates
 from torchbp.inspection.comparison import is_chain
 from torchbp.inspection.lessons import LESSONS, steps
-from torchbp.inspection.observation import Record, backward_pass
+from torchbp.inspection.observation import backward_pass
+from torchbp.inspection.records import Record
 from torchbp.nn import ACTIVATIONS, BPLinear, check_takes
 
 __all__ = ["save_page"]
@@ -50,19 +51,19 @@ def save_page(
 ) -> None:
     """Record one forward and backward pass of `model`, and write the page about it.
 
-    The page goes through the pass equation by equation, BP1-BP4 and the update, with
-    the numbers of any neuron, weight and example put in. A chain of built-in layers
-    with up to 500 weights, and a built-in cost, can also be changed and trained there.
-    Before anything else, the page recomputes what was recorded, in float64, and shows a
-    warning where the two differ.
+    The page explains the pass equation by equation, BP1-BP4 and the update, with the
+    numbers of any neuron, weight and example. On the page, a chain of built-in layers
+    with up to 500 weights and a built-in cost can be changed and trained. First of all
+    the page computes the recorded quantities again, in float64, and shows a warning
+    where the two differ.
 
-    The pass runs in evaluation mode; the model, its ``.grad`` and its mode stay as they
-    are. Of other modules between our layers the page says only that they are there.
+    The pass runs in evaluation mode; the model, its ``.grad`` and its mode do not
+    change. Of other modules between our layers the page has only the names.
 
     Args:
-        path: of the file, which is written whole or not at all.
-        model: any module with layers of ours.
-        cost: of this package, or any callable with `takes`.
+        path: the file's path; it is written whole or not at all.
+        model: any module with hand-written layers.
+        cost: a cost of this package, or any callable with `takes`.
         input, target: what the model and the cost take: a mini-batch, since all of it
             is in the file.
         lr: η, for the update.
@@ -70,10 +71,10 @@ def save_page(
     Raises:
         TypeError: an argument is of another type, or the cost does not say what it
             takes.
-        ValueError: `model` has no layer of ours, is compiled, or none of its layers
-            takes part in C; the cost does not fit the last layer; the batch has no
-            example, or its pass has more than 5 million numbers; `lr` is
-            negative or not finite.
+        ValueError: `model` has no hand-written layer, is compiled, or C depends on none
+            of its layers; the cost does not fit the last layer; the batch has no
+            example, or its pass has more than 5 million numbers; `lr` is negative or
+            not finite.
         RuntimeError: under torch.compile or a torch.func transform.
         OSError: the file cannot be written.
 
@@ -93,7 +94,7 @@ def save_page(
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
     check_takes(model, cost)
     costs.check_tensors(input, target)
-    check_rates(lr, 0.0, model)
+    Rates(lr).check_dtype(model)
     networks = [_network(model, cost, input, target, float(lr))]
     for lesson in LESSONS:
         example = lesson.network()
@@ -169,14 +170,16 @@ def _steps(network: dict[str, Any], cost: str) -> list[dict[str, Any]]:
         [bool(layer[key]) for layer in layers] for key in ("linked", "delta", "b")
     )
     name = network["cost_name"]
-    found = steps(linked, has_delta, has_bias, network["chain"], cost, name)
-    return [asdict(step) for step in found]
+    return [
+        asdict(step)
+        for step in steps(linked, has_delta, has_bias, network["chain"], cost, name)
+    ]
 
 
 def _why_fixed(
     model: nn.Module, records: list[Record], cost: str, chain: bool, few: bool
 ) -> str:
-    """Why the page cannot change the network; "" if it can."""
+    """The reason why the page cannot change the network, or ""."""
     reasons = {
         "its layers are not one chain": not chain,
         f"it has more than {FEW_WEIGHTS} weights": not few,
@@ -192,7 +195,7 @@ def _why_fixed(
 
 
 def _notes(model: nn.Module, records: list[Record], chain: bool) -> list[str]:
-    """What the page does not show, in words."""
+    """Notes about what the page does not show."""
     notes = []
     others = _others(model, records)
     if not chain:
@@ -206,6 +209,7 @@ def _notes(model: nn.Module, records: list[Record], chain: bool) -> list[str]:
 
 
 def _sizes(records: list[Record]) -> str:
+    """The widths of all layers, from the input on."""
     sizes = [records[0].x.shape[-1], *(record.a.shape[-1] for record in records)]
     return str(sizes)
 
@@ -213,7 +217,7 @@ def _sizes(records: list[Record]) -> str:
 def _layer(
     model: nn.Module, record: Record, above: Record | None, chain: bool, is_small: bool
 ) -> dict[str, Any]:
-    """One call of one layer. `above` is the call before it, if there is one."""
+    """One call of one layer, ready for JSON; `above` is the call before it, if any."""
     linked = above is not None and (
         chain or (above.a.shape == record.x.shape and torch.equal(above.a, record.x))
     )
@@ -242,18 +246,19 @@ def _layer(
 
 
 def _norm(t: Tensor | None) -> dict[str, Any] | None:
-    """In float64: the sum of a million squares has too few digits left in float32. Not
-    `vector_norm`, which adds one after the other, where `sum` adds by halves."""
+    """‖t‖, packed. In float64: float32 has too few digits for the sum of a million
+    squares. Not by `vector_norm`, which adds one by one where `sum` adds by halves."""
     return None if t is None else _packed(t.cpu().double().square().sum().sqrt())
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
+    """The rows of a tensor that may be missing."""
     return None if t is None else functional.as_rows(t)
 
 
 def _packed(t: Tensor | None) -> dict[str, Any] | None:
     """A tensor's shape and its numbers, little-endian, in base64: exact and short, and
-    NaN and infinities, which JSON lacks, included."""
+    with NaN and infinities, which JSON lacks."""
     if t is None:
         return None
     code, name = ("d", "f8") if t.dtype == torch.float64 else ("f", "f4")
@@ -263,7 +268,7 @@ def _packed(t: Tensor | None) -> dict[str, Any] | None:
 
 
 def _size(record: Record) -> int:
-    """How many numbers a record holds."""
+    """The number of numbers in a record."""
     return sum(t.numel() for t in vars(record).values() if isinstance(t, Tensor))
 
 
@@ -275,7 +280,7 @@ def _share_parameters(model: nn.Module, records: list[Record]) -> bool:
 
 
 def _others(model: nn.Module, records: list[Record]) -> list[str]:
-    """The modules that the page does not draw, and what they are."""
+    """The modules that the page does not draw, with their types."""
     recorded = {record.name for record in records}
     result = []
     for name, module in model.named_modules():
@@ -294,10 +299,10 @@ def _others(model: nn.Module, records: list[Record]) -> list[str]:
 
 
 def _page(content: dict[str, Any]) -> str:
-    """The template with the numbers, the script and the style in their places."""
-    here = Path(__file__)
+    """The page: the template filled with the numbers, the script and the style."""
+    module = Path(__file__)
     template, script, style = (
-        here.with_suffix(suffix).read_text(encoding="utf-8")
+        module.with_suffix(suffix).read_text(encoding="utf-8")
         for suffix in (".html", ".js", ".css")
     )
     data = json.dumps(content, allow_nan=False)
@@ -315,8 +320,8 @@ def _page(content: dict[str, Any]) -> str:
 
 
 def _policy(script: str, style: str) -> str:
-    """The Content-Security-Policy: this script and this style run, and nothing may be
-    requested from anywhere."""
+    """The Content-Security-Policy: it allows this script and this style, and no request
+    to any address."""
     hashes = [
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for text in (script, style)

@@ -1,11 +1,10 @@
-"""One forward and backward pass, as each of three has it: our layers, native autograd,
-and finite differences."""
+"""One forward and backward pass, computed in three ways: by our layers, by native
+autograd, and by finite differences."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,18 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from torchbp import functional
-from torchbp.inspection.observation import Record, observe
+from torchbp import costs, functional
+from torchbp.inspection.agreement import close
+from torchbp.inspection.observation import observe
+from torchbp.inspection.records import Record
 from torchbp.nn import ACTIVATIONS, BPLinear
 
-# Central differences with this step err by its square (1e-10, times the third
-# derivative over 6), and by the rounding of C over the step.
+# The step of central differences. Their error is its square, times a sixth of the third
+# derivative, and the rounding error of C over the step.
 STEP = 1e-5
 ROUNDING = 8 * torch.finfo(torch.float64).eps
-# σ' cannot change by this share of its largest value within two steps, but at a kink.
+# Only at a kink does σ' change by this share of its largest value within two steps.
 KINK = 0.01
-# Rows of a batch that go through a layer together where δ is read row by row.
+# Rows of a batch that go through a layer at once where δ is read off row by row.
 ROWS = 64
 
 Cost = Callable[[Tensor, Tensor], Tensor]
@@ -37,8 +39,8 @@ KINDS = {
 
 @dataclass(eq=False)
 class Call:
-    """One call of one layer. Derivatives are of this call alone, None where no backward
-    pass came by."""
+    """One call of one layer. Derivatives are of this call alone; None where no backward
+    pass has reached it."""
 
     name: str
     function: type[functional.LinearFunction]
@@ -56,84 +58,77 @@ class Call:
 
 @dataclass(eq=False)
 class Sweep:
-    """C, and the calls of the layers in order. `last` says that the last call's a is
-    the model's output."""
+    """C, the calls of the layers in order, and whether the a of the last call is the
+    model's output."""
 
     cost: Tensor
     calls: list[Call] = field(default_factory=list)
     last: bool = False
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How two computations of one quantity agree.
-
-    Attributes:
-        ok: equal, exactly or approximately.
-        exact: equal bit for bit.
-        absolute: the largest difference of an entry.
-        relative: that over the largest entry.
-
-    Examples:
-        >>> import torch
-        >>> agree(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])).word
-        'WRONG'
-    """
-
-    ok: bool
-    exact: bool
-    absolute: float
-    relative: float
-
-    @property
-    def word(self) -> str:
-        """ "exact", "≈" or "WRONG"."""
-        return "WRONG" if not self.ok else "exact" if self.exact else "≈"
-
-
-def agree(actual: Tensor, expected: Tensor, relative: float | None = None) -> Agreement:
-    """How `actual` agrees with `expected`: equal is to `relative` of the largest entry,
-    √ε of the dtype if None. NaN equals NaN, here."""
-    relative = tolerance(expected) if relative is None else relative
-    a, e = (t.detach().cpu().double() for t in (actual, expected))
-    if a.shape != e.shape:
-        return Agreement(False, False, math.inf, math.inf)
-    same = (a == e) | (a.isnan() & e.isnan())
-    if same.all():
-        return Agreement(True, True, 0.0, 0.0)
-    largest = e.abs().amax().item()
-    difference = (a - e).abs().masked_fill(same, 0).amax().item()
-    return Agreement(
-        ok=difference <= relative * largest,
-        exact=False,
-        absolute=difference,
-        relative=difference / largest if largest else math.inf,
-    )
-
-
-def close(actual: Tensor, expected: Tensor) -> bool:
-    """Whether `actual` is approximately `expected`."""
-    return agree(actual, expected).ok
-
-
-def tolerance(t: Tensor) -> float:
-    """√ε of the dtype."""
-    return float(torch.finfo(t.dtype).eps ** 0.5)
-
-
 def slope(call: Call) -> Tensor:
-    """σ'(z) by native autograd."""
+    """Return σ'(z) by native autograd."""
     z = call.z.detach().clone().requires_grad_()
     with torch.enable_grad():
         (result,) = torch.autograd.grad(call.function.sigma(z.clone()).sum(), z)
     return result
 
 
+# ---------------------------------------------------------------- what they run on
+
+
+def in_float64(t: Tensor) -> Tensor:
+    """Return floating-point numbers in float64, and labels as they are."""
+    return t.double() if t.is_floating_point() else t
+
+
+def native_cost(cost: Any) -> Cost:
+    """Return the cost under native autograd: the mean of C_x, by its definition."""
+    function = getattr(cost, "function", None)
+    if not (isinstance(function, type) and issubclass(function, costs.CostFunction)):
+        return cost  # type: ignore[no-any-return]
+
+    def native(v: Tensor, y: Tensor) -> Tensor:
+        if not y.is_floating_point():
+            y = torch.nn.functional.one_hot(y.long(), v.shape[-1]).to(v.dtype)
+        return function.per_example(v, y).mean()
+
+    return native
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy whose weights are plain parameters that all require grad."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BPLinear)}
+    for name, layer in layers.items():
+        if not (parametrize.is_parametrized(layer) or "weight" in layer._parameters):
+            raise ValueError(
+                f"{name or 'model'}: expected a weight that is a parameter, got one "
+                "that a hook computes; make it permanent (prune.remove) first"
+            )
+    try:
+        own = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: expected one that can be copied, got {type(model).__name__}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    for parameter in own.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_()
+    for name in layers:
+        twin = own.get_submodule(name)
+        if parametrize.is_parametrized(twin):
+            for parametrized in list(twin.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(twin, parametrized)
+    return own
+
+
 # ---------------------------------------------------------------- ours
 
 
 def by_hand(model: nn.Module, cost: Cost, input: Tensor, target: Tensor) -> Sweep:
-    """The sweep of the hand-written layers; `model` is a copy that may be changed."""
+    """Return the sweep of the hand-written layers of `model`, a copy that may be
+    changed."""
     layers = dict(model.named_modules())
     with observe(model) as trace:
         C = cost(model(input.clone()), target)
@@ -144,8 +139,8 @@ def by_hand(model: nn.Module, cost: Cost, input: Tensor, target: Tensor) -> Swee
 
 
 def _measured(layer: Any, record: Record) -> Call:
-    """What the layer's own backward makes of the grad_a that arrived; δ and gradients
-    of the record are the observer's."""
+    """The call of a record with what the layer's own backward returns for its grad_a.
+    The observer, not that backward, has made the δ and the gradients of the record."""
     r = record
     call = Call(r.name, r.function, r.x, r.weight, r.bias, r.z, r.a, r.grad_a)
     if call.grad_a is None:
@@ -160,7 +155,7 @@ def _measured(layer: Any, record: Record) -> Call:
 
 
 def _bias_of(layer: Any) -> nn.Parameter:
-    """b, or zeros in its place: ∂C/∂b of a single example is its δ."""
+    """b, or zeros if there is none: ∂C/∂b of a single example is its δ."""
     if layer.bias is not None:
         return layer.bias
     return nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
@@ -168,7 +163,7 @@ def _bias_of(layer: Any) -> nn.Parameter:
 
 @contextmanager
 def _parameters(layer: Any, W: Tensor, b: Tensor) -> Iterator[None]:
-    """The layer with other parameters."""
+    """Give the layer other parameters."""
     before = dict(layer._parameters)
     layer._parameters.update(weight=W, bias=b)
     try:
@@ -178,7 +173,8 @@ def _parameters(layer: Any, W: Tensor, b: Tensor) -> Iterator[None]:
 
 
 def _grad(a: Tensor, leaves: Any, grad_a: Tensor, **kwargs: Any) -> list[Tensor]:
-    """Gradients; one that a backward does not give is zero, as to autograd."""
+    """The gradients by the leaves; one that the backward omits is zero, as autograd has
+    it."""
     grads = torch.autograd.grad(a, leaves, grad_a, allow_unused=True, **kwargs)
     return [
         torch.zeros_like(t) if g is None else g
@@ -187,12 +183,12 @@ def _grad(a: Tensor, leaves: Any, grad_a: Tensor, **kwargs: Any) -> list[Tensor]
 
 
 def _delta(layer: Any, call: Call) -> Tensor:
-    """δ, which no backward returns, read off the gradients that it goes into: off the
-    first that shows the right one, since what is then wrong is not δ; else off ∂C/∂b.
-    """
+    """δ, read off the gradients that are made of it, since no backward returns it: the
+    right δ if one of them contains it, since the fault is then not in δ; else the δ in
+    ∂C/∂b."""
     assert call.grad_a is not None
     expected = functional.as_rows(call.grad_a * slope(call))
-    found = []
+    deltas = []
     for view in (_delta_in_bias, _delta_in_weight, _delta_in_input):
         try:
             pairs = zip(
@@ -201,17 +197,19 @@ def _delta(layer: Any, call: Call) -> Tensor:
                 strict=True,
             )
             delta = torch.cat([view(layer, x, grad_a) for x, grad_a in pairs])
-        except RuntimeError:  # of a backward that is wrong in its shapes
+        except RuntimeError:  # from a backward whose shapes are wrong
             continue
-        found.append(delta)
+        deltas.append(delta)
         if close(delta, expected):
             break
-    delta = found[-1] if found and close(found[-1], expected) else [*found, expected][0]
+    delta = (
+        deltas[-1] if deltas and close(deltas[-1], expected) else [*deltas, expected][0]
+    )
     return delta.reshape(call.grad_a.shape)
 
 
 def _delta_in_bias(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """Row i is ∂C/∂b where grad_a has row i only."""
+    """δ from ∂C/∂b: its row i is ∂C/∂b for a grad_a that has row i only."""
     a = layer.forward(x)
     rows = []
     for i in range(len(x)):
@@ -222,8 +220,8 @@ def _delta_in_bias(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
 
 
 def _delta_in_weight(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """The inputs (x, I) and the weights (W, 0) leave z as it is, and ∂C/∂W is then
-    (δᵀx, δᵀ)."""
+    """δ from ∂C/∂W: the inputs (x, I) and the weights (W, 0) give the same z, and ∂C/∂W
+    is then (δᵀx, δᵀ)."""
     eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
     W = layer.weight.detach()
     W = torch.cat([W, W.new_zeros(len(W), len(x))], 1).requires_grad_()
@@ -234,13 +232,13 @@ def _delta_in_weight(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
 
 
 def _delta_in_input(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """The inputs (x, 0) and the weights (W, I) leave z as it is, and ∂C/∂x is then
-    (δW, δ)."""
+    """δ from ∂C/∂x: the inputs (x, 0) and the weights (W, I) give the same z, and ∂C/∂x
+    is then (δW, δ)."""
     W = layer.weight.detach()
     eye = torch.eye(len(W), dtype=W.dtype, device=W.device)
-    wide = torch.cat([x, x.new_zeros(len(x), len(W))], 1).requires_grad_()
+    inputs = torch.cat([x, x.new_zeros(len(x), len(W))], 1).requires_grad_()
     with _parameters(layer, torch.cat([W, eye], 1), layer.bias):
-        (grad_x,) = _grad(layer.forward(wide), [wide], grad_a)
+        (grad_x,) = _grad(layer.forward(inputs), [inputs], grad_a)
     return grad_x[:, x.shape[1] :]
 
 
@@ -264,13 +262,15 @@ class Twin:
                 layer.forward = functools.partial(self._forward, name, layer)  # type: ignore[method-assign]
 
     def run(self) -> tuple[Tensor, bool]:
-        """C, and whether the last call's a is the model's output; fills `calls`."""
+        """Run the forward pass and fill `calls`; return C, and whether the a of the
+        last call is the model's output."""
         self.calls = []
         output = self.model(self.input.clone())
         last = bool(self.calls) and output is self.calls[-1].a
         return self.cost(output, self.target), last
 
     def _forward(self, name: str, layer: BPLinear, input: Tensor) -> Tensor:
+        """The forward of one layer: F.linear and σ."""
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"compare: expected a model that calls {name or 'its layer'} in the "
@@ -291,11 +291,12 @@ class Twin:
         return a
 
     def _with_nudge(self, kind: str, t: Tensor) -> Tensor:
+        """An argument of the present call, nudged if it is the one to be nudged."""
         nudged = self.nudge is not None and self.nudged == (len(self.calls), kind)
         return t + self.nudge if nudged else t  # type: ignore[operator]
 
     def sweep(self) -> Sweep:
-        """The sweep of native autograd."""
+        """Return the sweep of native autograd."""
         with torch.enable_grad():
             C, last = self.run()
         wanted = [
@@ -315,11 +316,10 @@ class Twin:
     def differences(
         self, number: int, kind: str, like: Call, entries: list[int]
     ) -> tuple[list[float], list[bool], float]:
-        """∂C/∂(entry of an argument of the call) by central differences, for each
-        whether a kink of some σ lies within the step, and the rounding error of all.
-        """
+        """Return ∂C/∂(entry of an argument of the call) by central differences, for
+        each whether a kink of a σ is within the step, and the rounding error of all."""
         others = {"W": like.x, "x": like.W}.get(kind)
-        # So that z moves by STEP at most.
+        # So that z changes by STEP at most.
         step = STEP if others is None else STEP / max(1.0, others.abs().amax().item())
         self.nudged, self.nudge = (number, kind), torch.zeros_like(getattr(like, kind))
         flat = self.nudge.view(-1)

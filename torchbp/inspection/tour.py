@@ -10,51 +10,35 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
-import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from torchbp._terminal import paint, wait_for_key
 from torchbp.convert import to_native
 from torchbp.costs import QuadraticCost
 from torchbp.explicit import ExplicitSGD, backprop
 from torchbp.inspection.comparison import compare
-from torchbp.inspection.observation import Record, observe
+from torchbp.inspection.layout import (
+    Section,
+    code_lines,
+    equations,
+    factor,
+    matrices,
+    number,
+    product,
+    prose,
+    weighted_sum,
+)
+from torchbp.inspection.observation import observe
+from torchbp.inspection.records import Record
 from torchbp.nn import MLP
 
-__all__ = ["Section", "Tour"]
+__all__ = ["Tour"]
 
-WIDTH = 80
 SIZES = (2, 3, 1)
 LR = 0.5
-# Of the sum of both sides' sizes; both are computed in float64.
-TOLERANCE = 1e-12
-HOMES = ("explicit/engine.py", "costs.py", "functional.py")
-
-
-@dataclass(frozen=True)
-class Section:
-    """One step of the tour.
-
-    Attributes:
-        title: what happens in it.
-        equation: in the book's notation; "" if it has none.
-        lines: the text, at most 80 columns wide.
-
-    Examples:
-        >>> section = Section("BP1: the error", "δ^L = ∇_a C ⊙ σ'(z^L)", ["..."])
-        >>> section.title
-        'BP1: the error'
-    """
-
-    title: str
-    equation: str
-    lines: list[str]
+TOLERANCE = 1e-12  # a share of both sides' sizes, which are computed in float64
 
 
 class Tour:
@@ -68,9 +52,9 @@ class Tour:
         x, y: the example and its target, (1, 2) and (1, 1).
         lr: η.
         cost, cost_after: C before and after the step.
-        gradients: by parameter name, by hand.
+        gradients: {parameter name: gradient} by hand.
         native: the same from native autograd.
-        sections: what there is to read.
+        sections: the text of the tour, in order.
 
     Raises:
         ValueError: a seed outside 0 to 2^64 - 1.
@@ -113,7 +97,7 @@ class Tour:
     @property
     def ok(self) -> bool:
         """Whether every gradient agrees with native autograd's, and every equation with
-        finite differences, too."""
+        finite differences."""
         agree = all(self._agrees(name) for name in self.gradients)
         return agree and self.native.keys() == self.gradients.keys() and self.report.ok
 
@@ -126,6 +110,7 @@ class Tour:
         return dict(zip(parameters, grads, strict=True))
 
     def _agrees(self, name: str) -> bool:
+        """Whether the gradient of a parameter agrees with native autograd's."""
         ours, native = self.gradients[name], self.native[name]
         scale = (ours.abs() + native.abs()).max().item()
         return (ours - native).abs().max().item() <= TOLERANCE * scale
@@ -147,7 +132,7 @@ class Tour:
         rows = [
             line
             for ell, record in enumerate(self.records, start=1)
-            for line in ["", *_matrices(ell, record.weight, _bias(record))]
+            for line in ["", *matrices(ell, record.weight, _bias(record))]
         ]
         lines = [
             "Two inputs, a hidden layer of three neurons, one output neuron:",
@@ -159,7 +144,7 @@ class Tour:
             "  x_2 = a^0_2 ────┤         │",
             "                  └─ a^1_3 ─┘",
             "",
-            *_prose(
+            *prose(
                 "W^ℓ_jk is the weight of the connection from neuron k in layer ℓ-1 to "
                 "neuron j in layer ℓ; b^ℓ_j is the bias of that neuron. Drawn at "
                 "random and rounded, so that what you see is exact:"
@@ -169,13 +154,13 @@ class Tour:
             f"The example is x = ({x1:.2f}, {x2:.2f}), and the answer we want is "
             f"y = {self.y.item():.0f}.",
             "",
-            *_prose(
+            *prose(
                 "How would the network's error change if we turned one of these 13 "
                 "knobs a little? Backpropagation answers that for all of them, in one "
                 "sweep from the output back to the input."
             ),
             "",
-            *_prose(
+            *prose(
                 "From here on four decimals are shown; more are kept, so a last digit "
                 "may differ from what you find with a pencil."
             ),
@@ -188,26 +173,26 @@ class Tour:
         z, a = record.z[0].tolist(), record.a[0].tolist()
         neurons = [f"{ell}_{j + 1}" for j in range(len(z))]
         sums = [
-            (f"z^{j}", _sum(w, x, c), _number(value))
+            (f"z^{j}", weighted_sum(w, x, c), number(value))
             for j, w, c, value in zip(neurons, W.tolist(), b.tolist(), z, strict=True)
         ]
         squashed = [
-            (f"a^{j}", f"σ(z^{j})", f"σ({_number(z_j)})", _number(a_j))
+            (f"a^{j}", f"σ(z^{j})", f"σ({number(z_j)})", number(a_j))
             for j, z_j, a_j in zip(neurons, z, a, strict=True)
         ]
         lines = [
-            *_prose(
+            *prose(
                 "First forward. Each neuron adds up what comes in, weighted, and its "
                 "bias. That is its weighted input z:"
                 if ell == 1
                 else "The same, with what layer 1 gave:"
             ),
             "",
-            *_lined_up(sums),
+            *equations(sums),
             "",
             "Then σ(z) = 1/(1 + e^-z) squashes that into its activation:",
             "",
-            *_lined_up(squashed),
+            *equations(squashed),
         ]
         if ell == 2:
             wanted = f"we wanted {self.y.item():.0f}"
@@ -221,7 +206,7 @@ class Tour:
         lines = [
             "How wrong is that? Half the squared distance between the two:",
             "",
-            *_lined_up([("C", "½ (y - a^2_1)²", numbers, _number(self.cost))]),
+            *equations([("C", "½ (y - a^2_1)²", numbers, number(self.cost))]),
             "",
             "Of several examples C is the mean. Here there is one: n = 1.",
             "",
@@ -229,7 +214,7 @@ class Tour:
             "",
             "  δ^ℓ_j = ∂C/∂z^ℓ_j",
             "",
-            *_prose(
+            *prose(
                 "how fast the cost changes as the neuron's weighted input is nudged. "
                 "BP1 and BP2 find the errors; BP3 and BP4 make gradients of them."
             ),
@@ -238,26 +223,26 @@ class Tour:
 
     def _output_error(self) -> Section:
         record = self.records[1]
-        a, y, delta = record.a.item(), self.y.item(), _given(record.delta).item()
-        nabla, slope = _given(record.grad_a).item(), record.sigma_prime.item()
+        a, y, delta = record.a.item(), self.y.item(), _present(record.delta).item()
+        nabla, slope = _present(record.grad_a).item(), record.sigma_prime.item()
         rows = [
-            ("∂C/∂a^2_1", "a^2_1 - y", f"{a:7.4f} - {y:.0f}", _number(nabla)),
-            ("σ'(z^2_1)", "a^2_1 (1 - a^2_1)", _product(a, 1 - a), _number(slope)),
-            ("δ^2_1", "∂C/∂a^2_1 σ'(z^2_1)", _product(nabla, slope), _number(delta)),
+            ("∂C/∂a^2_1", "a^2_1 - y", f"{a:7.4f} - {y:.0f}", number(nabla)),
+            ("σ'(z^2_1)", "a^2_1 (1 - a^2_1)", product(a, 1 - a), number(slope)),
+            ("δ^2_1", "∂C/∂a^2_1 σ'(z^2_1)", product(nabla, slope), number(delta)),
         ]
         sign, move = ("negative", "up") if delta < 0 else ("positive", "down")
         lines = [
-            *_prose(
+            *prose(
                 "The output neuron meets the cost directly. Its error is how the cost "
                 "changes with its activation, times how its activation changes with "
                 "its weighted input. For this cost the one is a - y, for this σ the "
                 "other is a (1 - a):"
             ),
             "",
-            *_lined_up(rows),
+            *equations(rows),
             "",
             f"δ is {sign}: to bring the cost down, z^2_1 has to go {move}.",
-            *_code("BP1"),
+            *code_lines("BP1"),
         ]
         title = "BP1: the error of the output layer"
         return Section(title, "δ^L = ∇_a C ⊙ σ'(z^L)", lines)
@@ -265,14 +250,14 @@ class Tour:
     def _error_back(self) -> Section:
         first, second = self.records
         W, a, slope = second.weight[0], first.a[0], first.sigma_prime[0]
-        delta, ahead = _given(first.delta)[0], _given(second.delta).item()
-        arrived = _given(first.grad_a)[0]
+        delta, ahead = _present(first.delta)[0], _present(second.delta).item()
+        arrived = _present(first.grad_a)[0]
         each = range(len(a))
         back = [
             (
                 f"W^2_1{k + 1} δ^2_1",
-                _product(W[k].item(), ahead, places=2),
-                _number(arrived[k].item()),
+                product(W[k].item(), ahead, places=2),
+                number(arrived[k].item()),
             )
             for k in each
         ]
@@ -280,8 +265,8 @@ class Tour:
             (
                 f"σ'(z^1_{k + 1})",
                 f"a^1_{k + 1} (1 - a^1_{k + 1})",
-                _product(a[k].item(), 1 - a[k].item()),
-                _number(slope[k].item()),
+                product(a[k].item(), 1 - a[k].item()),
+                number(slope[k].item()),
             )
             for k in each
         ]
@@ -289,53 +274,53 @@ class Tour:
             (
                 f"δ^1_{k + 1}",
                 f"W^2_1{k + 1} δ^2_1 σ'(z^1_{k + 1})",
-                _product(arrived[k].item(), slope[k].item()),
-                _number(delta[k].item()),
+                product(arrived[k].item(), slope[k].item()),
+                number(delta[k].item()),
             )
             for k in each
         ]
         lines = [
-            *_prose(
+            *prose(
                 "A hidden neuron reaches the cost only through the neurons ahead of "
                 "it. So their errors come back to it, over the very weights that took "
                 "its activation forward (hence the ᵀ: the same W, from the other "
                 "end):"
             ),
             "",
-            *_lined_up(back),
+            *equations(back),
             "",
             "Then, as before, its own slope counts:",
             "",
-            *_lined_up(slopes),
+            *equations(slopes),
             "",
-            *_lined_up(errors),
+            *equations(errors),
             "",
-            *_prose(
+            *prose(
                 "With more layers this repeats, down to the first. Each multiplies by "
                 "its σ', which is ¼ at most: why the early layers of deep networks "
                 "learn slowly."
             ),
-            *_code("BP2"),
+            *code_lines("BP2"),
         ]
         equation = "δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ)"
         return Section("BP2: the error one layer back", equation, lines)
 
     def _biases(self) -> Section:
         rows = [
-            (f"∂C/∂{label}", label.replace("b", "δ"), _number(grad[index].item()))
+            (f"∂C/∂{label}", label.replace("b", "δ"), number(grad[index].item()))
             for name, grad in self.gradients.items()
             if name.endswith("bias")
             for index, label in _entries(name, grad)
         ]
         lines = [
-            *_prose(
+            *prose(
                 "A bias is added to z as it is, so nudging the one is nudging the "
                 "other: its gradient is the error itself. (Of several examples, the "
                 "sum of theirs.)"
             ),
             "",
-            *_lined_up(rows),
-            *_code("BP3"),
+            *equations(rows),
+            *code_lines("BP3"),
         ]
         return Section("BP3: the gradient by the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines)
 
@@ -343,28 +328,28 @@ class Tour:
         rows = []
         for ell, record in enumerate(self.records, start=1):
             grad = self.gradients[f"layers.{ell - 1}.weight"]
-            delta, x = _given(record.delta)[0], record.x[0]
+            delta, x = _present(record.delta)[0], record.x[0]
             for (j, k), label in _entries(f"layers.{ell - 1}.weight", grad):
                 factors = f"δ^{ell}_{j + 1} a^{ell - 1}_{k + 1}"
-                numbers = _product(delta[j].item(), x[k].item())
+                numbers = product(delta[j].item(), x[k].item())
                 rows.append(
-                    (f"∂C/∂{label}", factors, numbers, _number(grad[j, k].item()))
+                    (f"∂C/∂{label}", factors, numbers, number(grad[j, k].item()))
                 )
         lines = [
-            *_prose(
+            *prose(
                 "A weight multiplies the activation that comes in over it. So its "
                 "gradient is the error where it ends times the activation where it "
                 "starts:"
             ),
             "",
-            *_lined_up(rows),
+            *equations(rows),
             "",
-            *_prose(
+            *prose(
                 "It is small, and the weight learns slowly, if little comes in over "
                 "it (a near 0) or if it ends at a saturated neuron (σ' near 0, and so "
                 "δ)."
             ),
-            *_code("BP4"),
+            *code_lines("BP4"),
         ]
         equation = "∂C/∂W^ℓ_jk = δ^ℓ_j a^{ℓ-1}_k"
         return Section("BP4: the gradient by the weights", equation, lines)
@@ -374,8 +359,8 @@ class Tour:
         moves = [
             (
                 f"{label:<6} ← {p[index].item():5.2f} - {LR} · "
-                f"{_inner(self.gradients[name][index].item())}",
-                _number(after[name][index].item()),
+                f"{factor(self.gradients[name][index].item())}",
+                number(after[name][index].item()),
             )
             for name, p in self.model.state_dict().items()
             for index, label in _entries(name, p)
@@ -386,15 +371,15 @@ class Tour:
         lines = [
             f"Every parameter moves against its gradient; how far, says η = {LR}:",
             "",
-            *_lined_up(moves),
+            *equations(moves),
             "",
             "Forward once more, with the new ones:",
             "",
-            f"  a^2_1   before {_number(a)}   after {_number(self.output_after)}   "
+            f"  a^2_1   before {number(a)}   after {number(self.output_after)}   "
             f"wanted {self.y.item():.0f}",
-            f"  C       before {_number(self.cost)}   after {_number(self.cost_after)}",
+            f"  C       before {number(self.cost)}   after {number(self.cost_after)}",
             "",
-            *_prose(
+            *prose(
                 f"The cost changed by {change:+.4f}. The gradient foretold -η ‖∇C‖² = "
                 f"{promised:+.4f}, which is the truth for small steps. That is "
                 "learning: this, with the next examples, many times over."
@@ -405,7 +390,7 @@ class Tour:
 
     def _check(self) -> Section:
         lines = [
-            *_prose(
+            *prose(
                 "PyTorch's own layers, nn.Linear and nn.Sigmoid, with the same "
                 "parameters, and its autograd, which does not use a line of this "
                 "package:"
@@ -420,7 +405,7 @@ class Tour:
         good = sum(row.ok for row in self.report)
         lines += [
             "",
-            *_prose(
+            *prose(
                 "Each equation also beside central finite differences, which nudge z, "
                 f"b and W and look at C: {good} of {len(self.report.rows)} agree."
             ),
@@ -431,15 +416,16 @@ class Tour:
             "",
             f"  python -m torchbp tour --seed {self.seed + 1}   another network",
             "  python -m torchbp observe         a batch of examples, layer by layer",
-            "  torchbp/explicit/engine.py        all of this as code, on one screen",
+            "  torchbp/explicit/algorithm.py     all of this as code, on one screen",
+            "  python -m torchbp exercises       each equation, for you to write",
         ]
         return Section("The check: against native autograd", "", lines)
 
 
 def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
-    """The network, an example and its target, rounded to what can be shown."""
+    """The network, an example and its target, rounded to the shown decimals."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    # A tour leaves nothing behind.
+    # The caller's random numbers do not change.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = MLP(SIZES, device="cpu", dtype=torch.float64)
@@ -451,123 +437,19 @@ def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
     return model, x.double() / 100, y.double()
 
 
-def _given(t: Tensor | None) -> Tensor:
-    """What a record has once a backward pass has come by."""
+def _present(t: Tensor | None) -> Tensor:
+    """A tensor that a record has after a backward pass."""
     assert t is not None
     return t
 
 
 def _bias(record: Record) -> Tensor:
-    return _given(record.bias)
+    return _present(record.bias)
 
 
 def _entries(name: str, t: Tensor) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The indices of a parameter's entries, and what the book calls each: W^1_23."""
+    """The index of each entry of a parameter, and its name in the book: W^1_23."""
     ell = int(name.split(".")[1]) + 1
     letter = "W" if name.endswith("weight") else "b"
     for index in itertools.product(*map(range, t.shape)):
         yield index, f"{letter}^{ell}_{''.join(str(i + 1) for i in index)}"
-
-
-def _prose(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH - 2)
-
-
-def _matrices(ell: int, W: Tensor, b: Tensor) -> list[str]:
-    """W^ℓ and b^ℓ as they are written on a blackboard."""
-    lines = []
-    for j, (row, bias) in enumerate(zip(W.tolist(), b.tolist(), strict=True)):
-        names = (f"W^{ell} =", f"b^{ell} =") if j == 0 else ("", "")
-        numbers = " ".join(f"{w:5.2f}" for w in row)
-        lines.append(f"  {names[0]:<5} [ {numbers} ]   {names[1]:<5} [ {bias:5.2f} ]")
-    return lines
-
-
-def _number(value: float) -> str:
-    return f"{value:7.4f}"
-
-
-def _inner(value: float, places: int = 4) -> str:
-    """A number within a product, as wide with parentheses as without."""
-    return f"({value:.{places}f})" if value < 0 else f" {value:.{places}f} "
-
-
-def _product(a: float, b: float, places: int = 4) -> str:
-    """a · b; `places` are those of a."""
-    return f"{a:{places + 3}.{places}f} · {_inner(b)}"
-
-
-def _sum(weights: Sequence[float], inputs: Sequence[float], bias: float) -> str:
-    """w_1·x_1 + w_2·x_2 + b, each sign with its weight."""
-    result = ""
-    for w, x in [*zip(weights, inputs, strict=True), (bias, None)]:
-        sign = "-" if w < 0 else "+" if result else " "
-        term = f"{abs(w):.2f}" if x is None else f"{abs(w):.2f}·{x:.4f}"
-        result += f" {sign} {term}" if result else f"{sign}{term}"
-    return result
-
-
-def _lined_up(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Each row as an equation, its parts below those of the row before."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + " = ".join(p.ljust(w) for p, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _code(equation: str) -> list[str]:
-    """Where the package computes `equation`: the lines whose comment names it."""
-    lines = ["", "In the code:"]
-    for name in HOMES:
-        text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
-        for number, line in enumerate(text.splitlines(), start=1):
-            code, mark, comment = line.partition("  # ")
-            if mark and equation in comment:
-                place = f"torchbp/{name}:{number}"
-                lines.append(f"  {place:<33} {code.strip()}")
-    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
-
-
-def show(sections: Sequence[Section], colour: bool, step: bool) -> bool:
-    """Print the sections; with `step`, wait for a key before each but the first.
-
-    Args:
-        sections: what to print, in order.
-        colour: whether to print terminal colours.
-        step: whether to wait for a key.
-
-    Returns:
-        whether the reader stayed to the end, and did not press q.
-
-    Examples:
-        >>> show([Section("Feedforward", "", ["z = x Wᵀ + b"])], False, False)
-        1/1    Feedforward
-        <BLANKLINE>
-        z = x Wᵀ + b
-        True
-    """
-    for number, section in enumerate(sections, start=1):
-        if step and number > 1:
-            prompt = (
-                f"-- {number - 1} of {len(sections)}: any key to go on, q to leave --"
-            )
-            if wait_for_key(prompt).strip().lower() == "q":
-                return False
-        if number > 1:
-            print()
-        place = f"{number}/{len(sections)}"
-        print(paint(f"{place:<6} {section.title}", "bold", colour))
-        if section.equation:
-            print(f"       {paint(section.equation, 'cyan', colour)}")
-        print()
-        for line in section.lines:
-            print(_painted(line) if colour else line)
-    return True
-
-
-def _painted(line: str) -> str:
-    """A line whose last number is what it comes to has that in colour."""
-    if line.startswith("  torchbp/"):
-        return paint(line, "dim")
-    return re.sub(r"(?<== )( *-?\d+\.\d{4})$", lambda m: paint(m[0], "green"), line)

@@ -2,26 +2,15 @@
 
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
-from torchbp.training.dashboard import LEVELS, Dashboard, event_writer
+from torchbp.training.dashboard import LEVELS, Dashboard, EventWriter
+from torchbp.training.devices import choose_device, cpu_threads
+from torchbp.training.engines import AutogradSGD, Engine, batches, count_outputs
 from torchbp.training.parallel import ParallelSGD, World, join
 from torchbp.training.progress import PROGRESS, JSONLines, Progress, Quiet
 from torchbp.training.run_folder import RunFolder
-from torchbp.training.trainer import (
-    EVALUATE_AT_ONCE,
-    SCHEDULES,
-    AutogradSGD,
-    DivergedError,
-    Engine,
-    EpochResult,
-    Score,
-    Trainer,
-    batches,
-    check_state,
-    choose_device,
-    count_outputs,
-    cpu_threads,
-    evaluate,
-)
+from torchbp.training.scores import EVALUATE_AT_ONCE, Score, evaluate
+from torchbp.training.state import check_state
+from torchbp.training.trainer import SCHEDULES, DivergedError, EpochResult, Trainer
 
 __all__ = [
     "EVALUATE_AT_ONCE",
@@ -34,6 +23,7 @@ __all__ = [
     "DivergedError",
     "Engine",
     "EpochResult",
+    "EventWriter",
     "JSONLines",
     "ParallelSGD",
     "Progress",
@@ -49,6 +39,5 @@ __all__ = [
     "count_outputs",
     "cpu_threads",
     "evaluate",
-    "event_writer",
     "join",
 ]

@@ -1,11 +1,11 @@
-"""Save and resume: files that are either whole or the one before.
+"""Checkpoints: files that are written whole or not at all, with a checksum.
 
 A checkpoint is a file of ``torch.save``, which ``torch.load(path, weights_only=True)``
 opens too: {"format", "version", "state"}. It is a zip archive, and the archive's
 comment is the SHA-256 of all bytes before it: no byte can change unnoticed.
 
-Each refusal to save or to load is one line in this module's words; what torch or the
-system said is the exception's cause.
+Error messages are one line in this module's words; the error of torch or of the system
+is the exception's cause.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 
 from torchbp._files import check_is_file, write_atomically
+from torchbp._terminal import UserError
 
 __all__ = ["CheckpointError", "load", "save"]
 
@@ -32,7 +33,7 @@ ZIP, END_OF_ZIP = b"PK\3\4", b"PK\5\6"  # the latter: 22 bytes, without a commen
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read; the message is one line and names the file.
 
     Args:
@@ -46,27 +47,24 @@ class CheckpointError(RuntimeError):
         nowhere/checkpoint.pt: no such checkpoint
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
-
 
 def save(
     path: str | os.PathLike[str],
     state: dict[str, Any],
     previous: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `state` to `path`; whoever reads `path` finds the old file or the new one.
+    """Write `state` to `path`; at every moment `path` is the old file or the new one.
 
     Args:
         path: the file, as in :func:`torchbp._files.write_atomically`.
         state: tensors, numbers, strings, and lists and dicts of them.
-        previous: where the old file is kept; it is not kept if None.
+        previous: the old file's new path; without it the old file is replaced.
 
     Raises:
-        OSError: the folder is missing, read-only or full, or what lies at `path` is no
-            file; what lies there is intact.
-        TypeError: `state` holds something that :func:`load` would refuse; names its
-            place in `state` and its type.
+        OSError: the folder is missing, read-only or full, or `path` is not a file; the
+            old file is intact.
+        TypeError: `state` has a part that :func:`load` would refuse; the message names
+            its place in `state` and its type.
 
     Examples:
         >>> import tempfile, torchbp
@@ -96,7 +94,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """The state that :func:`save` wrote; no code in the file is run.
+    """Return the state that :func:`save` wrote; no code in the file is run.
 
     Args:
         path: the file.
@@ -117,7 +115,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
         with open(path, "rb") as file:
             _check_seal(file)
             content = _deserialize(file, map_location)
-    # ValueError: a path that no system takes.
+    # ValueError: no system accepts such a path.
     except (FileNotFoundError, NotADirectoryError, ValueError):
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except OSError as error:
@@ -128,8 +126,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
 
 
 def _serialize(content: Any) -> io.BytesIO:
-    """The file of `content`, without a checksum; raise whatever torch raises if it
-    cannot be written, or cannot be loaded again."""
+    """Return the file of `content`, without a checksum; raise torch's error if it
+    cannot be written or cannot be loaded again."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)
@@ -138,26 +136,26 @@ def _serialize(content: Any) -> io.BytesIO:
 
 
 def _explain_refusal(state: dict[Any, Any]) -> str:
-    """Say which part of `state` cannot be saved: the innermost."""
+    """Say which part of `state` cannot be saved: the innermost one."""
     place, part, outer = "state", state, set[int]()
     while True:
         outer.add(id(part))
         refused = (
             (where, child)
             for where, child in _children(part)
-            if id(child) not in outer and _is_refused(child)  # there may be cycles
+            if id(child) not in outer and _is_refused(child)  # a state may have cycles
         )
-        found = next(refused, None)
-        if found is None:
+        culprit = next(refused, None)
+        if culprit is None:
             return (
                 f"{place}: expected tensors, numbers, strings, lists and dicts, got "
                 f"{_type_name(part)}, which cannot be loaded again"
             )
-        place, part = f"{place}{found[0]}", found[1]
+        place, part = f"{place}{culprit[0]}", culprit[1]
 
 
 def _children(part: Any) -> Iterator[tuple[str, Any]]:
-    """What a list or dict holds, its keys too, and where: "[3]", "['a']", ", a key"."""
+    """The parts of a list or dict, and their places: "[3]", "['a']", ", a key"."""
     if type(part) in (dict, OrderedDict):
         yield from ((", a key", key) for key in part)
         yield from ((f"[{_key_name(key)}]", child) for key, child in part.items())
@@ -186,7 +184,7 @@ def _type_name(value: Any) -> str:
 
 
 def _seal(buffer: io.BytesIO) -> None:
-    """Give the zip archive in `buffer` its checksum as its comment."""
+    """Append the checksum to the zip archive in `buffer`, as its comment."""
     buffer.seek(-22, os.SEEK_END)
     end = buffer.read()
     assert end.startswith(END_OF_ZIP) and end.endswith(b"\0\0"), "no comment so far"
@@ -198,7 +196,7 @@ def _seal(buffer: io.BytesIO) -> None:
 
 def _check_seal(file: IO[bytes]) -> None:
     """Raise CheckpointError unless `file` ends with the checksum of the bytes before
-    it; `file` is left at its start."""
+    it; rewind `file`."""
     size = file.seek(0, os.SEEK_END)
     left = max(0, size - SEAL_SIZE)
     file.seek(left)
@@ -220,18 +218,18 @@ def _check_seal(file: IO[bytes]) -> None:
         left -= len(piece)
     if seal != SEAL + digest.hexdigest().encode():
         raise CheckpointError(
-            "expected a whole checkpoint, got content that is not its checksum's"
+            "expected a whole checkpoint, got content that does not match its checksum"
         )
     file.seek(0)
 
 
 def _deserialize(file: IO[bytes], map_location: Any) -> dict[str, Any]:
-    """The state in a file whose checksum fits."""
+    """Return the state in a file that matches its checksum."""
     try:
         content = torch.load(file, map_location=map_location, weights_only=True)
     except OUT_OF_MEMORY:
         raise
-    except Exception as error:  # torch.load raises whatever its parsers raise
+    except Exception as error:  # torch.load hands on any error of its parsers
         raise CheckpointError(
             f"expected a checkpoint that torch {torch.__version__} loads to "
             f"{map_location}, got {type(error).__name__}"

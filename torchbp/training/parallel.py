@@ -1,8 +1,8 @@
 """Several processes, one trajectory: data-parallel steps under ``torchrun``.
 
-Every process draws the same mini-batches as a single one would and works on its own
-part of each; the gradients are averaged so that a step is the single process's step to
-rounding, whatever the number of processes and however ragged the last batch.
+Every process draws the mini-batches of a single process, and works on its own part of
+each. The gradients are averaged so that a step is the single process's step to
+rounding, for any number of processes and any size of the last mini-batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchbp.training.trainer import AutogradSGD, choose_device
+from torchbp.training.devices import choose_device
+from torchbp.training.engines import AutogradSGD
 
 __all__ = ["ParallelSGD", "World", "join"]
 
@@ -27,9 +28,9 @@ class World:
     """The processes that train together.
 
     Attributes:
-        rank: the number of this one; 0 logs and saves for all.
-        size: how many there are.
-        device: this one's.
+        rank: the number of this process; 0 logs and saves for all.
+        size: the number of processes.
+        device: this process's.
 
     Examples:
         >>> World(rank=0, size=1, device=torch.device("cpu"))
@@ -43,17 +44,17 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the processes that ``torchrun`` started, or be alone.
+    """Join the processes that ``torchrun`` started; without it, be a world of one.
 
     Args:
         device: a name for :func:`torchbp.training.choose_device`. With "cuda" each
             process takes the GPU of its local rank, and NCCL averages; else gloo.
 
     Raises:
-        ValueError: the device is not there, or there are more processes than GPUs.
+        ValueError: the device is not available, or there are more processes than GPUs.
 
     Examples:
-        >>> with join("cpu") as world:  # alone: torchrun has not started this
+        >>> with join("cpu") as world:  # not started by torchrun
         ...     world.rank, world.size
         (0, 1)
     """
@@ -94,13 +95,13 @@ class ParallelSGD(AutogradSGD):
     Examples:
         >>> import torchbp
         >>> from torch import distributed
-        >>> store = distributed.HashStore()  # torchrun sees to this
+        >>> store = distributed.HashStore()  # as torchrun does
         >>> distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> model, cost = torchbp.MLP([4, 3, 2]), torchbp.QuadraticCost()
         >>> world = World(rank=0, size=1, device=torch.device("cpu"))
         >>> engine = ParallelSGD(model, cost, 3.0, 0.0, world)
         >>> C = engine.step(torch.rand(6, 4), torch.rand(6, 2))
-        >>> torch.equal(engine.collect(C.clone()), C)  # of one process, its own
+        >>> torch.equal(engine.collect(C.clone()), C)  # the sum over one process
         True
         >>> distributed.destroy_process_group()
     """
@@ -123,22 +124,33 @@ class ParallelSGD(AutogradSGD):
         )
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
-        """One update from the whole mini-batch; each process is given all of it, and
-        returns its own part of the cost: the mini-batch's is the sum over processes."""
+        """Take one step, in which each process works on its part of the mini-batch.
+
+        Args:
+            input: (m, n_in), the whole mini-batch.
+            target: as the cost takes it.
+
+        Returns:
+            this process's part of the cost, 0-d, detached; the mini-batch's cost is the
+            sum over the processes.
+        """
         rank, size = self.world.rank, self.world.size
         x, y = input[rank::size], target[rank::size]
         share = len(x) / len(input)
         self.optimizer.zero_grad()
         output = self.parallel(x)
-        # No row is left for this process: its part of the cost is 0, where the cost of
-        # an empty batch, a mean of nothing, is NaN.
+        # Without a row this process's part is 0, not the mean of nothing, a NaN.
         part = self.cost(output, y) * share if len(x) else output.sum()
-        # The processes' gradients are averaged, and are to be added up.
+        # The processes' gradients are averaged, but the step needs their sum.
         (part * size).backward()
         self.optimizer.step()
         return part.detach()
 
     def collect(self, costs: Tensor) -> Tensor:
-        """The costs of several mini-batches from every process's parts of them."""
+        """Return the costs of several mini-batches, summed over the processes.
+
+        Args:
+            costs: what :meth:`step` returned for each, 1-d; overwritten.
+        """
         torch.distributed.all_reduce(costs)
         return costs

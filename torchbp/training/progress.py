@@ -1,4 +1,4 @@
-"""What a training run says on the terminal: a bar while it works, a line per epoch."""
+"""A run's output on the terminal: a bar within an epoch, a line for each epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from torchbp._terminal import duration
 from torchbp.training.trainer import EpochResult
 
 __all__ = ["PROGRESS", "JSONLines", "Progress", "Quiet"]
@@ -17,16 +18,16 @@ SHORT = {"validation": "val"}  # a line fits 80 columns
 
 
 class Progress:
-    """A bar on a terminal; plain lines alone where the output goes to a file or a pipe.
+    """Prints a line for each epoch and, on a terminal, a bar within it.
 
     Args:
         epochs: the run's last epoch.
         images: training examples in an epoch.
-        done: epochs completed in an earlier sitting.
+        done: epochs completed in earlier sessions.
         stream: where to write; standard output if None.
 
     Examples:
-        >>> from torchbp.training.trainer import Score
+        >>> from torchbp.training import Score
         >>> progress = Progress(epochs=30, images=50_000)
         >>> scores = {"test": Score(cost=0.4, accuracy=0.1)}
         >>> progress.epoch(EpochResult(0, scores, None, 0.0, 0.0))
@@ -44,7 +45,12 @@ class Progress:
         self.started: float | None = None
 
     def update(self, images: int, cost: float) -> None:
-        """`images` more were trained on; `cost` is the mean cost of their batches."""
+        """Advance the bar.
+
+        Args:
+            images: the number of images trained on since the last call.
+            cost: the mean cost of their mini-batches.
+        """
         if self.started is None:
             self.started = time.perf_counter()
         if not self.stream.isatty():
@@ -72,38 +78,42 @@ class Progress:
         )
 
     def epoch(self, result: EpochResult) -> None:
-        """Close the bar and print the line of the epoch that `result` is of."""
+        """Close the bar and print the epoch's line.
+
+        Args:
+            result: of the epoch.
+        """
         self.close()
         self.done = result.epoch
         scores = result.scores
         if result.running_cost is not None:
             self.costs.append(result.running_cost)
-        said = [
+        parts = [
             f"{SHORT.get(name, name)} {score.cost:.3f} {score.accuracy:6.2%}"
             for name, score in scores.items()
         ]
         if result.images_per_second:
-            said.append(f"{duration(self._left())} left")
+            parts.append(f"{duration(self._left())} left")
         width = len(str(self.epochs))
-        line = "  ".join([f"epoch {result.epoch:{width}}/{self.epochs}", *said])
+        line = "  ".join([f"epoch {result.epoch:{width}}/{self.epochs}", *parts])
         print(line, file=self.stream, flush=True)
 
     def _left(self) -> float:
-        """Seconds, if the epochs that are left take what those of this sitting took."""
+        """Seconds to the end of the run, at this session's time for an epoch."""
         if self.started is None:
             return 0.0
         spent = time.perf_counter() - self.started
         return spent / (self.done - self.done_before) * (self.epochs - self.done)
 
     def close(self) -> None:
-        """Remove the bar, if there is one."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 class Quiet(Progress):
-    """Says nothing.
+    """Prints nothing.
 
     Examples:
         >>> Quiet(epochs=30, images=50_000).update(10, 0.4)
@@ -117,11 +127,11 @@ class Quiet(Progress):
 
 
 class JSONLines(Quiet):
-    """One JSON object on a line for each epoch: epoch, cost and accuracy by split,
-    running_cost, seconds, images_per_second.
+    """Prints a JSON object for each epoch, on one line: epoch, cost and accuracy by
+    split, running_cost, seconds, images_per_second.
 
     Examples:
-        >>> from torchbp.training.trainer import Score
+        >>> from torchbp.training import Score
         >>> progress = JSONLines(epochs=30, images=50_000)
         >>> progress.epoch(EpochResult(0, {"test": Score(0.4, 0.1)}, None, 0.0, 0.0))
         ... # doctest: +NORMALIZE_WHITESPACE
@@ -149,7 +159,10 @@ PROGRESS: dict[str, type[Progress]] = {
 
 
 def trend(costs: list[float]) -> str:
-    """The last epochs' costs as a row of blocks, the highest of them full.
+    """Return the last epochs' costs as a row of blocks, of which the highest is full.
+
+    Args:
+        costs: of all epochs.
 
     >>> trend([1.0, 0.5, 0.25, 0.0])
     '█▅▃▁'
@@ -158,17 +171,3 @@ def trend(costs: list[float]) -> str:
     low, high = min(shown), max(shown)
     wide = high - low or 1.0
     return "".join(BLOCKS[round(7 * (C - low) / wide)] for C in shown)
-
-
-def duration(seconds: float) -> str:
-    """For people.
-
-    >>> duration(7.4), duration(125), duration(4000)
-    ('7 s', '2 min', '1 h 07 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, its checkpoints, and one process's at a time."""
+"""The folder of a run: settings, checkpoints, and a lock for one process at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchbp._files import TEMPORARY, write_atomically
+from torchbp._terminal import one_line
 from torchbp.training import checkpoint
 from torchbp.training.checkpoint import CheckpointError
 
@@ -21,13 +22,13 @@ NAMES = NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 class RunFolder:
-    """``runs/<name>/``: settings.json, versions.json, checkpoint.pt, the one before it
-    in checkpoint.previous.pt, and event files.
+    """``runs/<name>/``: settings.json, versions.json, checkpoint.pt, the checkpoint
+    before it in checkpoint.previous.pt, event files, and learning.png in the end.
 
     Args:
-        path: the folder, or a checkpoint in it: "checkpoint.pt" stands for the run,
-            and any other is the one that :meth:`load` returns. :meth:`create` makes a
-            folder, this opens it as it is.
+        path: of an existing folder (:meth:`create` makes one), or of a checkpoint in
+            it: "checkpoint.pt" stands for the run, and any other is the checkpoint that
+            :meth:`load` returns.
 
     Attributes:
         path: the folder.
@@ -52,7 +53,7 @@ class RunFolder:
             self._choose(self.path)
 
     def _choose(self, file: Path) -> None:
-        """Open the folder of the checkpoint `file`, to go on from there."""
+        """Open the folder of the checkpoint `file`, to continue from it."""
         self.path = file.parent
         if os.path.islink(file) and not self.has_settings:  # a link from elsewhere
             file = Path(os.path.realpath(file))
@@ -61,12 +62,12 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The newest checkpoint."""
+        """The path of the newest checkpoint."""
         return self.path / NEWEST
 
     @property
     def previous(self) -> Path:
-        """The one before it."""
+        """The path of the checkpoint before it."""
         return self.path / PREVIOUS
 
     @classmethod
@@ -74,8 +75,8 @@ class RunFolder:
         """Make ``logdir/name``.
 
         Args:
-            logdir: the folder of all runs; made if it is not there.
-            name: of this one, a plain folder name that is not taken.
+            logdir: the folder of all runs; made if it is missing.
+            name: of this run, a plain folder name that does not exist yet.
 
         Raises:
             ValueError: `name` is not a plain folder name, or the run exists.
@@ -92,7 +93,7 @@ class RunFolder:
                     f"logdir: expected a folder, got the file {logdir}"
                 ) from None
             raise ValueError(
-                f"name: {path} exists; choose another, or go on with --resume {path}"
+                f"name: {path} exists; choose another, or continue with --resume {path}"
             ) from None
         except OSError as error:
             reason = error.strerror
@@ -102,20 +103,30 @@ class RunFolder:
         return cls(path)
 
     def discard(self) -> None:
-        """Remove the folder of a run that never began."""
+        """Remove the folder, of a run that has no checkpoint yet."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, **contents: Any) -> None:
-        """Write each of the keyword arguments `contents` as ``<key>.json``."""
+        """Write files of JSON.
+
+        Args:
+            contents: by name: ``settings=...`` is written to settings.json.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         for name, content in contents.items():
             text = json.dumps(content, indent=2, default=str) + "\n"
             write_atomically(self.path / f"{name}.json", text.encode())
 
     def read(self, name: str) -> Any:
-        """What :meth:`write` wrote under `name`.
+        """Return what :meth:`write` wrote.
+
+        Args:
+            name: its keyword.
 
         Raises:
-            CheckpointError: there is no such file, or it holds something else.
+            CheckpointError: the file is missing or is not JSON.
         """
         path = self.path / f"{name}.json"
         try:
@@ -125,25 +136,25 @@ class RunFolder:
 
     @property
     def never_began(self) -> bool:
-        """Whether a run was stopped here before its first checkpoint."""
+        """Whether the run was stopped before its first checkpoint."""
         written = self.checkpoint, self.previous, *filter(None, [self._chosen])
         return self.has_settings and not any(map(os.path.lexists, written))
 
     @property
     def has_settings(self) -> bool:
-        """Whether this is the folder of a run, and not just of a checkpoint."""
+        """Whether this is a run's folder, not only a folder with a checkpoint."""
         return os.path.isfile(self.path / "settings.json")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep the run from every other process for as long as the block lasts, and
-        remove what a save that was killed has left.
+        """Lock the run against other processes while the block runs, and remove the
+        temporary files of saves that were killed.
 
-        The system gives the lock back however this process ends. Where there are no
-        such locks (Windows, some network file systems), nothing is locked or removed.
+        The system releases the lock however this process ends. Without such locks
+        (Windows, some network file systems) nothing is locked or removed.
 
         Raises:
-            BlockingIOError: another process has it.
+            BlockingIOError: another process holds the lock.
         """
         descriptor = _lock(self.path)
         if descriptor is None:
@@ -156,7 +167,7 @@ class RunFolder:
             os.close(descriptor)
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary files of processes that are no more."""
+        """Remove the temporary files of processes that have ended."""
         for path in self.path.iterdir():
             match = TEMPORARY.fullmatch(path.name)
             if match and not _is_another_alive(int(match[1])):
@@ -164,44 +175,52 @@ class RunFolder:
                     path.unlink()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write `state` as the newest checkpoint, and keep the one before it.
+        """Write the newest checkpoint; the one before it becomes the previous one.
+
+        Args:
+            state: tensors, numbers, strings, and lists and dicts of them.
 
         Raises:
             OSError: the checkpoint cannot be written.
-            TypeError: `state` has something that a checkpoint cannot hold.
+            TypeError: `state` has a part that a checkpoint cannot hold.
         """
-        if self._is_damaged:  # not to take the place of the good one before it
+        if self._is_damaged:  # or it would replace the good one before it
             self._set_aside()
         checkpoint.save(self.checkpoint, state, self.previous)
 
     def what_is_left(self) -> str:
-        """What there is to go on with, for the last words of a run."""
+        """Say which checkpoint is intact, for the final error message."""
         for path in (self.checkpoint, self.previous):
             if _is_whole(path):
-                return f"{path} is whole, to go on: --resume {self.path}"
+                return f"{path} is whole, to continue: --resume {self.path}"
         return "no checkpoint is left"
 
     def _set_aside(self) -> None:
+        """Rename the damaged checkpoint."""
         for i in range(1, 1000):
             aside = self.path / f"checkpoint.damaged{f'-{i}' if i > 1 else ''}.pt"
             if not os.path.lexists(aside):
                 break
         with contextlib.suppress(FileNotFoundError):
-            # The file itself: a link to it stays, and leads to the next checkpoint.
+            # The file itself: a link to it then leads to the next checkpoint.
             shutil.move(os.path.realpath(self.checkpoint), aside)
         self._is_damaged = False
 
     def load(
         self, check: Callable[[dict[str, Any]], None] | None = None
     ) -> tuple[dict[str, Any], str | None]:
-        """The newest checkpoint that is whole and passes `check`, and what is wrong
-        with the newest if it is the one before it; or the one that was asked for.
+        """Return the state of the newest checkpoint that is whole and passes `check`,
+        or of the one that the constructor was given.
 
         Args:
-            check: raises whatever it likes about a state that is not to be used.
+            check: raises any error for a state that cannot be used.
+
+        Returns:
+            the state, and the reason why the newest checkpoint cannot be used if it is
+            the previous one's.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: no checkpoint can be used.
         """
         if self._chosen is not None:
             state = _load_checked(self._chosen, check)
@@ -237,7 +256,7 @@ def _load_checked(
         if check is not None:
             check(state)
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if isinstance(error, KeyError):
             reason = f"none of {reason}"
         raise CheckpointError(
@@ -247,11 +266,11 @@ def _load_checked(
 
 
 def _lock(folder: Path) -> int | None:
-    """The folder itself, open and locked: nothing is left behind. None if it cannot be
-    had.
+    """Open and lock the folder itself, which needs no lock file, and return its
+    descriptor; None where the system has no such locks.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     if sys.platform == "win32":
         return None
@@ -266,7 +285,7 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         raise BlockingIOError(
-            f"run: expected one that no process is at work on, got {folder}, which "
+            f"run: expected one that no other process uses, got {folder}, which "
             "another process has"
         ) from None
     except OSError:

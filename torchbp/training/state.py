@@ -1,4 +1,4 @@
-"""What a trainer's state is held to before it is used, and torch's own generators."""
+"""Checks of a trainer's saved state, and the states of torch's generators."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["check_state", "generator_states", "set_generator_states"]
 
 
 def check_state(state: dict[str, Any], model: nn.Module) -> None:
-    """Refuse what :meth:`Trainer.state_dict` would not give for such a model.
+    """Raise an error unless `state` is one of :meth:`Trainer.state_dict` for `model`.
 
     Args:
-        state: what it is to be.
-        model: what it is for.
+        state: of a trainer.
+        model: of the same structure as the trainer's.
 
     Raises:
-        ValueError, TypeError, LookupError, RuntimeError: what is wrong with it.
+        ValueError, TypeError, LookupError, RuntimeError: `state` is another one.
 
     Examples:
         >>> check_state([3], nn.Linear(2, 1))
@@ -48,26 +48,28 @@ def check_state(state: dict[str, Any], model: nn.Module) -> None:
 
 
 def _is_best(best: Any, epoch: int) -> bool:
+    """Whether `best` is an epoch up to `epoch` and two accuracies."""
     if not isinstance(best, (list, tuple)) or len(best) != 3:
         return False
     is_epoch = type(best[0]) is int and 1 <= best[0] <= epoch
     return is_epoch and all(isinstance(a, float) and 0 <= a <= 1 for a in best[1:])
 
 
-def _check_parameters(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse parameters of other names, shapes or dtypes, and those not finite."""
-    if not isinstance(found, dict):
-        raise TypeError(f"model: expected parameters, got {type(found).__name__}")
-    if found.keys() != expected.keys():
-        odd = ", ".join(sorted(map(str, found.keys() ^ expected.keys()))[:4])
-        raise ValueError(f"model: expected other parameters, in one of both are {odd}")
-    for name, there in expected.items():
-        t = found[name]
+def _check_parameters(saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise an error unless the saved parameters are finite and have the expected
+    names, shapes and dtypes."""
+    if not isinstance(saved, dict):
+        raise TypeError(f"model: expected parameters, got {type(saved).__name__}")
+    if saved.keys() != expected.keys():
+        odd = ", ".join(sorted(map(str, saved.keys() ^ expected.keys()))[:4])
+        raise ValueError(f"model: expected other parameters, only one side has {odd}")
+    for name, parameter in expected.items():
+        t = saved[name]
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if (t.shape, t.dtype) != (there.shape, there.dtype):
+        if (t.shape, t.dtype) != (parameter.shape, parameter.dtype):
             raise ValueError(
-                f"{name}: expected {tuple(there.shape)} of {there.dtype}, "
+                f"{name}: expected {tuple(parameter.shape)} of {parameter.dtype}, "
                 f"got {tuple(t.shape)} of {t.dtype}"
             )
         if not t.isfinite().all():
@@ -75,7 +77,15 @@ def _check_parameters(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's own generators, which dropout and the like draw from."""
+    """Return the states of torch's own generators, which modules such as dropout use.
+
+    Args:
+        device: of the training.
+
+    Examples:
+        >>> list(generator_states(torch.device("cpu")))
+        ['cpu']
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -85,6 +95,19 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Restore the `states` of :func:`generator_states`, as far as `device` has them.
+
+    Args:
+        states: by the kind of device.
+        device: of the training.
+
+    Examples:
+        >>> states = generator_states(torch.device("cpu"))
+        >>> before = torch.rand(2)
+        >>> set_generator_states(states, torch.device("cpu"))
+        >>> torch.equal(torch.rand(2), before)
+        True
+    """
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:

@@ -1,19 +1,23 @@
-"""What the dashboard's charts say of themselves: a caption for each tag, naming the
-equation that it shows, and the page of charts to look at first."""
+"""The caption of each tag, which names the equation that it shows, and the layout of
+the page of charts."""
 
 from __future__ import annotations
 
-__all__ = ["LAYOUT", "caption"]
+__all__ = ["EPOCHS", "LAYOUT", "MINI_BATCHES", "caption"]
 
-# By the tag's part before the slash, or for distributions and pictures by the first of
-# the words after it. {l} is the layer, {k} the one before, {how} the equation that its
-# δ comes from.
+# What the global step counts, at the end of each caption. The event files of a run are
+# known by the second, so it stays as it is.
+EPOCHS = "Step: epochs."
+MINI_BATCHES = "Step: mini-batches."
+
+# Keys: the tag's part before the slash; for distributions and pictures the first word
+# after it. {l} is the layer, {k} the layer before it, {how} the equation of its δ.
 _CAPTIONS = {
     "cost": (
-        "C = 1/n Σ_x C_x (A1). running: the mean over the epoch's mini-batches, each "
-        "as it was trained on."
+        "C = 1/n Σ_x C_x (A1). running: the mean over the mini-batches since the "
+        "point before, each before its update."
     ),
-    "accuracy": "The share of examples whose largest output is the one of their label.",
+    "accuracy": "The share of examples whose largest output is that of their label.",
     "speed": "Training images per second, without the evaluation.",
     "learning_rate": "η of W → W - η ∂C/∂W.",
     "delta_norm": (
@@ -22,12 +26,12 @@ _CAPTIONS = {
     ),
     "saturated": (
         "The share of neurons, over fixed training images, whose σ'(z^{l}) is below 5 "
-        "% of its largest value. δ^{l} has σ'(z^{l}) as a factor, {how}: these hardly "
-        "learn."
+        "% of its largest value. δ^{l} has σ'(z^{l}) as a factor, {how}: such neurons "
+        "hardly learn."
     ),
     "update_ratio": (
-        "η‖∂C/∂W^{l}‖/‖W^{l}‖: how far a step moves W, relative to W, with ∂C/∂W^{l} "
-        "= Σ_x δ^{l} (a^{k})ᵀ (BP4) of fixed training images."
+        "η‖∂C/∂W^{l}‖/‖W^{l}‖: the size of a step relative to W, with ∂C/∂W^{l} = "
+        "Σ_x δ^{l} (a^{k})ᵀ (BP4) over fixed training images."
     ),
     "norm_weight": "‖W^{l}‖, the root of the sum of squares (not the spectral norm).",
     "norm_bias": "‖b^{l}‖.",
@@ -44,27 +48,42 @@ _CAPTIONS = {
     "delta": "δ^{l} = ∂C/∂z^{l} over fixed training images, {how}.",
     "weights": (
         "W^1: a tile for each neuron, a pixel for each weight, red above zero and "
-        "blue below. What BP4 has written: ∂C/∂W^1 = Σ_x δ^1 (a^0)ᵀ is a sum of the "
-        "images themselves, weighted by δ^1."
+        "blue below. The tiles look like digits because of BP4: ∂C/∂W^1 = Σ_x δ^1 "
+        "(a^0)ᵀ is a sum of the images themselves, weighted by δ^1."
     ),
     "misclassified": (
-        "The first test images that are answered wrong: truth, then guess. There ∇_a "
-        "C is large, and BP1 starts from it."
+        "The first misclassified test images: label, then answer. For these ∇_a C is "
+        "large, and BP1 starts from it."
     ),
     "confusion": (
-        "How many test images of each class (row) are taken for which (column); the "
-        "right ones, on the diagonal, are not shaded."
+        "How many test images of each class (row) are answered as which (column); "
+        "the right answers, on the diagonal, are not shaded."
+    ),
+    "learning": (
+        "How fast each layer learns: ‖∂C/∂b^l‖ = ‖Σ_x δ^l‖ (BP3) on fixed training "
+        "images, a colour for each layer, on a logarithmic axis. δ^L comes from BP1, "
+        "the others from the layer above by BP2: where W and σ' are small, the first "
+        "layers learn slowest."
     ),
     "journey": (
         "One test image on its way through the layers, a^l = σ(W^l a^(l-1) + b^l), "
-        "and its δ^l on the way back: δ^L from BP1, the others from BP2, ∂C/∂a^0 = "
+        "and its δ^l on the way back: δ^L from BP1, the others from BP2, and ∂C/∂a^0 = "
         "(W^1)ᵀ δ^1."
     ),
 }
 
 
 def caption(tag: str, layers: int) -> str:
-    """The caption of `tag` in a run of a network with that many layers."""
+    """Return the caption of a tag.
+
+    Args:
+        tag: of a curve, a distribution or a picture.
+        layers: the number of layers of the run's network.
+
+    Examples:
+        >>> caption("norm_bias/layer_2", layers=3)
+        '‖b^2‖.'
+    """
     group, _, rest = tag.partition("/")
     words = rest.split("_layer_") if group == "distributions" else [group, rest]
     key = rest if group == "pictures" else words[0]
@@ -80,10 +99,11 @@ def caption(tag: str, layers: int) -> str:
     return _CAPTIONS[key].format(l=layer, k=layer - 1, how=how)
 
 
-# Of the CUSTOM SCALARS tab: category, chart, and the tags as regular expressions, which
-# are the same for every depth, so that the pages of different runs become one.
+# The CUSTOM SCALARS tab: category, chart, and the tags as regular expressions. They are
+# the same for every depth, so that TensorBoard merges the pages of different runs.
 LAYOUT = {
     "Learning": {
+        "running cost of the mini-batches": ["Multiline", [r"cost/running$"]],
         "cost C": ["Multiline", [r"cost/(train|validation|test)$"]],
         "accuracy": ["Multiline", [r"accuracy/(train|validation|test)$"]],
     },

@@ -1,10 +1,16 @@
-"""What TensorBoard shows of a run: one point per epoch, step = epoch, 0 = untrained."""
+"""What TensorBoard shows of a run.
+
+Curves have a point for each epoch's end, 0 for the untrained network; the running cost
+of the mini-batches has several within an epoch. The global step counts mini-batches.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchbp._files import write_atomically
 from torchbp.convert import from_native
 from torchbp.costs import target_rows
 from torchbp.data import Split, scale
 from torchbp.inspection import Record, evaluating, probe
 from torchbp.nn import BPLinear, check_takes
 from torchbp.training.dashboard import graph, pictures
-from torchbp.training.dashboard.captions import LAYOUT, caption
-from torchbp.training.dashboard.events import event_writer
+from torchbp.training.dashboard.captions import EPOCHS, LAYOUT, MINI_BATCHES, caption
+from torchbp.training.dashboard.chart import draw_learning
+from torchbp.training.dashboard.events import EventWriter, event_files, read_scalars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,15 +38,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "Dashboard"]
 
-# off: no event file. basic: the curves. full: distributions, pictures and the graph.
+# off: no event file. basic: curves. full: also distributions, pictures and the graph.
 LEVELS = ("off", "basic", "full")
-PROBE = 1000  # training images that δ, saturation and distributions are computed on
+PROBE = 1000  # training images for δ, saturation and distributions
+# The most points of the running cost in an epoch and in a run. Of more than 1,000
+# TensorBoard shows a random choice.
+POINTS_AN_EPOCH, POINTS_A_RUN = 50, 1000
+LEARNING = "learning.png"  # in the run's folder
+_SPEED = "delta_norm/layer_"  # the tags of its curves
 ANSWERED_AT_ONCE = 2500
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What :meth:`Dashboard.log` looks at."""
+    """What :meth:`Dashboard.log` measures, besides the scores."""
 
     model: nn.Module
     cost: Any
@@ -49,19 +62,25 @@ class Watched:
 
 
 class Dashboard:
-    """Writes the event file of one run.
+    """Writes the event file of one session of a run.
 
     Args:
         folder: the run's folder.
-        settings: what the run was started with; shown as text.
-        hyperparameters: those settings by which runs are compared.
-        versions: of the programs, the machine; shown as text.
-        resumed_at: the last completed epoch of a run that goes on. What the event files
-            hold from later epochs is superseded.
+        settings: of the run; shown as text.
+        hyperparameters: the settings by which runs are compared.
+        versions: of the programs and the machine; shown as text.
+        resumed_at: the last completed epoch of a run that is resumed. What the event
+            files hold of later epochs is superseded.
         level: how much is written, one of LEVELS.
+        epochs: the run's last epoch, over which the points of the running cost are
+            spread; if None, every epoch has 50.
+        steps_per_epoch: mini-batches in an epoch, which a resumed run needs to tell
+            which points are superseded. A run whose event files count epochs, as those
+            of version 0.1.0 do, continues to count epochs.
 
     Raises:
-        ValueError: a level that is none.
+        ValueError: an unknown level, a number below 1, or a resumed run without its
+            steps per epoch.
         OSError: the folder cannot be written.
         ImportError: tensorboard is not installed, and the level is not "off".
 
@@ -85,38 +104,53 @@ class Dashboard:
         versions: Mapping[str, Any],
         resumed_at: int | None = None,
         level: str = "full",
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        if level not in LEVELS:
-            raise ValueError(
-                f"level: expected one of {', '.join(LEVELS)}, got {level!r}"
-            )
+        _check_numbers(resumed_at, level, epochs, steps_per_epoch)
         self.level = level
-        self.writer: Any = None
         self.watched: Watched | None = None
         self.layers = 0  # of the network, known from the first probe
         self._described: set[str] = set()
         if level == "off":
             return
-        earlier = sorted(folder.glob("events.out.tfevents.*"))
-        _wait_for_a_later_name(earlier)
+        earlier = event_files(folder)
+        contents = [file.read_bytes() for file in earlier]
+        self._folder = folder
+        self._counts_epochs = bool(resumed_at) and _count_epochs(contents)
+        self._epochs = epochs
+        self._stride = 1 if self._counts_epochs else steps_per_epoch
         # Epoch 0 is logged anew by a run that did not complete its first.
-        purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
-        # An interrupt while the writer is handed an event may keep its thread waiting
-        # until the next flush is due, and with it the end of the program: a second.
-        self.writer = event_writer(folder, purge_step=purge, flush_secs=1)
-        # What stands at step 0 was superseded with it, or was never written.
-        # Not so the graph: a sitting whose level is higher draws it, at any epoch.
+        last_step = self._step(resumed_at) if resumed_at else -1
+        self.writer = EventWriter(folder, None if resumed_at is None else last_step + 1)
+        # The graph alone has no step: a session of level full draws it, if an earlier
+        # one has not.
         self._is_drawn = level != "full" or any(
-            graph.FIRST.encode() in file.read_bytes() for file in earlier
+            graph.FIRST.encode() in content for content in contents
         )
+        # {layer: {step: ‖∂C/∂b‖}}, the curves of "how fast each layer learns".
+        self._learning: dict[int, dict[int, float]] = {}
+        if resumed_at and level == "full":
+            curves = read_scalars(contents, _SPEED, last_step)
+            self._learning = {int(t.removeprefix(_SPEED)): c for t, c in curves.items()}
         if not resumed_at or not earlier:
-            from torch.utils.tensorboard.summary import custom_scalars
+            self._describe_run(settings, hyperparameters, versions)
+        self.writer.flush()
 
-            self.writer.add_text("settings", _as_code(settings), 0)
-            self.writer.add_text("versions", _as_code(versions), 0)
-            self.writer.file_writer.add_summary(custom_scalars(LAYOUT), 0)
-            for summary in _hyperparameters(hyperparameters)[:2]:
-                self.writer.file_writer.add_summary(summary, 0)
+    def _describe_run(
+        self,
+        settings: Mapping[str, Any],
+        hyperparameters: Mapping[str, Any],
+        versions: Mapping[str, Any],
+    ) -> None:
+        """Write what stands at step 0: texts, the page of charts, a row of HPARAMS."""
+        from torch.utils.tensorboard import summary
+
+        self.writer.add_text("settings", _as_code(settings), 0)
+        self.writer.add_text("versions", _as_code(versions), 0)
+        self.writer.add_summary(summary.custom_scalars(LAYOUT), 0)
+        for part in _hyperparameters(hyperparameters)[:2]:
+            self.writer.add_summary(part, 0)
 
     def watch(
         self,
@@ -126,31 +160,32 @@ class Dashboard:
         test: Split,
         dataset: str | None = None,
     ) -> None:
-        """Say what :meth:`log` is to look at; without it, it writes the scores alone.
+        """Choose the network and the images that :meth:`log` measures; without this
+        call it writes the scores alone.
+
+        A picture is left out where it cannot be drawn. Images and weights need flat
+        images, (n, s²), which the first linear layer reads; the way of one example
+        needs layers with one row for it, the last of which returns the answer; the
+        confusion needs at most 100 classes.
 
         Args:
             model: a network of our layers or native ones, on the data's device.
             cost: of ours.
-            train: images, uint8 (n, n_in), and labels (n). δ, saturation, z and a are
-                those of its first 1,000.
-            test: likewise; the pictures are of these.
-            dataset: whose classes the labels are, as in ``data.NAMES``.
+            train: images, uint8 (n, n_in), and labels (n). The first 1,000 are used for
+                δ, saturation, z and a.
+            test: images and labels, for the pictures.
+            dataset: a name of ``data.NAMES``, for the names of the classes.
 
         Raises:
-            TypeError, ValueError: a cost that is none of ours or does not fit the
+            TypeError, ValueError: a cost of another kind or one that does not fit the
                 model, a model without any linear layer, or labels that do not fit it.
-
-        Of the pictures those are drawn that can be: images and weights only where the
-        images are flat, (n, s²), and the first linear layer reads them; an example's
-        way only where each layer has one row for it and the last one gives the answer;
-        the confusion of at most 100 classes.
         """
         if self.level == "off":
             return
         check_takes(model, cost)
         if not any(isinstance(m, BPLinear) for m in from_native(model).modules()):
             raise ValueError(
-                "model: expected an nn.Linear or a hand-written layer to look at, got "
+                "model: expected an nn.Linear or a hand-written layer, got "
                 f"{type(model).__name__} without any; without watch() the dashboard "
                 "shows the scores"
             )
@@ -165,54 +200,79 @@ class Dashboard:
         self.watched = Watched(model, cost, input, target, test, names)
 
     def log(self, result: EpochResult, lr: float, last: bool = False) -> None:
-        """One epoch's curves, distributions and, at some epochs, pictures.
+        """Write one epoch's curves, distributions and, at some epochs, pictures.
 
         Args:
-            result: the epoch's scores and speed.
+            result: the epoch's scores, costs and speed.
             lr: η.
-            last: whether the run ends with this epoch, which is always pictured.
+            last: whether the run ends with this epoch, which always has pictures.
+
+        Raises:
+            OSError: the event file cannot be written.
         """
         if self.level == "off":
             return
+        if self._stride is None and result.costs:
+            self._stride = len(result.costs)
         epoch = result.epoch
+        self._log_running_cost(result)
         for name, score in result.scores.items():
             self._scalar(f"cost/{name}", score.cost, epoch)
             self._scalar(f"accuracy/{name}", score.accuracy, epoch)
         if result.running_cost is not None:
-            self._scalar("cost/running", result.running_cost, epoch)
             self._scalar("speed/images_per_second", result.images_per_second, epoch)
         self._scalar("learning_rate", lr, epoch)
         if self.watched is not None:
-            self._look(self.watched, epoch, lr, last)
+            self._measure(self.watched, epoch, lr, last)
         self.writer.flush()
 
-    def _look(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
+    def _step(self, epoch: int) -> int:
+        """The global step at the end of `epoch`."""
+        return epoch * (self._stride or 1)
+
+    def _log_running_cost(self, result: EpochResult) -> None:
+        if result.running_cost is None:
+            return
+        if self._counts_epochs or not result.costs:
+            self._scalar("cost/running", result.running_cost, result.epoch)
+            return
+        from torch.utils.tensorboard.summary import scalar
+
+        n, now = len(result.costs), time.time()
+        for done, cost in thin(result.costs, result.epoch, self._epochs):
+            step = self._step(result.epoch) - n + done
+            moment = now - result.seconds * (1 - done / n)
+            self._add(scalar("cost/running", cost), "scalars", step, moment)
+
+    def _measure(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
+        """Write what a backward pass of the fixed training images shows."""
         records = probe(watched.model, watched.cost, watched.input, watched.target)
         self.layers = len(records)
         for number, record in enumerate(records, start=1):
-            self._layer(f"layer_{number}", record, lr, epoch)
+            self._log_norms(f"layer_{number}", record, lr, epoch)
+            speed = record.norm("mean_delta")
+            if speed is not None:
+                curve = self._learning.setdefault(number, {})
+                curve[self._step(epoch)] = speed
         if self.level != "full" or not records:
             return
         for number, record in enumerate(records, start=1):
-            self._distributions(f"layer_{number}", record, epoch)
+            self._log_distributions(f"layer_{number}", record, epoch)
         if is_pictured(epoch) or last:
-            self._show(watched, epoch)
+            self._log_pictures(watched, epoch)
+            self._log_learning(epoch, last)
         if not self._is_drawn:
             self._is_drawn = True
-            from tensorboard.compat.proto.event_pb2 import Event
+            self.writer.add_graph(graph.draw(records, type(watched.cost).__name__))
 
-            drawn = graph.draw(records, type(watched.cost).__name__)
-            event = Event(graph_def=drawn.SerializeToString())
-            self.writer.file_writer.add_event(event, 0)
-
-    def _layer(self, layer: str, record: Record, lr: float, epoch: int) -> None:
+    def _log_norms(self, layer: str, record: Record, lr: float, epoch: int) -> None:
         self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
         self._scalar(f"update_ratio/{layer}", record.update_ratio(lr), epoch)
         self._scalar(f"norm_weight/{layer}", record.norm("weight"), epoch)
         self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
 
-    def _distributions(self, layer: str, record: Record, epoch: int) -> None:
+    def _log_distributions(self, layer: str, record: Record, epoch: int) -> None:
         quantities = {
             "W": record.weight,
             "b": record.bias,
@@ -224,8 +284,8 @@ class Dashboard:
             if values is not None:
                 self._histogram(f"distributions/{name}_{layer}", values, epoch)
 
-    def _show(self, watched: Watched, epoch: int) -> None:
-        """The pictures that can be drawn of this network and these images."""
+    def _log_pictures(self, watched: Watched, epoch: int) -> None:
+        """Write the pictures that can be drawn of this network and these images."""
         test, names = watched.test, watched.names
         if not len(test.labels):
             return
@@ -252,22 +312,36 @@ class Dashboard:
         for name, picture in shown.items():
             self._image(f"pictures/{name}", picture, epoch)
 
+    def _log_learning(self, epoch: int, last: bool) -> None:
+        """Write the chart of how fast each layer learns, from the second point on; at
+        the last epoch also as a file, larger than TensorBoard's cards."""
+        if max(map(len, self._learning.values()), default=0) < 2:
+            return
+        unit = "epochs" if self._counts_epochs else "mini-batches"
+        self._image("pictures/learning", draw_learning(self._learning, unit), epoch)
+        if last:
+            file = io.BytesIO()
+            draw_learning(self._learning, unit, zoom=2).save(file, "PNG", optimize=True)
+            write_atomically(self._folder / LEARNING, file.getvalue())
+
     def _scalar(self, tag: str, value: float | None, epoch: int) -> None:
         from torch.utils.tensorboard.summary import scalar
 
         if value is not None:
-            self._add(scalar(tag, value), "scalars", epoch)
+            self._add(scalar(tag, value), "scalars", self._step(epoch))
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
         from torch.utils.tensorboard.summary import histogram
 
-        # Finite weights at their largest give activations that are not.
+        # Activations may overflow although the weights are finite.
         finite = values.detach()[values.isfinite()]
         if not len(finite):
             return
-        wide = torch.promote_types(finite.dtype, torch.float32)  # NumPy has no bfloat16
-        summary = histogram(tag, finite.to(wide).cpu().numpy(), bins=64)
-        self._add(summary, "histograms", epoch)
+        dtype = torch.promote_types(
+            finite.dtype, torch.float32
+        )  # NumPy has no bfloat16
+        summary = histogram(tag, finite.to(dtype).cpu().numpy(), bins=64)
+        self._add(summary, "histograms", self._step(epoch))
 
     def _image(self, tag: str, picture: Image, epoch: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -281,40 +355,107 @@ class Dashboard:
             encoded_image_string=file.getvalue(),
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._add(summary, "images", epoch)
+        self._add(summary, "images", self._step(epoch))
 
-    def _add(self, summary: Any, plugin: str, epoch: int) -> None:
-        """Write one value; the first of each tag brings its caption along."""
+    def _add(
+        self, summary: Any, plugin: str, step: int, moment: float | None = None
+    ) -> None:
+        """Add one value; the first one of each tag carries the tag's caption."""
         (value,) = summary.value
         if value.tag not in self._described:
             self._described.add(value.tag)
-            _describe(value, plugin, caption(value.tag, self.layers))
-        self.writer.file_writer.add_summary(summary, epoch)
+            unit = EPOCHS if self._counts_epochs else MINI_BATCHES
+            text = f"{caption(value.tag, self.layers)} {unit}"
+            if plugin == "scalars" and value.tag != "cost/running":
+                text += " One point an epoch: set Smoothing to 0."
+            _describe(value, plugin, text)
+        self.writer.add_summary(summary, step, moment)
 
     def close(self, complete: bool = False) -> None:
         """Write what is waiting. Closing twice is closing once.
 
         Args:
             complete: whether the run has come to its end, which the HPARAMS tab shows;
-                one that was interrupted may still go on.
+                one that was interrupted can be resumed.
+
+        Raises:
+            OSError: the event file cannot be written.
         """
-        if self.writer is None:
+        if self.level == "off":
             return
+        self.level = "off"
         if complete:
-            self.writer.file_writer.add_summary(_hyperparameters({})[2], 0)
-        self.writer.close()
-        self.writer, self.level = None, "off"
+            self.writer.add_summary(_hyperparameters({})[2], 0)
+        self.writer.flush()
+
+
+def _check_numbers(
+    resumed_at: int | None, level: str, epochs: int | None, steps_per_epoch: int | None
+) -> None:
+    """Raise ValueError for arguments of a Dashboard that do not fit."""
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if resumed_at and steps_per_epoch is None:
+        raise ValueError(
+            "steps_per_epoch: expected the number of mini-batches in an epoch of a "
+            "resumed run, got None"
+        )
+
+
+def thin(
+    costs: Sequence[float], epoch: int, epochs: int | None = None
+) -> list[tuple[int, float]]:
+    """Return the points of an epoch's running cost: (mini-batches done, mean cost of
+    those since the point before).
+
+    Args:
+        costs: of the epoch's mini-batches.
+        epoch: its number.
+        epochs: the run's last epoch, over which 1,000 points are spread evenly; a run
+            that is extended has more, as many in a later epoch as if it had been as
+            long from the start.
+
+    Examples:
+        >>> thin([4.0, 2.0, 1.0, 0.0], epoch=1, epochs=500)
+        [(2, 3.0), (4, 0.5)]
+        >>> thin([4.0, 2.0, 1.0, 0.0], epoch=1, epochs=2000)  # at every second epoch
+        []
+    """
+    n = len(costs)
+    points = min(POINTS_AN_EPOCH, n)
+    if epochs is not None:
+        points = min(points, POINTS_A_RUN // epochs)
+        every = math.ceil(epochs / POINTS_A_RUN)
+        if every > 1 and (epoch % every == 0 or epoch == epochs):
+            points = 1
+    ends = [n * i // points for i in range(points + 1)] if points else []
+    return [
+        (end, statistics.fmean(costs[start:end]))
+        for start, end in itertools.pairwise(ends)
+    ]
 
 
 def is_pictured(epoch: int) -> bool:
-    """Whether `epoch` is one of 0, 1, 2, 5, 10, 20, 50, ...: TensorBoard shows ten
-    pictures of a kind, and most happens early."""
+    """Whether pictures are drawn at the end of `epoch`: 0, 1, 2, 5, 10, 20, 50, ...
+
+    TensorBoard shows ten pictures of a kind, and most of the learning is early.
+
+    Args:
+        epoch: 0 for the untrained network.
+
+    Examples:
+        >>> [epoch for epoch in range(30) if is_pictured(epoch)]
+        [0, 1, 2, 5, 10, 20]
+    """
     return epoch == 0 or str(epoch).rstrip("0") in ("1", "2", "5")
 
 
 @torch.inference_mode()
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    """The class of the largest output for each of the images, uint8 (n, n_in)."""
+    """The classes that the model answers for images, uint8 (n, n_in)."""
     dtype = next(model.parameters()).dtype
     chunks = images.split(ANSWERED_AT_ONCE)
     with evaluating(model):
@@ -322,9 +463,9 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> Any:
-    """What makes a row of the HPARAMS tab: its columns, the run's values, and that it
-    is complete. Its metrics are the last points of the curves. With
-    ``SummaryWriter.add_hparams`` it would be a run of its own, one folder down."""
+    """The three summaries of a row of the HPARAMS tab: columns, values, and the end of
+    the run. The metrics are the last points of the curves. ``add_hparams`` would write
+    them as another run, in a folder of its own."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
@@ -336,8 +477,8 @@ def _hyperparameters(values: Mapping[str, Any]) -> Any:
 
 
 def _describe(value: Any, plugin: str, text: str) -> None:
-    """The caption, in a form that both of TensorBoard's readers take: the one in Rust
-    believes metadata that name their data class only."""
+    """Attach a caption in the form that both of TensorBoard's readers accept: the one
+    in Rust ignores metadata without a data class."""
     from tensorboard.compat.proto import summary_pb2
 
     value.metadata.summary_description = text
@@ -349,16 +490,16 @@ def _describe(value: Any, plugin: str, text: str) -> None:
     }[plugin]
 
 
-def _wait_for_a_later_name(earlier: Sequence[Path]) -> None:
-    """Event files are read in the order of their names, which have the second of their
-    making."""
-    seconds = [int(part) for p in earlier if (part := p.name.split(".")[3]).isdigit()]
-    wait = max(seconds, default=0) + 1 - time.time()
-    if 0 < wait <= 1:
-        time.sleep(wait)
+def _count_epochs(contents: Sequence[bytes]) -> bool:
+    """Whether the curves in event files have epochs as their steps: the captions of
+    those that have mini-batches say so."""
+    is_text = MINI_BATCHES.encode()
+    return any(b"learning_rate" in content for content in contents) and not any(
+        is_text in content for content in contents
+    )
 
 
 def _as_code(content: Mapping[str, Any]) -> str:
-    """Markdown that TensorBoard shows as it stands."""
+    """Markdown of a code block."""
     lines = json.dumps(content, indent=2, default=str).splitlines()
     return "\n".join(f"    {line}" for line in lines)

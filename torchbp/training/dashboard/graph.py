@@ -1,7 +1,7 @@
 """The network and its backward pass as the graph that TensorBoard draws.
 
-Drawn from records of a pass, which is quicker than a trace by torch.jit, shows the
-backward pass too, and is the same for hand-written and native layers.
+The graph is made from records of a pass: that is faster than a trace by torch.jit, has
+the backward pass, and is the same for hand-written and native layers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FIRST", "draw"]
 
-FIRST = "a0_input"  # the first node, by which an event file is known to have a graph
+FIRST = "a0_input"  # the first node: an event file with this name has a graph
 
 
 def draw(records: list[Record], cost: str) -> Any:
-    """A GraphDef: each layer a box with W, b, z, a and, on the way back, δ, ∂C/∂W and
-    ∂C/∂b. Every node says its formula and its shape.
+    """Return a GraphDef: each layer is a box with W, b, z, a and, from the backward
+    pass, δ, ∂C/∂W and ∂C/∂b. Every node has its formula and its shape.
 
     Args:
         records: of one forward and backward pass, in order.
@@ -43,7 +43,7 @@ def draw(records: list[Record], cost: str) -> Any:
         f"layer_{i}_{_sigma(record.function.__name__)}"
         for i, record in enumerate(records, start=1)
     ]
-    # The shapes are of one example, as the book writes them.
+    # The shapes are those of one example, as in the book.
     a = node(FIRST, "a^0 = x", records[0].x.shape[-1:])
     before = []
     for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
@@ -84,7 +84,7 @@ def draw(records: list[Record], cost: str) -> Any:
 
 
 def _sigma(function: str) -> str:
-    """Of LinearSigmoidFunction, sigmoid: a box shows some 15 letters."""
+    """Return "sigmoid" for "LinearSigmoidFunction": a box has room for 15 letters."""
     return (
         function.removesuffix("Function").removeprefix("Linear").lower() or "identity"
     )

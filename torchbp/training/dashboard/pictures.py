@@ -1,8 +1,8 @@
 """What a network has learned, as pictures for the dashboard.
 
-Drawn with Pillow, whose own font has the letters of ASCII: the symbols stand in the
-captions. They are as wide as TensorBoard's cards: it scales what is wider or narrower
-without smoothing, and thin strokes get lost.
+Pillow draws them; its own font has the letters of ASCII alone, so the symbols are in
+the captions. The pictures are as wide as TensorBoard's cards, which scale wider or
+narrower ones without smoothing, so that thin strokes get lost.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ __all__ = [
     "journey",
     "misclassified",
     "weights",
+    "write",
 ]
 
-# Of data sets whose classes are not digits, short enough for a column's head.
+# For data sets whose classes are not digits: short enough for a column's head.
 CLASS_NAMES = {
     "fashion": (
         "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -43,33 +44,44 @@ GAP = 4
 MOST_TILES = 100
 MOST_CLASSES = 100  # of a table of classes
 MOST_NAMED = 30  # cells of a row that are wide enough for a name
-FULL_COLOUR = 0.99  # quantile of |W|: by the largest weight all others would be pale
-MOST_NEURONS = 600  # of a layer, on a sample's way through it
+# The quantile of |W| that gets the full colour: scaled by the largest weight, all the
+# others would be pale.
+FULL_COLOUR = 0.99
+MOST_NEURONS = 600  # of a layer in the picture of one example
 BLACK, RED, GREEN, GREY = (20, 20, 20), (190, 25, 45), (20, 120, 50), (120, 120, 120)
 PAPER = 255
 _RED, _BLUE = (178.0, 24.0, 43.0), (33.0, 102.0, 172.0)
 
 
 def signed(values: Tensor, scale: float) -> Tensor:
-    """Colours from blue (-scale) through white (0) to red (scale), uint8 (*, 3)."""
+    """Return colours from blue (-scale) through white (0) to red (scale), uint8 (*, 3).
+
+    Args:
+        values: numbers (*).
+        scale: the absolute value of full colour.
+    """
     t = (values.float() / (scale or 1.0)).clamp(-1, 1).unsqueeze(-1)
     ends = torch.where(t < 0, t.new_tensor(_BLUE), t.new_tensor(_RED))
     return (PAPER + (ends - PAPER) * t.abs()).round().to(torch.uint8)
 
 
 def grey(values: Tensor) -> Tensor:
-    """Black for 0 to white for 1, uint8 (*, 3)."""
+    """Return colours from black (0) to white (1), uint8 (*, 3).
+
+    Args:
+        values: numbers (*) from 0 to 1.
+    """
     t = (values.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return t.unsqueeze(-1).expand(*t.shape, 3)
 
 
 def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
-    """W^1, a tile for each neuron, all on one scale.
+    """Draw W^1 as a tile for each neuron, all on one scale.
 
     Args:
         W: (n_out, n_in), n_in a square number.
-        names: of the neurons, written above their tiles: the classes', if the first
-            layer is the last.
+        names: of the neurons, written above their tiles; used for the classes of a
+            network of one layer.
     """
     side = math.isqrt(W.shape[1])
     shown = W[:MOST_TILES].detach().cpu()
@@ -83,11 +95,11 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
     few = "" if len(shown) == len(W) else f", first {len(shown)} of {len(W)}"
     width = max(WIDTH, columns * step + GAP)
     sheet, pen = _sheet(width, 22 + rows * (step + head) + GAP, 224)
-    _write(pen, GAP, 3, f"W1{few}: red > 0, blue < 0, full at {scale:.2g}")
+    write(pen, GAP, 3, f"W1{few}: red > 0, blue < 0, full at {scale:.2g}")
     for i, tile in enumerate(signed(shown.unflatten(1, (side, side)), scale)):
         x, y = GAP + i % columns * step, 22 + i // columns * (step + head)
         if names is not None:
-            _write(pen, x, y, names[i])
+            write(pen, x, y, names[i])
         sheet.paste(_image(tile, zoom), (x, y + head))
     return sheet
 
@@ -95,7 +107,7 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
 def misclassified(
     images: Tensor, labels: Tensor, guesses: Tensor, names: Sequence[str]
 ) -> Image:
-    """The first images that are answered wrong, with truth (green) and guess (red).
+    """Draw the first misclassified images, with their label (green) and answer (red).
 
     Args:
         images: uint8 (n, pixels), the pixels a square number.
@@ -113,40 +125,40 @@ def misclassified(
     width = max(WIDTH, columns * step)
     sheet, pen = _sheet(width, 26 + rows * (side * zoom + head + GAP))
     share = f"{len(wrong):,} of {len(labels):,} wrong"
-    _write(pen, GAP, 3, f"{share}: truth (green), answer (red)")
+    write(pen, GAP, 3, f"{share}: truth (green), answer (red)")
     for i, index in enumerate(shown.tolist()):
         x = GAP + i % columns * step
         y = 26 + i // columns * (side * zoom + head + GAP)
         truth, guess = names[int(labels[index])], names[int(guesses[index])]
-        _write(pen, x, y, truth, GREEN, size=16)
+        write(pen, x, y, truth, GREEN, size=16)
         if short:
-            _write(pen, x + side * zoom // 2, y, guess, RED, size=16)
+            write(pen, x + side * zoom // 2, y, guess, RED, size=16)
         else:
-            _write(pen, x, y + 16, guess, RED, size=16)
+            write(pen, x, y + 16, guess, RED, size=16)
         tile = 255 - images[index].cpu().unflatten(0, (side, side))
         sheet.paste(_image(tile.unsqueeze(-1).expand(-1, -1, 3), zoom), (x, y + head))
     return sheet
 
 
 def confusion(counts: Tensor, names: Sequence[str]) -> Image:
-    """How often each class (row) is taken for which (column).
+    """Draw how often each class (row) is answered as which (column).
 
     Args:
-        counts: (K, K), of which the shades show what is off the diagonal.
+        counts: (K, K); entries off the diagonal are shaded by size.
         names: of the K classes.
     """
     K = len(counts)
     left = 64 if max(map(len, names)) > 3 else 26
     top, tall, cell = 44, 28, max(28, (WIDTH - left) // K)
     sheet, pen = _sheet(max(WIDTH, left + K * cell), top + K * tall + GAP)
-    _write(pen, GAP, 3, "rows: truth, columns: answer")
+    write(pen, GAP, 3, "rows: truth, columns: answer")
     off = counts.clone().fill_diagonal_(0)
-    # By the root: a class that is confused once in a while is to be seen, too.
+    # The root makes rare confusions visible.
     shades = signed((off.float() / max(1, int(off.max()))).sqrt() * 0.8, 1.0).tolist()
     for i in range(K):
-        _write(pen, GAP, top + i * tall + 6, names[i])
+        write(pen, GAP, top + i * tall + 6, names[i])
         x = left + i * cell + cell // 2
-        _write(pen, x, top - 18, names[i][: cell // 7], size=13, centred=True)
+        write(pen, x, top - 18, names[i][: cell // 7], size=13, centred=True)
         for j in range(K):
             x, y = left + j * cell, top + i * tall
             fill = (228, 240, 230) if i == j else tuple(shades[i][j])
@@ -156,13 +168,17 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
             count = int(counts[i, j])
             if count:
                 ink = GREEN if i == j else BLACK
-                _write(pen, x + cell // 2, y + 6, str(count), ink, 12, centred=True)
+                write(pen, x + cell // 2, y + 6, str(count), ink, 12, centred=True)
     return sheet
 
 
 def is_journey(records: list[Record], K: int) -> bool:
-    """Whether the records are those of one example, one call after the other, the last
-    of which gives the K answers."""
+    """Whether the picture of one example's way through the layers can be drawn.
+
+    Args:
+        records: of a pass: each has to have one row, and the last one the K outputs.
+        K: the number of classes.
+    """
     shapes = [record.a.shape[:-1] for record in records]
     return (
         all(shape == (1,) for shape in shapes)
@@ -172,7 +188,7 @@ def is_journey(records: list[Record], K: int) -> bool:
 
 
 def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
-    """One example on its way through the layers, and its δ on the way back.
+    """Draw the a^l of one example on its way through the layers, and its δ^l back.
 
     Args:
         records: of a forward and a backward pass of one example, in order.
@@ -188,56 +204,56 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     sheet_width = max(WIDTH, 2 * size + 120)
     sheet, pen = _sheet(sheet_width, size + 34 + sum(heights) + 22)
     guess = int(records[-1].a[0].argmax())
-    _write(pen, GAP, 4, f"truth {names[label]}", GREEN, size=16)
+    write(pen, GAP, 4, f"truth {names[label]}", GREEN, size=16)
     ink = GREEN if guess == label else RED
-    _write(pen, WIDTH // 3, 4, f"answer {names[guess]}", ink, size=16)
+    write(pen, WIDTH // 3, 4, f"answer {names[guess]}", ink, size=16)
     sheet.paste(_image(grey(1 - x.unflatten(0, (side, side))), zoom), (GAP, 28))
     first = records[0]
     assert first.delta is not None
     back = (first.delta[0] @ first.weight).cpu()  # BP2
     scale = back.abs().max().item()
     place = sheet_width - size - GAP
-    _write(pen, GAP + size + 8, 52, "a0")
-    _write(pen, place - 8, 52, "dC/da0", right=True)
-    _write(pen, place - 8, 70, f"up to {scale:.0e}", right=True)
+    write(pen, GAP + size + 8, 52, "a0")
+    write(pen, place - 8, 52, "dC/da0", right=True)
+    write(pen, place - 8, 70, f"up to {scale:.0e}", right=True)
     tile = signed(back.unflatten(0, (side, side)), scale)
     sheet.paste(_image(tile, zoom), (place, 28))
     y = size + 34
     for (title, a, delta), height in zip(strips, heights, strict=True):
-        _write(pen, GAP, y + 3, title)
+        write(pen, GAP, y + 3, title)
         for name, strip in (("a", a), ("delta", delta)):
             top = y + 22 + (0 if name == "a" else strip.height + GAP)
-            _write(pen, GAP, top, name, GREY)
+            write(pen, GAP, top, name, GREY)
             sheet.paste(strip, (LEFT, top))
         y += height
     cell = (WIDTH - LEFT - GAP) // len(names)
     for i, name in enumerate(names if len(names) <= MOST_NAMED else ()):
         ink = GREEN if i == label else RED if i == guess else BLACK
         centre = LEFT + i * cell + cell // 2
-        _write(pen, centre, y + 2, name[: max(1, cell // 7)], ink, centred=True)
+        write(pen, centre, y + 2, name[: max(1, cell // 7)], ink, centred=True)
     return sheet
 
 
-LEFT = 40  # where a layer's strips begin
+LEFT = 40  # x of a layer's strips
 
 
 def _strip(number: int, record: Record) -> tuple[str, Image, Image]:
-    """A line of text on a layer, and its a and δ as rows of cells."""
+    """A layer's line of text, and its a and δ as rows of cells."""
     assert record.delta is not None
     a, delta = record.a[0].cpu(), record.delta[0].cpu()
     shown, n = min(len(a), MOST_NEURONS), len(a)
     columns = shown if shown <= MOST_NAMED else min(60, math.ceil(shown / 2))
-    size, largest = a.abs().max().item(), delta.abs().max().item()
-    is_share = bool(a.min() >= 0) and size <= 1
-    colours = grey(1 - a) if is_share else signed(a, size)
-    span = "0 to 1" if is_share else f"up to {size:.1f}"
+    largest_a, largest_delta = a.abs().max().item(), delta.abs().max().item()
+    is_share = bool(a.min() >= 0) and largest_a <= 1
+    colours = grey(1 - a) if is_share else signed(a, largest_a)
+    span = "0 to 1" if is_share else f"up to {largest_a:.1f}"
     few = "" if n == shown else f" ({shown} of {n})"
-    title = f"layer {number}{few}: a {span}, delta up to {largest:.0e}"
+    title = f"layer {number}{few}: a {span}, delta up to {largest_delta:.0e}"
     width = WIDTH - LEFT - GAP
     return (
         title,
         _cells(colours[:shown], columns, width),
-        _cells(signed(delta[:shown], largest), columns, width),
+        _cells(signed(delta[:shown], largest_delta), columns, width),
     )
 
 
@@ -245,7 +261,7 @@ def _cells(colours: Tensor, columns: int, width: int) -> Image:
     """The colours, uint8 (n, 3), as rows of `columns` cells with borders."""
     cell = max(3, width // columns)
     rows = math.ceil(len(colours) / columns)
-    tall = cell if rows > 1 else 16  # the height of its name
+    tall = cell if rows > 1 else 16  # the height of the row's name
     grid = colours.new_full((rows * columns, tall, cell, 3), 200)
     grid[len(colours) :] = PAPER
     grid[: len(colours), : tall - 1, : cell - 1] = colours[:, None, None]
@@ -254,7 +270,8 @@ def _cells(colours: Tensor, columns: int, width: int) -> Image:
 
 
 def _columns(n: int) -> int:
-    """Of a grid of n tiles, a little wider than high and if possible without a rest."""
+    """The columns of a grid of n tiles that is a little wider than high and, if
+    possible, full."""
     least = math.ceil(math.sqrt(n))
     return next((c for c in range(least, least + 3) if n % c == 0), least)
 
@@ -287,7 +304,7 @@ def _font(size: int) -> Any:
         return ImageFont.load_default()
 
 
-def _write(
+def write(
     pen: Any,
     x: int,
     y: int,
@@ -296,7 +313,21 @@ def _write(
     size: int = 13,
     centred: bool = False,
     right: bool = False,
+    zoom: int = 1,
 ) -> None:
-    width = pen.textlength(text, font=_font(size))
+    """Write `text` with `pen`, from `x` on, around it, or up to it.
+
+    Args:
+        pen: an ``ImageDraw``.
+        x, y: where, in pixels; y is the top.
+        text: of ASCII.
+        ink: the colour.
+        size: of the letters.
+        centred: whether `x` is the middle.
+        right: whether `x` is the end.
+        zoom: what `size` is multiplied by.
+    """
+    font = _font(size * zoom)
+    width = pen.textlength(text, font=font)
     x -= int(width / 2) if centred else int(width) if right else 0
-    pen.text((x, y), text, fill=ink, font=_font(size))
+    pen.text((x, y), text, fill=ink, font=font)
