@@ -16,10 +16,10 @@ def layer_fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     return (
         W.dim() == 2
         and W.is_floating_point()
-        and x.device == W.device
+        and (not W.is_meta or x.is_meta)
         and (
             b is None
-            or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
+            or (b.dim() == 1 and b.size(0) == W.size(0) and b.dtype is x.dtype)
         )
     )
 
@@ -66,8 +66,17 @@ A2 = (
 )
 
 
+def is_dense(t: Any) -> bool:
+    """Whether :func:`explain_storage` has no error for `t`, a tensor."""
+    return (
+        isinstance(t, Tensor)
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_quantized)
+    )
+
+
 def cost_fits(input: Tensor, target: Tensor) -> bool:
-    """Whether a cost's arguments pass, but for labels out of range."""
+    """Whether a cost's dense arguments pass, but for labels out of range."""
     shape, dtype = input.shape, target.dtype
     if dtype is input.dtype:
         fits = dtype.is_floating_point and target.shape == shape
