@@ -444,9 +444,9 @@ class _Cost(nn.Module):
 class QuadraticCost(_Cost):
     """C = 1/(2n) Σ_x ‖y - a‖², half the squared distance; ∇_a C = (a - y)/n.
 
-    Its native counterpart ``nn.MSELoss`` is the mean over all n K numbers. So C and its
-    gradient are K/2 times as large for K outputs, and need 2/K of the learning rate:
-    C = ``F.mse_loss(a, y, reduction="sum") / (2 * n)``.
+    Its native counterpart is ``nn.MSELoss``, the mean over all n K numbers. So C and
+    its gradient are K/2 times as large for K outputs, and need 2/K of the learning
+    rate: C = ``F.mse_loss(a, y, reduction="sum") / (2 * n)``.
 
     Shape:
         input a (*, K), rows are examples; target (*, K), numbers of the input's dtype,
