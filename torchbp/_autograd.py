@@ -33,6 +33,11 @@ HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
 COMPILES_IN_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
 
 
+# One look-up instead of three: these run at every call.
+is_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
 class TwoFormFunction(Function):
     """A Function in the lean form, whose subclasses get their form for torch.func as
     ``cls.transformable``.
@@ -114,10 +119,13 @@ class _Transformable:
 
 
 def call(cls: Any, *inputs: Any) -> Any:
-    """Apply `cls`, in its transformable form where a torch.func transform or a forward-
-    mode level is active outside torch.compile."""
-    if not transforming():
-        return cls.apply(*inputs)
+    """Apply `cls` in the form that suits the call."""
+    return call_transformed(cls, *inputs) if transforming() else cls.apply(*inputs)
+
+
+def call_transformed(cls: Any, *inputs: Any) -> Any:
+    """Apply `cls` where :func:`transforming` is true: in its transformable form, unless
+    torch.compile traces."""
     if torch.compiler.is_compiling():
         if not COMPILES_IN_TRANSFORMS:  # torch differentiates the forward operations
             return cls.evaluate(*inputs)
@@ -146,7 +154,7 @@ def transforming() -> bool:
         >>> torch.func.vmap(lambda x: x * transforming())(torch.ones(2))
         tensor([1., 1.])
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_overwrite(other: Tensor) -> bool:
@@ -160,7 +168,7 @@ def may_overwrite(other: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()  # a mode may keep what it sees
-        or torch._C._are_functorch_transforms_active()
+        or _are_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(other)
     )
 
@@ -179,12 +187,14 @@ def varying(t: Tensor, s: Tensor) -> Tensor:
 
 
 def times(own: Tensor, other: Tensor) -> Tensor:
-    """Return own * other for an `own` that the caller made; in place where that is
-    safe, which saves a buffer of its size at the peak of a backward pass."""
-    return own.mul_(other) if may_overwrite(other) else own * other
+    """Return own * other for an `own` that the caller made; in place where that is safe
+    and saves much memory: a buffer of its size at the peak of a backward pass."""
+    if own.numel() > _LARGE and may_overwrite(other):
+        return own.mul_(other)
+    return own * other
 
 
-_LARGE = 4096  # numbers; below, the five calls of _masked cost more than the branches
+_LARGE = 4096  # entries; below, a buffer costs less than asking may_overwrite
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -211,8 +221,8 @@ def _masked(grad: Tensor, a: Tensor) -> Tensor:
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """Return autocast's dtype for the device of `input`, None if it is off."""
-    # The first test is cheap; is_autocast_enabled raises for the device "meta".
-    if not torch._C._is_any_autocast_enabled():
+    # The first test is cheap; torch.is_autocast_enabled raises for the device "meta".
+    if not is_autocast_enabled():
         return None
     device_type = input.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -223,7 +233,8 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 @contextmanager
 def casting(input: Tensor, *others: Any) -> Iterator[list[Any]]:
     """Switch autocast off, and yield `input` and `others` in its dtype for the device
-    of `input`; float64, integers and None stay as they are, as in native layers."""
+    of `input`; float64, integers and None stay as they are, as in native layers. Cast
+    before the Function, so that autograd casts the gradients back."""
     dtype = autocast_dtype(input)
 
     def is_cast(t: Any) -> bool:

@@ -16,17 +16,16 @@ def layer_fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     return (
         W.dim() == 2
         and W.is_floating_point()
-        and x.device == W.device
+        and (not W.is_meta or x.is_meta)
         and (
             b is None
-            or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
+            or (b.dim() == 1 and b.size(0) == W.size(0) and b.dtype is x.dtype)
         )
     )
 
 
 def explain(x: Any, W: Any, b: Any) -> Exception | None:
-    """Return the error for a layer's arguments, None if they fit. Type and dtype come
-    before shapes, and dtypes and devices that differ come last."""
+    """Return the first error in a layer's arguments, None if they fit."""
     named = [("input", x), ("weight", W), *([] if b is None else [("bias", b)])]
     for name, t in named:
         if not isinstance(t, Tensor):
@@ -66,8 +65,18 @@ A2 = (
 )
 
 
+def is_dense(t: Any) -> bool:
+    """Return whether `t` is a tensor without an error of :func:`explain_storage`."""
+    return (
+        isinstance(t, Tensor)
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_quantized)
+    )
+
+
 def cost_fits(input: Tensor, target: Tensor) -> bool:
-    """Return whether a cost's arguments fit; the range of labels is not checked."""
+    """Return whether a cost's dense arguments fit; the range of labels is not
+    checked."""
     shape, dtype = input.shape, target.dtype
     if dtype is input.dtype:
         fits = dtype.is_floating_point and target.shape == shape

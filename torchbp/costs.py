@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from torchbp._autograd import TwoFormFunction, autocast_dtype, call, varying
-from torchbp._checks import A2, cost_fits, explain_cost, explain_storage
+from torchbp._checks import A2, cost_fits, explain_cost, explain_storage, is_dense
 from torchbp._define import check_cost, check_name, make_class, place
 
 __all__ = [
@@ -115,7 +115,7 @@ class CostFunction(TwoFormFunction):
         if grad_C is None:
             return None, None
         v, y = ctx.saved_tensors
-        n = v.shape[:-1].numel()
+        n = v.numel() // v.shape[-1]
         nabla = cls.nabla(v, y)
         if not nabla.requires_grad:
             nabla = varying(nabla, v)
@@ -261,11 +261,12 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
             ...
         ValueError: target: expected labels in 0..9, got 10
     """
-    check_tensors(input, target)
+    if not (is_dense(input) and is_dense(target)):
+        check_tensors(input, target)
     if input.dtype != torch.float64 and autocast_dtype(input) is not None:
         input = input.float()
         target = target.float() if target.is_floating_point() else target
-    return call(function, input, target_rows(input, target))
+    return call(function, input, target_rows(input, target))  # type: ignore[no-any-return]
 
 
 def check_tensors(

@@ -16,14 +16,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchbp._autograd import (
     HAS_BOXED_GRADS,
     TwoFormFunction,
     autocast_dtype,
-    call,
+    call_transformed,
     casting,
+    is_autocast_enabled,
     times,
     transforming,
     varying,
@@ -108,7 +110,8 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
-        return cls.sigma(_weighted_input(x, W, b))
+        z = F.linear(x, W, b) if x.dim() == 2 else _weighted_input(x, W, b)
+        return cls.sigma(z)
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
@@ -209,11 +212,11 @@ def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return z = x Wᵀ + b, never as a view: autograd refuses in-place work on a view
     that a Function returned, and some builds of torch compute three dimensions as a
     view of two."""
-    if x.dim() == 2 or torch.compiler.is_compiling():
-        return torch.nn.functional.linear(x, W, b)
+    if torch.compiler.is_compiling():
+        return F.linear(x, W, b)
     if x.is_nested:
         raise TypeError("input: expected a dense Tensor, got a nested one")
-    z = torch.nn.functional.linear(x, W, b)
+    z = F.linear(x, W, b)
     return torch.ops.aten._unsafe_view(z, z.shape) if z._is_view() else z
 
 
@@ -256,8 +259,7 @@ def gradients(
     if need_b:
         grad_b = delta.sum(0)  # BP3
     if need_W:
-        x = x if x.dim() == 2 else as_rows(x)
-        grad_W = delta.t() @ x  # BP4
+        grad_W = delta.t() @ (x if x.dim() == 2 else as_rows(x))  # BP4
     return grad_x, grad_W, grad_b
 
 
@@ -279,9 +281,7 @@ class LinearSigmoidFunction(LayerFromOutput):
 
     max_slope, one = 0.25, 40.0
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.sigmoid(z, out=out)
+    sigma: Any = staticmethod(torch.sigmoid)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -298,9 +298,7 @@ class LinearTanhFunction(LayerFromOutput):
 
     one = 20.0
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.tanh(z, out=out)
+    sigma: Any = staticmethod(torch.tanh)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -341,9 +339,7 @@ class LinearSoftplusFunction(LayerFromOutput):
         tensor([0.0000e+00, 1.0000e-09])
     """
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch._C._nn.softplus(z, out=out)  # type: ignore[call-arg]
+    sigma: Any = staticmethod(F.softplus)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -388,14 +384,15 @@ def layer(
         ValueError: input: expected last dimension 2 to fit weight (3, 2), got ...
     """
     try:
-        # The cheap tests first: these run at every call.
-        if torch._C._is_any_autocast_enabled() and autocast_dtype(input) is not None:
-            # Before the Function, so that autograd casts the gradients back.
+        if is_autocast_enabled() and autocast_dtype(input) is not None:
             with casting(input, weight, bias) as arguments:
                 return layer(function, *arguments)
         if layer_fits(input, weight, bias):
-            output = call(function, input, weight, bias)
-            return output[0] if type(output) is tuple else output  # (a, z), σ' from z
+            if transforming():
+                output = call_transformed(function, input, weight, bias)
+            else:
+                output = function.apply(input, weight, bias)
+            return output[0] if type(output) is tuple else output
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = explain(input, weight, bias)
         if reason is None:

@@ -133,8 +133,8 @@ def test_the_example_of_the_transpose(submit):
         "your error   = [[1.75, 0]]\n"
         "right error  = [[1.25, 0.16]]\n\n"
         "BP2: δ^ℓ = ((W^{ℓ+1})ᵀ δ^{ℓ+1}) ⊙ σ'(z^ℓ).\n\n"
-        "BP2: W where Wᵀ is needed; on a square layer the shapes do not tell you. In\n"
-        "rows, (Wᵀ δ)ᵀ = δᵀ W.\n\n"
+        "BP2: W where Wᵀ is needed; a square layer hides that, since the shapes fit. "
+        "In\nrows, (Wᵀ δ)ᵀ = δᵀ W.\n\n"
         "python -m torchbp exercises hint bp2\n"
     )
 
@@ -492,7 +492,7 @@ def test_output_in_another_encoding(tmp_path, encoding):
         *PROGRAM, "bp2", cwd=tmp_path, env={"PYTHONIOENCODING": encoding}
     )
     assert (result.returncode, result.stderr) == (1, "")
-    assert "BP2: W where W? is needed; on a square layer" in result.stdout
+    assert "BP2: W where W? is needed; a square layer" in result.stdout
 
 
 def test_watching_a_file(tmp_path):
