@@ -384,7 +384,7 @@ class Tour:
             "",
             *prose(
                 f"The cost changed by {change:+.4f}. The gradient predicts -η ‖∇C‖² = "
-                f"{predicted:+.4f}, which is right for small steps. Learning is to "
+                f"{predicted:+.4f}, which holds for small steps. Learning is to "
                 "repeat this many times, with other examples."
             ),
         ]
