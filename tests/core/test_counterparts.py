@@ -56,7 +56,7 @@ def test_docstrings_name_the_counterpart_the_factor_and_the_neighbour(name):
     function = getattr(torchbp.costs, f"{name.replace('-', '_')}_cost")
     text = " ".join(cost.__doc__.split())
     native = f"nn.{cost.native.__name__}"
-    assert f"``{native}`` is its native counterpart" in text
+    assert f"Its native counterpart is ``{native}``" in text
     factor = {K / 2: "K/2 times", K: "K times", 1: "the same C"}[FACTORS[name]]
     assert factor in text
     table = torchbp.costs.__doc__
