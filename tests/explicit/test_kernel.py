@@ -682,7 +682,8 @@ def test_the_sanitizers_find_nothing(tmp_path, flags):
     """AddressSanitizer and UBSan over the C interface, without torch and Python."""
     driver, program = Path(__file__).with_name("kernel_driver.cpp"), tmp_path / "driver"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = ["c++", "-std=c++17", "-g", *kernel.FLAGS[1:], *flags, *sanitize]
+    include = f"-I{kernel.SOURCE.parent}"
+    command = ["c++", "-std=c++17", "-g", include, *kernel.FLAGS[1:], *flags, *sanitize]
     built = subprocess.run(
         [*command, str(driver), "-o", str(program)], capture_output=True, text=True
     )
