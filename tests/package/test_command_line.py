@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import torchbp.__main__ as program
 from experiments import mnist
+from experiments.support import reporting
 from torchbp import data
 from torchbp.nn import ACTIVATIONS
 
@@ -413,8 +414,11 @@ def test_experiments_refuse(here: Path, script: str, chosen: st.DataObject) -> N
 
     lay_out(here)
     before = contents(here)
+    run = reporting.run_experiment
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "main", main)
+        # reporting.command_line has the program's own main.
+        patch.setattr(reporting, "run_experiment", lambda _, *rest: run(main, *rest))
         try:
             status, _, err = status_of(module.command_line, arguments)
         except Accepted:

@@ -381,8 +381,8 @@ class Tour:
             "",
             *prose(
                 f"The cost changed by {change:+.4f}. The gradient predicts -η ‖∇C‖² = "
-                f"{predicted:+.4f}, which is right for small steps. Learning is to "
-                "repeat this many times, with other examples."
+                f"{predicted:+.4f}, which holds for small steps. Learning is to repeat "
+                "this many times, with other examples."
             ),
         ]
         equation = "W ← W - η ∂C/∂W,  b ← b - η ∂C/∂b"
