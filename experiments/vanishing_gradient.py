@@ -88,7 +88,7 @@ class InitialState:
         norms: ‖δ^ℓ‖.
         speeds: ‖∂C/∂b^ℓ‖.
         predicted: ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖ for all but the last layer.
-        saturated: share of hidden neurons.
+        saturated: share of the hidden neurons that are saturated.
     """
 
     activation: str
@@ -124,7 +124,8 @@ class InitialState:
 
 @dataclass(frozen=True)
 class TrainingCourse:
-    """The hidden layers before training and after every epoch, while all is finite.
+    """The hidden layers before training and after every epoch, until a norm is infinite
+    or NaN.
 
     Attributes:
         activation: of the hidden layers.

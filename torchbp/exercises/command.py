@@ -116,7 +116,10 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         folder, *chosen = _chosen(arguments)
     if not any(_find(folder, exercise) for exercise in chosen):
-        raise ValueError(f"{folder}: expected {chosen[0].file} (exercises start)")
+        raise ValueError(
+            f"{folder}: expected {chosen[0].file}, got no such file; --folder names "
+            "another folder, exercises start writes the files"
+        )
     status = 130
     try:
         while True:

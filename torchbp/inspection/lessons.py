@@ -117,10 +117,10 @@ def steps(
             yield step("bp1", ell, f"BP1: {title}", f"δ{n} = ∇_{{a}} C{gate}")
     for ell in back:
         if has_bias[ell]:
-            title = f"BP3: the gradient by the biases of layer {ell + 1}"
+            title = f"BP3: the gradient with respect to the biases of layer {ell + 1}"
             yield step("bp3", ell, title, f"∂C/∂b{up[ell]} = δ{up[ell]}")
     for ell in back:
-        title = f"BP4: the gradient by the weights of layer {ell + 1}"
+        title = f"BP4: the gradient with respect to the weights of layer {ell + 1}"
         equation = f"∂C/∂W{up[ell]} = δ{up[ell]} ({below[ell]})ᵀ"
         yield step("bp4", ell, title, equation)
     yield step("update", last, "The update", "W ← W − η ∂C/∂W,   b ← b − η ∂C/∂b")

@@ -66,7 +66,8 @@ class Tour:
         >>> [section.title for section in tour.sections[4:8]]
         ... # doctest: +NORMALIZE_WHITESPACE
         ['BP1: the error of the output layer', 'BP2: the error one layer back',
-         'BP3: the gradient by the biases', 'BP4: the gradient by the weights']
+         'BP3: the gradient with respect to the biases',
+         'BP4: the gradient with respect to the weights']
         >>> tour.cost_after < tour.cost
         True
     """
@@ -322,7 +323,9 @@ class Tour:
             *equations(rows),
             *code_lines("BP3"),
         ]
-        return Section("BP3: the gradient by the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines)
+        return Section(
+            "BP3: the gradient with respect to the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines
+        )
 
     def _weights(self) -> Section:
         rows = []
@@ -352,7 +355,7 @@ class Tour:
             *code_lines("BP4"),
         ]
         equation = "∂C/∂W^ℓ_jk = δ^ℓ_j a^{ℓ-1}_k"
-        return Section("BP4: the gradient by the weights", equation, lines)
+        return Section("BP4: the gradient with respect to the weights", equation, lines)
 
     def _step(self) -> Section:
         after = self.after.state_dict()
@@ -381,8 +384,8 @@ class Tour:
             "",
             *prose(
                 f"The cost changed by {change:+.4f}. The gradient predicts -η ‖∇C‖² = "
-                f"{predicted:+.4f}, which holds for small steps. Learning is to repeat "
-                "this many times, with other examples."
+                f"{predicted:+.4f}, which holds for small steps. Learning is to "
+                "repeat this many times, with other examples."
             ),
         ]
         equation = "W ← W - η ∂C/∂W,  b ← b - η ∂C/∂b"
