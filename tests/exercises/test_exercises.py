@@ -228,7 +228,7 @@ ACCIDENTS = {
         "Its shape is [1], expected [1, 1].",
     ),
     "infinite": (f"{DEF}return delta / 0", "your error   = [[inf]]", "BP2: δ^ℓ = "),
-    "a sign": (f"{DEF}return -delta @ W * a * (1 - a)", "[[-0.24]]", "the factor -1."),
+    "a sign": (f"{DEF}return -delta @ W * a * (1 - a)", "[[-0.24]]", "-1 times the"),
     "off by n": (
         f"{DEF}return delta @ W * a * (1 - a) * len(a)",
         "  delta      = [[1, 2], [3, -1], [0.5, 0]]",
