@@ -11,18 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
+from cases import COSTS, SiLU, default_dtype
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchbp
-from tests import bounds
-from tests.cases import COSTS, SiLU
 from torchbp import ExplicitSGD
 from torchbp.explicit import kernel
 from torchbp.explicit.parameters import place_of
@@ -342,16 +342,6 @@ def test_examples_may_lie_anywhere(built, lay_out):
     y = torch.linspace(0, 1, 33).view(11, 3)
     found = results("compiled", x=lay_out(INPUTS), y=lay_out(y))
     assert_as_usual(*found, results("torch", y=y))
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(
