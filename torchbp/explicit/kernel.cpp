@@ -1,26 +1,28 @@
 // Mini-batch SGD as compiled loops: feedforward, BP1-BP4 and the update, for thousands of
 // mini-batches in one call. kernel.py beside this file builds and calls it.
 //
-// The inputs of a layer are taken in groups of four. Each group of the first layer has a
-// list of the rows of the batch in which it is not zero: a quarter of them in MNIST. All
-// work on W follows these lists, group by group, so W is read once for a whole batch, and
-// the part in use stays in registers. During a call W is stored transposed: W_k are the
-// weights from input k to all neurons, padded with zeros to whole vectors.
+// During a call W is stored transposed: W_k are the weights from input k to all neurons.
+// Inputs are taken in groups of four. Each group of the first layer has a list of the rows
+// of the batch in which it is not zero: a quarter of them in MNIST. All work on W follows
+// these lists, group by group, so W is read once for a whole batch, and the part in use
+// stays in registers.
 //
 // To transpose the first layer's W takes longer than the step of one small mini-batch. A
-// call of one such mini-batch works on that W in place, zeros included.
+// call of one such mini-batch works on that W in place, zeros included: in the three
+// products below, inputs and neurons change places.
 //
 // Skipping 0 · W is right only while W is finite. A call that meets a number that is not
-// finite, in its parameters or in δ, changes nothing and returns NOT_FINITE.
+// finite, in its parameters, in z or in δ, changes nothing and returns NOT_FINITE.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 // The interface, which kernel.py repeats.
-extern "C" {
 enum Activation : int32_t { IDENTITY, SIGMOID, TANH, RELU };
 enum Cost : int32_t { QUADRATIC, CROSS_ENTROPY, LOG_LIKELIHOOD };
 enum Outcome : int32_t { TRAINED, NOT_FINITE, OUT_OF_MEMORY };
@@ -37,7 +39,6 @@ struct Examples {
   int64_t count, batch_size, image_stride, target_stride;
   int32_t images_are_bytes, targets_are_labels;
 };
-}
 
 namespace {
 
@@ -58,43 +59,57 @@ constexpr int WIDEST = 8;         // most vectors of a row that one loop holds i
 constexpr int64_t SUMMED = 256;   // rows whose sum is made before it is added to others
 constexpr int64_t IN_PLACE = 32;  // most rows of a mini-batch that works on W in place
 
-Vector* vectors(float* p) { return reinterpret_cast<Vector*>(p); }
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// n zeros that begin at a multiple of 64 bytes.
-struct alignas(64) Line { char bytes[64]; };
-template <class T>
-struct Zeros {
-  std::vector<Line> lines;
-  explicit Zeros(int64_t n) : lines(padded(n * sizeof(T), 64) / 64) {}
-  operator T*() { return reinterpret_cast<T*>(lines.data()); }
+// Rows of whole vectors, padded with zeros; a view of them.
+struct Matrix {
+  float* at;
+  int64_t rows, width, stride;
+  float* row(int64_t r) const { return at + r * stride; }
 };
 
-// The buffers of a layer for batches of m rows. After these rows, a and the images have one
-// or two rows of zeros, to an even number.
+Vector* vectors(float* p) { return reinterpret_cast<Vector*>(p); }
+Unaligned* unaligned(float* p) { return reinterpret_cast<Unaligned*>(p); }
+
+// The memory of a call: zeros, which begin at multiples of 64 bytes.
+struct Memory {
+  struct alignas(64) Line { char bytes[64]; };
+  std::vector<std::vector<Line>> blocks;
+
+  template <class T>
+  T* zeros(int64_t n) {
+    blocks.emplace_back(padded(n * sizeof(T), 64) / 64);
+    return reinterpret_cast<T*>(blocks.back().data());
+  }
+  Matrix matrix(int64_t rows, int64_t columns) {
+    const int64_t width = padded(columns, LANES);
+    return {zeros<float>(padded(rows, GROUP) * width), rows, width, width};
+  }
+};
+
+// A list of rows for each group of inputs, behind the number of these rows. The lists lie
+// `stride` numbers apart; if that is 0, all groups have one list.
+struct Lists {
+  int32_t* at;
+  int64_t stride;
+  int32_t* of(int64_t k) const { return at + k / GROUP * stride; }
+};
+
+// A layer, and its buffers for batches of m rows.
 struct Unit {
   Layer layer;
-  bool is_in_place;                     // whether the loops work on W where it is
-  int64_t width, groups;                // n_out, padded to whole vectors; groups of inputs
-  Zeros<float> W, b, a, delta, images;  // W by `block`, a and delta (m, width)
-  Zeros<double> error_sum;
-  Zeros<int32_t> count, list;  // in how many rows a group is not zero, and in which
-  float* x;                    // the inputs, (m, x_stride): images, or a of the layer below
-  int64_t x_stride, list_stride;
+  bool is_in_place;
+  Matrix theirs, W, b, a, delta, x;  // `theirs` is torch's W; x are the inputs
+  Lists lists;                       // of the rows in which inputs are not zero
 
-  Unit(const Layer& l, int64_t m, Unit* below, bool in_place)
-      : layer(l), is_in_place(in_place), width(padded(l.n_out, LANES)),
-        groups(padded(l.n_in, GROUP) / GROUP), W(in_place ? 0 : groups * GROUP * width),
-        b(width), a(padded(m + 1, 2) * width), delta(m * width),
-        images(below ? 0 : padded(m + 1, 2) * padded(l.n_in, LANES)), error_sum(width),
-        count(groups), list(below ? m : groups * (m + 1)), x(below ? below->a : images),
-        x_stride(below ? below->width : padded(l.n_in, LANES)),
-        list_stride(below ? 0 : m + 1) {
-    for (int64_t r = 0; below && r < m; ++r) list[r] = int32_t(r);  // every group, every row
+  Unit(Memory& memory, const Layer& l, int64_t m, const Unit* below, Lists all, bool in_place)
+      : layer(l), is_in_place(in_place), theirs{l.W, l.n_out, l.n_in, l.W_row},
+        W(in_place ? theirs : memory.matrix(l.n_in, l.n_out)), b(memory.matrix(1, l.n_out)),
+        a(memory.matrix(m, l.n_out)), delta(memory.matrix(m, l.n_out)),
+        x(below ? below->a : memory.matrix(m, l.n_in)), lists(all) {
+    const int64_t stride = m + 1, groups = padded(l.n_in, GROUP) / GROUP;
+    if (!below && !in_place) lists = {memory.zeros<int32_t>(groups * stride), stride};
   }
-
-  // The part of W that begins at column `first`: WIDEST vectors or fewer, row after row.
-  float* block(int64_t first) { return W + first * groups * GROUP; }
 };
 
 // ---------------------------------------------------------------- σ, σ' and the costs
@@ -102,17 +117,14 @@ struct Unit {
 // e^x for x <= 0, to about 2 units in the last place; e^-87 for x < -87.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;                         // NaN stays NaN
-  const float shifted = x * 1.44269504f + 12582912.0f;  // + 1.5 · 2^23: an integer, rounded
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23 + an integer, n
   const float n = shifted - 12582912.0f;
   const float r = x - n * 0.693145752f - n * 1.42860677e-6f;  // x - n ln 2
   float p = 1.0f / 720;
   for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127) << 23;  // the lowest bits of `shifted` are n; these are 2^n
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
+  union { float number; uint32_t bits; } power = {shifted};
+  power.bits = (power.bits + 127) << 23;  // the lowest bits of `shifted` are n: 2^n
+  return p * power.number;
 }
 
 inline float sigmoid(float z) {
@@ -129,21 +141,19 @@ inline float hyperbolic_tangent(float z) {
   return std::fabs(z) < 0.625f ? z + z * s * p : z < 0 ? -far : far;
 }
 
-// a = σ(z) in place. The padding of a row stays 0.
+// a = σ(z) in place.
 void apply_sigma(Unit& u, int64_t rows) {
-  float *const a = u.a, *const end = a + rows * u.width;
-  if (u.layer.activation == TANH) std::transform(a, end, a, hyperbolic_tangent);
-  if (u.layer.activation == RELU) std::transform(a, end, a, [](float z) { return z < 0 ? 0 : z; });
-  if (u.layer.activation != SIGMOID) return;
-  std::transform(a, end, a, sigmoid);
-  for (float* row = a; row < end; row += u.width)
-    std::fill(row + u.layer.n_out, row + u.width, 0.0f);
+  float *const a = u.a.at, *const end = u.a.row(rows);
+  const auto apply = [=](auto sigma) { std::transform(a, end, a, sigma); };
+  if (u.layer.activation == SIGMOID) apply(sigmoid);
+  if (u.layer.activation == TANH) apply(hyperbolic_tangent);
+  if (u.layer.activation == RELU) apply([](float z) { return z < 0 ? 0 : z; });
 }
 
 // δ = grad_a ⊙ σ'(z) in place, σ' in terms of a.
 void multiply_by_slope(Unit& u, int64_t rows) {
-  float *const delta = u.delta, *const end = delta + rows * u.width;
-  const auto apply = [=, &u](auto product) { std::transform(delta, end, u.a + 0, delta, product); };
+  float *const a = u.a.at, *const delta = u.delta.at, *const end = u.delta.row(rows);
+  const auto apply = [=](auto product) { std::transform(delta, end, a, delta, product); };
   if (u.layer.activation == SIGMOID) apply([](float d, float a) { return d * (a - a * a); });
   if (u.layer.activation == TANH) apply([](float d, float a) { return d * (1 - a * a); });
   if (u.layer.activation == RELU) apply([](float d, float a) { return a == 0 ? 0 : d; });
@@ -178,8 +188,7 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
     rest += j == top ? 0 : grad[j];
     sum_y += y[j];
   }
-  const double log_total = std::log1p(double(rest));
-  double C = 0;
+  double C = 0, log_total = std::log1p(double(rest));
   for (int64_t j = 0; j < K; ++j) {
     const float p = grad[j] / (1 + rest), q = j == top ? rest / (1 + rest) : 1 - p;
     if (y[j] != 0) C -= y[j] * (double(z[j]) - z[top] - log_total);
@@ -188,164 +197,93 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
   return C;
 }
 
-// ---------------------------------------------------------------- a layer's three products
+// ---------------------------------------------------------------- three products
 
-// z_r += Σ_k x_rk W_k, for the N vectors of a row that begin at column `first`.
+// Call visit(N, first) for each part of a row: N vectors that begin at column `first`.
+template <int N = WIDEST, class Visit>
+void for_each_part(int64_t width, const Visit& visit, int64_t first = 0) {
+  for (; width - first >= N * LANES; first += N * LANES)
+    visit(std::integral_constant<int, N>(), first);
+  if constexpr (N > 1) for_each_part<N - 1>(width, visit, first);
+}
+
+// out_r += Σ_p x_rp M_p, for the rows r in the lists.
 template <int N>
-void add_inputs(Unit& u, int64_t first) {
-  const int64_t width = u.width, x_stride = u.x_stride;
-  float* const out = u.a + first;
-  for (int64_t g = 0; g < u.groups; ++g) {
-    const float* inputs = u.x + g * GROUP;
-    const Vector* W = vectors(u.block(first)) + g * GROUP * N;
-    const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
-    for (; row < end; ++row) {
-      const float* x = inputs + *row * x_stride;
-      Vector* z = vectors(out + *row * width);
-      Vector sum[N];
-      for (int j = 0; j < N; ++j) sum[j] = z[j];
+void add_combinations(Matrix out, Matrix x, Matrix M, Lists lists, int64_t first) {
+  for (int64_t k = 0; k < M.rows; k += GROUP) {
+    float* const M_k = M.row(k) + first;
+    const int32_t *row = lists.of(k), *const last = row + *row;
+    while (row < last) {
+      const int64_t r = *++row;
+      const float* x_r = x.row(r) + k;
+      Vector *out_r = vectors(out.row(r) + first), sum[N];
+      for (int j = 0; j < N; ++j) sum[j] = out_r[j];
       for (int p = 0; p < GROUP; ++p)
-        for (int j = 0; j < N; ++j) sum[j] += x[p] * W[p * N + j];
-      for (int j = 0; j < N; ++j) z[j] = sum[j];
+        for (int j = 0; j < N; ++j) sum[j] += x_r[p] * vectors(M_k + p * M.stride)[j];
+      for (int j = 0; j < N; ++j) out_r[j] = sum[j];
     }
   }
 }
 
-// W_k += decay W_k + rate Σ_r x_rk δ_r, for the same part of a row, SIZE inputs at once.
+inline float sum_of(Vector v) {
+  Four s = {};
+  for (int i = 0; i < LANES / 4; ++i) s += reinterpret_cast<const Four*>(&v)[i];
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+// 0 if all numbers of a matrix in our memory are finite, else NaN.
+float zero_times(Matrix M) {
+  Vector sum[GROUP] = {}, *const end = vectors(M.row(padded(M.rows, GROUP)));
+  for (Vector* v = vectors(M.at); v < end; v += GROUP)
+    for (int p = 0; p < GROUP; ++p) sum[p] += 0.0f * v[p];
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// out_rp += M_p · x_r
 template <int N>
-void add_gradient(Unit& u, int64_t first, float rate, float decay) {
+void add_dots(Matrix out, Matrix x, Matrix M, int64_t rows, int64_t first) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vector x_r[N];
+    for (int j = 0; j < N; ++j) x_r[j] = vectors(x.row(r) + first)[j];
+    for (int64_t p = 0; p < M.rows; ++p) {
+      const Unaligned* M_p = unaligned(M.row(p) + first);
+      Vector sum = M_p[0] * x_r[0];
+      for (int j = 1; j < N; ++j) sum += M_p[j] * x_r[j];
+      out.row(r)[p] += sum_of(sum);
+    }
+  }
+}
+
+// M_p += decay M_p + rate Σ_r x_rp y_r, for SIZE rows of M at once.
+template <int N>
+void add_products(Matrix M, Matrix x, Matrix y, Lists lists, float rate, float decay,
+                  int64_t first) {
   constexpr int SIZE = 4 * N < REGISTERS - 4 ? 4 : 2 * N < REGISTERS - 4 ? 2 : 1;
-  const int64_t width = u.width, x_stride = u.x_stride;
-  for (int64_t k = 0; k < u.groups * GROUP; k += SIZE) {
-    const int64_t g = k / GROUP;
-    const int32_t *row = u.list + g * u.list_stride, *end = row + u.count[g];
-    if (row == end && decay == 0) continue;
-    float *x = u.x + k, *delta = u.delta + first;
-    const auto add_rows = [&](Vector(&sum)[SIZE][N]) {  // of SUMMED rows at most
-      for (const int32_t* stop = row + std::min<int64_t>(end - row, SUMMED); row < stop; ++row) {
-        const float* x_r = x + *row * x_stride;
-        const Vector* delta_r = vectors(delta + *row * width);
+  for (int64_t k = 0; k < M.rows; k += SIZE) {
+    const int32_t *row = lists.of(k), *const last = row + *row;
+    if (row == last && decay == 0) continue;
+    const auto add_rows = [&](Vector(&sum)[SIZE][N]) {  // SUMMED at most
+      for (const int32_t* const stop = std::min(row + SUMMED, last); row < stop;) {
+        const int64_t r = *++row;
+        const float* x_r = x.row(r) + k;
+        const Vector* y_r = vectors(y.row(r) + first);
         for (int p = 0; p < SIZE; ++p)
-          for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * delta_r[j];  // BP4
+          for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * y_r[j];
       }
     };
     Vector sum[SIZE][N] = {};
     add_rows(sum);
-    while (row < end) {
+    while (row < last) {
       Vector more[SIZE][N] = {};
       add_rows(more);
       for (int p = 0; p < SIZE; ++p)
         for (int j = 0; j < N; ++j) sum[p][j] += more[p][j];
     }
-    Vector* W = vectors(u.block(first)) + k * N;
-    for (int p = 0; p < SIZE; ++p)
-      for (int j = 0; j < N; ++j) W[p * N + j] += decay * W[p * N + j] + rate * sum[p][j];
-  }
-}
-
-inline float sum_of(const Vector& v) {
-  const Four* part = reinterpret_cast<const Four*>(&v);
-  Four s = part[0];
-  for (int i = 1; i < LANES / 4; ++i) s += part[i];
-  return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
-// grad_rk += W_k · δ_r, for the same part of a row.
-template <int N>
-void add_errors(Unit& u, int64_t first, int64_t rows, float* grad, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Vector delta[N];
-    for (int j = 0; j < N; ++j) delta[j] = vectors(u.delta + r * u.width + first)[j];
-    const Vector* W = vectors(u.block(first));
-    for (int64_t k = 0; k < u.layer.n_in; ++k, W += N) {
-      Vector sum = W[0] * delta[0];
-      for (int j = 1; j < N; ++j) sum += W[j] * delta[j];
-      grad[r * stride + k] += sum_of(sum);  // BP2
+    for (int p = 0; p < SIZE && k + p < M.rows; ++p) {
+      Unaligned* M_p = unaligned(M.row(k + p) + first);
+      for (int j = 0; j < N; ++j) M_p[j] += decay * M_p[j] + rate * sum[p][j];
     }
   }
-}
-
-// A vector of n numbers from any address, and zeros where n < LANES.
-inline Vector load(const float* p, int64_t n) {
-  if (n >= LANES) return *reinterpret_cast<const Unaligned*>(p);
-  Vector v = {};
-  if (n > 0) std::memcpy(&v, p, n * sizeof(float));
-  return v;
-}
-
-// Write the first n numbers of v.
-inline void store(float* p, const Vector& v, int64_t n) {
-  if (n >= LANES) *reinterpret_cast<Unaligned*>(p) = v;
-  else if (n > 0) std::memcpy(p, &v, n * sizeof(float));
-}
-
-// z_r += W x_r with W in place, four rows of W and two of the batch at once. The row of
-// zeros after the batch gets z = 0, or NaN where a weight is not finite: return its sum.
-float add_inputs_in_place(Unit& u, int64_t rows) {
-  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out;
-  for (int64_t j = 0; j < n_out; j += 4) {
-    const float* W[4];
-    for (int p = 0; p < 4; ++p) W[p] = u.layer.W + std::min(j + p, n_out - 1) * u.layer.W_row;
-    for (int64_t r = 0; r <= rows; r += 2) {
-      float *const x = u.x + r * u.x_stride, *const next = x + u.x_stride;
-      Vector sum[4][2] = {};
-      const auto add = [&](int64_t k, int64_t n) {
-        for (int p = 0; p < 4; ++p) {
-          const Vector W_k = load(W[p] + k, n);
-          sum[p][0] += W_k * *vectors(x + k);
-          sum[p][1] += W_k * *vectors(next + k);
-        }
-      };
-      int64_t k = 0;
-      for (; k + LANES <= n_in; k += LANES) add(k, LANES);
-      if (k < n_in) add(k, n_in - k);
-      for (int q = 0; q < 2; ++q)
-        for (int p = 0; p < 4 && j + p < n_out; ++p)
-          u.a[(r + q) * u.width + j + p] += sum_of(sum[p][q]);
-    }
-  }
-  float check = 0;
-  for (int64_t j = 0; j < n_out; ++j) check += u.a[rows * u.width + j];
-  return check;
-}
-
-// W += decay W + rate δᵀx with W in place, four rows of W and two vectors of each at once.
-void add_gradient_in_place(Unit& u, int64_t rows, float rate, float decay) {
-  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out;
-  for (int64_t j = 0; j < n_out; j += 4)
-    for (int64_t k = 0; k < n_in; k += 2 * LANES) {
-      Vector sum[4][2] = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* delta = u.delta + r * u.width + j;
-        const Vector* x = vectors(u.x + r * u.x_stride + k);
-        for (int p = 0; p < 4; ++p)
-          for (int q = 0; q < 2; ++q) sum[p][q] += delta[p] * x[q];  // BP4
-      }
-      for (int p = 0; p < 4 && j + p < n_out; ++p)
-        for (int q = 0; q < 2; ++q) {
-          float* W = u.layer.W + (j + p) * u.layer.W_row + k + q * LANES;
-          const int64_t n = n_in - k - q * LANES;
-          const Vector before = load(W, n);
-          store(W, before + decay * before + rate * sum[p][q], n);
-        }
-    }
-}
-
-struct Loops {
-  void (*add_inputs)(Unit&, int64_t);
-  void (*add_gradient)(Unit&, int64_t, float, float);
-  void (*add_errors)(Unit&, int64_t, int64_t, float*, int64_t);
-};
-template <int N>
-constexpr Loops loops_of = {add_inputs<N>, add_gradient<N>, add_errors<N>};
-constexpr Loops LOOPS[WIDEST] = {loops_of<1>, loops_of<2>, loops_of<3>, loops_of<4>,
-                                 loops_of<5>, loops_of<6>, loops_of<7>, loops_of<8>};
-
-// Call visit(loops, first column) for each part of a row, with the loops for its width.
-template <class Visit>
-void for_each_part(Unit& u, Visit visit) {
-  for (int64_t first = 0; first < u.width; first += WIDEST * LANES)
-    visit(LOOPS[std::min<int64_t>((u.width - first) / LANES, WIDEST) - 1], first);
 }
 
 // ---------------------------------------------------------------- a mini-batch
@@ -354,36 +292,36 @@ void for_each_part(Unit& u, Visit visit) {
 // a branch, which would be mispredicted.
 template <class Pixel>
 void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
+  const Pixel* const images = static_cast<const Pixel*>(set.images);
   const float scale = set.images_are_bytes ? 1.0f / 255 : 1.0f;
-  const Pixel* images = static_cast<const Pixel*>(set.images);
-  const int64_t n = u.layer.n_in;
-  int32_t *const __restrict__ count = u.count, *const __restrict__ list = u.list;
-  std::memset(count, 0, u.groups * sizeof(int32_t));
+  const int64_t n = u.layer.n_in, stride = u.lists.stride;
+  int32_t *const first = u.lists.at, *const end = u.lists.of(padded(n, GROUP));
+  for (int32_t* list = first; list < end; list += stride) *list = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = begin + r, later = std::min(i + 8, set.count - 1);
     for (int64_t k = 0; k < n; k += 64 / sizeof(Pixel))  // fetch a later image
       __builtin_prefetch(images + set.order[later] * set.image_stride + k);
     const Pixel* const __restrict__ image = images + set.order[i] * set.image_stride;
-    float* const __restrict__ x = u.x + r * u.x_stride;
+    float *const __restrict__ x = u.x.row(r), *group = x;
     for (int64_t k = 0; k < n; ++k) x[k] = scale * float(image[k]);
-    if (u.is_in_place) continue;
-    for (int64_t g = 0; g < u.groups; ++g) {
+    for (int32_t* list = first; list < end; list += stride, group += GROUP) {
       uint64_t bits[2];
-      std::memcpy(bits, x + g * GROUP, sizeof bits);
-      list[g * u.list_stride + count[g]] = int32_t(r);
-      count[g] += (bits[0] | bits[1]) != 0;
+      std::memcpy(bits, group, sizeof bits);
+      const int32_t count = *list;
+      list[count + 1] = int32_t(r);
+      *list = count + ((bits[0] | bits[1]) != 0);
     }
   }
 }
 
-// Make z and a. Return 0, or NaN if a weight of a W in place is not finite.
+// Make z and a. Return 0, or NaN if a z is not finite, as with a W in place that is not.
 float feed_forward(Unit& u, int64_t rows) {
-  float check = 0;
-  if (u.list_stride == 0) std::fill_n(+u.count, u.groups, int32_t(rows));
-  for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(u.a + r * u.width, u.b, u.width * sizeof(float));
-  if (u.is_in_place) check = add_inputs_in_place(u, rows);
-  else for_each_part(u, [&](const Loops& l, int64_t first) { l.add_inputs(u, first); });
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(u.b.at, u.b.width, u.a.row(r));
+  for_each_part(u.W.width, [&](auto n, int64_t first) {
+    u.is_in_place ? add_dots<n>(u.a, u.x, u.W, rows, first)
+                  : add_combinations<n>(u.a, u.x, u.W, u.lists, first);
+  });
+  const float check = zero_times(u.a);
   apply_sigma(u, rows);
   return check;
 }
@@ -392,14 +330,15 @@ float feed_forward(Unit& u, int64_t rows) {
 double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, int64_t rows,
                     float* one_hot) {
   constexpr decltype(&quadratic) of[] = {quadratic, cross_entropy, log_likelihood};
+  const auto* const labels = static_cast<const int64_t*>(set.targets);
+  const auto* const numbers = static_cast<const float*>(set.targets);
   double C = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = set.order[begin + r] * set.target_stride;
-    const float* y = static_cast<const float*>(set.targets) + at;
-    float* hot = one_hot;
-    if (set.targets_are_labels) hot += static_cast<const int64_t*>(set.targets)[at], y = one_hot;
+    float* const hot = one_hot + (set.targets_are_labels ? labels[at] : 0);
+    const float* const y = set.targets_are_labels ? one_hot : numbers + at;
     *hot = 1;
-    C += of[cost](u.delta + r * u.width, u.a + r * u.width, y, u.layer.n_out);
+    C += of[cost](u.delta.row(r), u.a.row(r), y, u.layer.n_out);
     *hot = 0;
   }
   multiply_by_slope(u, rows);  // BP1
@@ -407,59 +346,37 @@ double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, i
 }
 
 // Make the δ of the layer below.
-void propagate(Unit& u, Unit& below, int64_t rows) {
-  std::memset(below.delta, 0, rows * below.width * sizeof(float));
-  for_each_part(u, [&](const Loops& l, int64_t first) {
-    l.add_errors(u, first, rows, below.delta, below.width);
+void propagate(const Unit& u, Unit& below, int64_t rows) {
+  std::fill(below.delta.at, below.delta.row(rows), 0.0f);
+  for_each_part(u.W.width, [&](auto n, int64_t first) {
+    add_dots<n>(below.delta, u.delta, u.W, rows, first);  // BP2
   });
   multiply_by_slope(below, rows);  // BP2
 }
 
-// Update b, and W if it is not in place.
-void update(Unit& u, int64_t rows, float lr, float weight_decay) {
-  const float rate = -lr / float(rows), decay = -lr * weight_decay;
-  if (u.layer.trains_W && !u.is_in_place)
-    for_each_part(u, [&](const Loops& l, int64_t first) { l.add_gradient(u, first, rate, decay); });
-  if (!u.layer.trains_b) return;
-  double* const sum = u.error_sum;
-  std::fill(sum, sum + u.width, 0.0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < u.width; ++j) sum[j] += u.delta[r * u.width + j];  // BP3
-  for (int64_t j = 0; j < u.width; ++j) u.b[j] += rate * float(sum[j]);
+// Update W, and b, which is the weight of an input that is always 1.
+void update(Unit& u, Matrix ones, Lists all, float rate, float decay) {
+  const Matrix left = u.is_in_place ? u.delta : u.x, right = u.is_in_place ? u.x : u.delta;
+  if (u.layer.trains_b)
+    for_each_part(u.b.width, [&](auto n, int64_t first) {
+      add_products<n>(u.b, ones, u.delta, all, rate, 0, first);  // BP3
+    });
+  if (u.layer.trains_W)
+    for_each_part(u.W.width, [&](auto n, int64_t first) {
+      add_products<n>(u.W, left, right, u.lists, rate, decay, first);  // BP4
+    });
 }
 
 // ---------------------------------------------------------------- a call
 
-// 0 if all numbers are finite, else NaN.
-float zero_times(Zeros<float>& v) {
-  Vector sum[2] = {};
-  for (size_t i = 0; i < v.lines.size() * 16 / LANES; ++i) sum[i % 2] += 0.0f * vectors(v)[i];
-  return sum_of(sum[0] + sum[1]);
-}
-
-// Copy W from torch's memory (INTO_OURS) or back, in tiles of 4 x 4 that it transposes.
-template <bool INTO_OURS>
-void copy_weights(Unit& u) {
-  const int64_t n_in = u.layer.n_in, n_out = u.layer.n_out, stride = u.layer.W_row;
-  for (int64_t j = 0; j < n_out; j += 4) {
-    const int64_t first = j - j % (WIDEST * LANES);
-    const int64_t step = std::min<int64_t>(u.width - first, WIDEST * LANES);
-    for (int64_t k = 0; k < n_in; k += 4) {
-      float* __restrict__ theirs = u.layer.W + j * stride + k;
-      float* __restrict__ ours = u.block(first) + k * step + j - first;
-      const auto copy = [=](int64_t rows, int64_t columns) {
-        float tile[4][4];
-        for (int p = 0; p < rows; ++p)
-          for (int q = 0; q < columns; ++q)
-            tile[q][p] = INTO_OURS ? theirs[p * stride + q] : ours[q * step + p];
-        for (int q = 0; q < columns; ++q)
-          for (int p = 0; p < rows; ++p)
-            (INTO_OURS ? ours[q * step + p] : theirs[p * stride + q]) = tile[q][p];
-      };
-      const int64_t rows = std::min<int64_t>(n_out - j, 4), columns = std::min<int64_t>(n_in - k, 4);
-      rows == 4 && columns == 4 ? copy(4, 4) : copy(rows, columns);  // constants make vectors
-    }
-  }
+// to_ji = from_ij, in squares, which stay in the processor's cache.
+void transpose(Matrix from, Matrix to, int64_t rows, int64_t columns) {
+  constexpr int64_t SQUARE = 16;
+  for (int64_t column = 0; column < columns; column += SQUARE)
+    for (int64_t row = 0; row < rows; row += SQUARE)
+      for (int64_t j = column; j < std::min(column + SQUARE, columns); ++j)
+        for (int64_t i = row; i < std::min(row + SQUARE, rows); ++i)
+          to.row(j)[i] = from.row(i)[j];
 }
 
 }  // namespace
@@ -469,41 +386,49 @@ void copy_weights(Unit& u) {
 extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examples* examples,
                                  int32_t cost, float lr, float weight_decay, float* costs) try {
   const Examples& set = *examples;
+  const int64_t m = set.batch_size;
+  const bool in_place = set.count <= std::min(m, IN_PLACE) && layers[0].n_in % LANES == 0;
+  Memory memory;
+  const Matrix ones = memory.matrix(m, 1);
+  std::fill(ones.at, ones.row(m), 1.0f);
+  int32_t* const list = memory.zeros<int32_t>(m + 1);
+  std::iota(list, list + m + 1, -1);
+  const Lists all = {list, 0};
   std::vector<Unit> units;
   units.reserve(depth);
-  float check = 0;
-  const bool in_place = set.count <= std::min(set.batch_size, IN_PLACE);
+  float check = 0, rate = 0, decay = -lr * weight_decay;
   for (int64_t l = 0; l < depth; ++l) {
-    units.emplace_back(layers[l], set.batch_size, l ? &units[l - 1] : nullptr, !l && in_place);
+    units.emplace_back(memory, layers[l], m, l ? &units[l - 1] : nullptr, all, in_place && !l);
     Unit& u = units[l];
-    if (!u.is_in_place) copy_weights<true>(u);
+    if (!u.is_in_place) transpose(u.theirs, u.W, u.layer.n_out, u.layer.n_in);
     for (int64_t j = 0; u.layer.b && j < u.layer.n_out; ++j)
-      u.b[j] = u.layer.b[j * u.layer.b_step];
-    check += zero_times(u.W) + zero_times(u.b);
+      u.b.at[j] = u.layer.b[j * u.layer.b_step];
+    check += zero_times(u.b) + (u.is_in_place ? 0 : zero_times(u.W));
   }
   if (!(check == 0)) return NOT_FINITE;
-  Zeros<float> one_hot(units.back().width);
+  float* const one_hot = memory.zeros<float>(layers[depth - 1].n_out);
   const auto take = set.images_are_bytes ? take_images<uint8_t> : take_images<float>;
-  for (int64_t begin = 0; begin < set.count; begin += set.batch_size) {
-    const int64_t rows = std::min(set.batch_size, set.count - begin);
+  for (int64_t begin = 0; begin < set.count; begin += m) {
+    const int64_t rows = std::min(m, set.count - begin);
+    *list = int32_t(rows);
+    rate = -lr / float(rows);
     take(units[0], set, begin, rows);
     for (Unit& u : units) check += feed_forward(u, rows);
     const double C = output_error(units.back(), set, cost, begin, rows, one_hot);
     for (int64_t l = depth - 1; l >= 0; --l) {
       if (l) propagate(units[l], units[l - 1], rows);
       check += zero_times(units[l].delta);
-      update(units[l], rows, lr, weight_decay);
+      if (!units[l].is_in_place) update(units[l], ones, all, rate, decay);
     }
     *costs++ = float(C / double(rows));
   }
-  for (Unit& u : units) check += zero_times(u.W) + zero_times(u.b);
+  for (Unit& u : units) check += zero_times(u.b) + (u.is_in_place ? 0 : zero_times(u.W));
   if (!(check == 0)) return NOT_FINITE;
   for (Unit& u : units) {
     const Layer& l = u.layer;
-    if (l.trains_W && u.is_in_place)
-      add_gradient_in_place(u, set.count, -lr / float(set.count), -lr * weight_decay);
-    else if (l.trains_W) copy_weights<false>(u);
-    for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b[j];
+    if (u.is_in_place) update(u, ones, all, rate, decay);
+    else if (l.trains_W) transpose(u.W, u.theirs, l.n_in, l.n_out);
+    for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b.at[j];
   }
   return TRAINED;
 } catch (...) {  // std::bad_alloc, or std::length_error
