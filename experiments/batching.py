@@ -7,8 +7,8 @@ The claim: the gradient of a mini-batch is the mean of its examples' gradients,
 
     A1   C = (1/n) Σ_x C_x, so that ∂C/∂w = (1/n) Σ_x ∂C_x/∂w
 
-so ``torchbp.backprop`` and our layers under autograd, which compute a batch at once
-with the 1/n in the cost, give the same as one example at a time and as ``torch.func``'s
+``torchbp.backprop`` and our layers under autograd compute a batch at once, with the 1/n
+in the cost. They give the same as one example at a time, and as ``torch.func``'s
 vmap(grad).
 
 A mini-batch of m examples drawn from all estimates the gradient over all, and
@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class BatchingSettings(reporting.ImageSettings):
     examples: int = option(10_000, "training images")
     batch_size: int = option(100, "examples in the comparison of ways")
     draws: int = option(400, "mini-batches of each size")
-    repeats: int = option(7, "turns of every timing")
+    repeats: int = option(7, "repetitions of every timing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,14 +293,7 @@ def draw(figure: Any, noise: list[Noise]) -> None:
     ax.legend()
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, BatchingSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, BatchingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -1,4 +1,4 @@
-"""How fast: training loops, layers, and how the cost of a step grows.
+"""Time training loops, single layers, and how a step's time grows with the sizes.
 
     python experiments/benchmark.py                    training loops, then layers
     python experiments/benchmark.py --what networks    the training loops alone
@@ -71,9 +71,11 @@ WORKLOADS = (
     Workload("wide-128", (784, 512, 512, 10), 128, 0.5),
 )
 EXAMPLES = 10_240  # in a turn: ten to a thousand steps
-# Of the weights with native's after a short run; float32 runs differ by some 1e-6 then.
+# The largest relative distance of a loop's weights from native's after SHORT_RUN steps;
+# right loops differ by some 1e-6, which is float32's rounding.
 AGREEMENT, SHORT_RUN = 1e-4, 100
-# What is scaled, with the others as in [784, 100, 10] at batches of 10.
+# The sizes of --what scaling; each time the others are those of [784, 100, 10] and
+# batches of 10.
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 256, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -91,7 +93,7 @@ class BenchmarkSettings:
     device: str = option("cpu", "auto: CUDA if available")
     threads: int = option(1, "CPU threads")
     no_compile: bool = option(False, "omit torch.compile, which takes most of the time")
-    repeats: int = option(7, "turns of every timing")
+    repeats: int = option(7, "repetitions of every timing")
     seconds: float = option(0.05, "least duration of one turn of one layer")
     quick: bool = option(False, "measure less")
     data: str | None = option(None, DATA_HELP)
@@ -115,7 +117,7 @@ class LoopTiming:
         median_ratio: the median of loop / native, turn by turn.
         min_ratio: the ratio of the shortest times.
         agrees: relative distance of its weights from native's after a short run; None
-            if its cost is another.
+            for a loop with another cost.
     """
 
     workload: str

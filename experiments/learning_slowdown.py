@@ -15,9 +15,9 @@ The claims:
     ½     of the quadratic cost only scales η: without it and with η/2, the same
           trajectory
 
-One neuron (input 1, target 0) from a good and from a bad start; then a network [784,
-30, 10] from its usual start and from one whose outputs are all saturated at 1; both
-costs at the same η.
+The program trains one neuron (input 1, target 0) from a good and from a bad start, then
+a network [784, 30, 10] from its usual start and from one whose outputs are all
+saturated at 1, each with both costs at the same η.
 
 Exit status: 0 the claims are shown, 1 a claim is not, 2 bad arguments or data.
 
@@ -29,7 +29,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,10 @@ class SlowdownSettings(reporting.ImageSettings):
 
     saturation: float = option(4.0, "biases of the saturated outputs")
     lr: float = option(0.02, "learning rate η of the network")
-    steps: int = option(4000, "steps of the network")
+    steps: int = option(4000, "training steps of the network")
     every: int = option(5, "steps between the points of a curve")
     examples: int = option(50_000, "training images")
-    batches: int = option(500, "mini-batches for the learning speed of inputs")
+    batches: int = option(500, "mini-batches in which the inputs' speeds are measured")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,8 +312,8 @@ def judge(
 
 
 def slowdown(curves: dict[tuple[str, str], Curve], cost: str) -> float:
-    """Return the ratio of the times in which the cost halves, bad start over good; inf
-    if only the bad one's does not halve, NaN if neither does."""
+    """Return how many times as long the cost takes to halve from the bad start: inf if
+    it halves from the good one only, NaN if from neither."""
     good, bad = (curves[cost, start].halved for start in NEURON_STARTS)
     return bad / good
 
@@ -381,25 +380,18 @@ def draw(figure: Any, trainings: dict[str, list[Curve]]) -> None:
                 style = colours[c.cost] + ("-" if c.start == "good" else "--")
                 values = getattr(c, quantity)
                 ax.plot(c.times, values, style, label=f"{c.cost}, {c.start} start")
-            if quantity != "sigma_prime":  # which is at most 1/4
+            if quantity != "sigma_prime":  # σ' is at most 1/4
                 ax.set_yscale("log")
             ax.set_title(f"{name}: {label}", fontsize=10)
             ax.tick_params(labelsize=8)
             ax.set_xlabel("epoch" if name == "neuron" else "step", fontsize=8)
-            if name == "network":  # whose bad start ends soon
+            if name == "network":  # which leaves its bad start in few steps
                 ax.set_xscale("log")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, SlowdownSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, SlowdownSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -12,7 +12,8 @@
     torchrun --nproc-per-node 2 experiments/mnist.py      the same run, by 2 processes
     python experiments/mnist.py --page                    also write page.html, the
                                                           trained network for a browser
-    tensorboard --logdir runs                             the curves
+    tensorboard --logdir runs                             the curves; the end of a run
+                                                          prints their address
 
 Exit status: 0 done; 1 --target-accuracy missed or the cost diverged; 2 bad arguments or
 data, or a run folder that cannot be read or written: full, read-only, missing, or in
@@ -290,6 +291,10 @@ def headline(
     )
 
 
+# Without TensorBoard's smoothing, which bends curves of one point an epoch.
+CURVES = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+
+
 def summary(metrics: dict[str, Any], tested: int, has_page: bool) -> str:
     """Return the lines that end the output of a run."""
     best = ""
@@ -306,6 +311,7 @@ def summary(metrics: dict[str, Any], tested: int, has_page: bool) -> str:
         f"\ntime            {metrics['seconds']:.1f} s, this session"
         f"\nrun             {run}{page}"
         f"\ncurves          tensorboard --logdir {run.parent}"
+        f"\n                {CURVES}"
     )
 
 

@@ -2,7 +2,7 @@
 
     python experiments/nielsen.py                     every row, 3 seeds each
     python experiments/nielsen.py --chapter 5         one chapter: 1, 3 or 5
-    python experiments/nielsen.py --engine autograd   by backward passes; 10 x as long
+    python experiments/nielsen.py --engine autograd   under autograd; 10 x as long
     python experiments/nielsen.py --epochs-scale 0.1  a tenth of the epochs
     python experiments/nielsen.py --quick             a twentieth, in a minute
 
@@ -12,12 +12,12 @@ unless a row states otherwise; λ is the book's, λ/n the weight decay.
 
 A published accuracy counts as reproduced if it is within 0.3 points or two standard
 deviations of the seeds' mean, whichever is more; if the mean is above that range, the
-row is "better", if below, "not reproduced". In the last case 7 more seeds are trained
-and the reason is printed, as for rows that pass only by their standard deviation; the
-verdict remains. A published norm has to be within the range of 30 initial networks. The
-single neuron, and the growth of accuracy with the number of training examples, are
-judged by shape. A row whose epochs were cut is not comparable, unless it is about the
-first epoch.
+row is "better", if below, "not reproduced". Rows that are not reproduced are trained
+with 7 more seeds, which do not change the verdict. A reason is printed for them, and
+for rows that are reproduced only by their standard deviation. A published norm has to
+be within the range of 30 initial networks. The single neuron, and the growth of
+accuracy with the number of training examples, are judged by shape. A row whose epochs
+were cut is not comparable, unless it is about the first epoch.
 
 Exit status: 0 all rows are reproduced; 1 a row is not; 2 bad arguments or data; 130
 interrupted (results.json keeps the finished trainings).
@@ -367,14 +367,7 @@ def draw(figure: Any, lines: Sequence[Reproduction], runs: Runs) -> None:
     right.set_xlabel("training examples")
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, NielsenSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, NielsenSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -30,7 +30,6 @@ import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class InitialState:
         norms: ‖δ^ℓ‖.
         speeds: ‖∂C/∂b^ℓ‖.
         predicted: ‖δ^ℓ‖ / ‖δ^{ℓ+1}‖ for all but the last layer.
-        saturated: share of hidden neurons.
+        saturated: share of the hidden neurons that are saturated.
     """
 
     activation: str
@@ -125,7 +124,8 @@ class InitialState:
 
 @dataclass(frozen=True)
 class TrainingCourse:
-    """The hidden layers before training and after every epoch, while all is finite.
+    """The hidden layers before training and after every epoch, until a norm is infinite
+    or NaN.
 
     Attributes:
         activation: of the hidden layers.
@@ -388,14 +388,7 @@ def draw(
     right.legend(fontsize=8, ncols=2)
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, VanishingSettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, VanishingSettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

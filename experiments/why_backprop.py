@@ -32,8 +32,8 @@ The error of the differences over ε is a V: rounding ~ u/ε on its left, trunca
 
 Exit status: 0 the claims are shown, 1 a claim is not, 2 bad arguments.
 
-Beyond 10⁴ parameters only a sample of them is perturbed; numbers of passes and times
-that are extrapolated from it are marked ~.
+In networks of more than 10⁴ parameters only a sample of them is perturbed. Times and
+numbers of passes that are extrapolated from a sample are marked ~.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 2.
 """
@@ -107,7 +107,7 @@ class WhySettings(reporting.CommonSettings):
         "neurons per layer; repeat the option for each network, at least two",
         shown="8 6 4 up to 784 1000 200 10",
     )
-    repeats: int = option(7, "turns of every timing")
+    repeats: int = option(7, "repetitions of every timing")
     batch_size: int = option(512, "examples in the timed passes")
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ def judge(
 
 
 def are_close(power: int, powers: list[float]) -> bool:
-    """Return whether the powers are about `power`, NaN apart, and not all are NaN."""
+    """Return whether all powers but NaN are about `power`, and there are any."""
     measured = [p for p in powers if not math.isnan(p)]
     return bool(measured) and all(abs(p - power) < 0.3 for p in measured)
 
@@ -370,14 +370,7 @@ def draw(figure: Any, ways: list[GradientCost], errors: list[DifferenceErrors]) 
     right.legend(fontsize=8, loc="lower left")
 
 
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status.
-
-    Args:
-        arguments: of the command line; those of the process if None.
-    """
-    return reporting.run(main, WhySettings, QUICK, __doc__, arguments)
-
+command_line = reporting.command_line(main, WhySettings, QUICK, __doc__)
 
 if __name__ == "__main__":
     sys.exit(command_line())

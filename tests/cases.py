@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,16 @@ has_compiler = pytest.mark.skipif(
     reason="needs a C++ compiler, and torch.compile's inductor vectors to write in it",
 )
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 # ---------------------------------------------------------------- layers and costs

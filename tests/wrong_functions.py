@@ -803,6 +803,15 @@ class ForgetsDimension(RightRule):
         return x - x.flatten(1).mean(1).reshape(-1, *[1] * (x.dim() - 1)), 0
 
 
+class RefusesDimension(RightRule):
+    """Its vmap rule raises an error unless the mapped dimension is the first."""
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        assert in_dims[0] == 0
+        return RightRule.vmap(info, in_dims, x)
+
+
 class NativeWhenCompiled(Square):
     """Uses torch's own operations when it is compiled."""
 
@@ -1396,6 +1405,13 @@ WRONG_FUNCTIONS = [
     ),
     WrongFunction(
         ForgetsDimension.apply, RightRule.apply, (X,), "vmap", "mapped over x, a value"
+    ),
+    WrongFunction(
+        RefusesDimension.apply,
+        RightRule.apply,
+        (X,),
+        "vmap",
+        "along its last dimension",
     ),
     WrongFunction(
         native_when_compiled,

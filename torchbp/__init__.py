@@ -37,8 +37,21 @@ For layers ℓ = 1 ... L, σ entrywise, ⊙ elementwise, C = (1/n) Σ_x C_x::
   (A1), and travels down with δ.
 - σ' is written in terms of a wherever a determines it (sigmoid a(1 - a), tanh 1 - a²,
   ReLU [a > 0], softplus 1 - e^-a), so z is not stored.
-- Softmax is not entrywise; there δ^L = Jᵀ ∇_a C, which BP1 as stated leaves out. So the
-  log-likelihood cost takes z, and gives δ^L = (softmax(z) - y)/n directly.
+- Softmax is not entrywise, so BP1 as stated does not apply (δ^L = Jᵀ ∇_a C). The
+  log-likelihood cost therefore takes z, and returns δ^L = (softmax(z) - y)/n directly.
+
+The files
+---------
+======================= ================================================================
+``functional``          BP2-BP4: an autograd.Function for each layer
+``costs``               BP1: an autograd.Function for each cost
+``nn``, ``convert``     the modules; conversion to native layers and back
+``explicit``            the whole algorithm at once, without autograd
+``examination``         ``examine``: checks of anybody's backward
+``inspection``          ``observe``, ``compare``, the tour and the page
+``data``, ``training``  MNIST and its family; trainer, checkpoints, TensorBoard
+``exercises``           each equation, for the reader to write
+======================= ================================================================
 """
 
 import importlib

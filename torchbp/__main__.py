@@ -28,8 +28,11 @@ An --input is
                   1), bool, or int<10 (0 to 9, for labels; quote it: "3:int<10")
   =LITERAL        an argument that is not a tensor: =0.5, =None, =True
 
-Exit status: 0 nothing failed, 1 something did, 2 a usage error.
+Exit status: 0 no check failed, 1 a check failed, 2 a usage error.
 """
+
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def add_examine(commands: Any) -> None:
@@ -58,7 +61,7 @@ def add_examine(commands: Any) -> None:
         action="append",
         default=[],
         metavar="SPEC",
-        help="an argument of the function; once for each",
+        help="an argument of the function (repeated for each)",
     )
     parser.add_argument(
         "--reference",
@@ -70,13 +73,13 @@ def add_examine(commands: Any) -> None:
         metavar="TARGET",
         help="a function whose derivatives the target should have, if not its own",
     )
-    for name, what in (("skip", "omit this check"), ("only", "run this check")):
+    for name, text in (("skip", "omit this check"), ("only", "run this check")):
         parser.add_argument(
             f"--{name}",
             action="append",
             default=[],
             metavar="CHECK",
-            help=f"{what} (may be repeated)",
+            help=f"{text} (may be repeated)",
         )
     parser.add_argument(
         "--strict", action="store_true", help="count warnings as failures"
@@ -84,7 +87,7 @@ def add_examine(commands: Any) -> None:
     parser.add_argument(
         "--isolate",
         action="store_true",
-        help="examine in a process of its own, which may crash",
+        help="examine in a separate process, and report its crash",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -96,8 +99,8 @@ def add_examine(commands: Any) -> None:
     parser.add_argument(
         "--cost",
         action=argparse.BooleanOptionalAction,
-        help="whether the target is a cost, which A1 and A2 hold for (decided by its "
-        "result)",
+        help="whether the target is a cost, for which A1 and A2 hold (its result "
+        "decides)",
     )
     parser.add_argument(
         "--compile",
@@ -105,13 +108,10 @@ def add_examine(commands: Any) -> None:
         const=True,
         default=False,
         metavar="BACKEND",
-        help="examine it compiled, too (by aot_eager if none is named)",
+        help="also examine it compiled (by aot_eager if none is named)",
     )
     add_seed(parser)
     parser.set_defaults(run=run_examine)
-
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def run_examine(arguments: argparse.Namespace) -> int:
         raise ValueError("the following arguments are required: target")
     check_seed(arguments.seed)
     if "" not in sys.path:
-        sys.path.insert(0, "")  # modules of the current folder
+        sys.path.insert(0, "")  # the current folder's modules
     generator = torch.Generator("cpu").manual_seed(arguments.seed)
     torch.manual_seed(arguments.seed)  # for the initial parameters of a module
     dtype = getattr(torch, arguments.dtype)
@@ -175,7 +175,7 @@ Show one backward pass of a small network and, if MNIST is on disk, of [784, 30,
 its first batch: what each layer computed, forward and backward, and BP1-BP4 compared
 with native autograd and finite differences.
 
-Exit status: 0 all equations agree, 1 one does not, 2 an error.
+Exit status: 0 all equations agree, 1 an equation disagrees, 2 an error.
 """
 LARGEST_NETWORK = 10**7  # weights and biases; each is compared in float64, repeatedly
 
@@ -216,10 +216,10 @@ def add_observe(commands: Any) -> None:
     parser.set_defaults(run=run_observe)
 
 
-def add_html(parser: argparse.ArgumentParser, what: str) -> None:
-    """Declare ``--html``."""
+def add_html(parser: argparse.ArgumentParser, subject: str) -> None:
+    """Declare ``--html``, which writes the page of `subject`."""
     parser.add_argument(
-        "--html", metavar="FILE", help=f"also write {what} as a page for a browser"
+        "--html", metavar="FILE", help=f"also write {subject} as a page for a browser"
     )
 
 
@@ -258,8 +258,8 @@ def run_observe(arguments: argparse.Namespace) -> int:
     if has_mnist:
         train = data.load("mnist", root, download=False).train
         images, labels = data.scale(train.images[:10]), train.labels[:10]
-        of_mnist = [784, 30, 10], arguments, images, labels, "MNIST", arguments.html
-        ok = _show_backward_pass(*of_mnist) and ok
+        sizes, html = [784, 30, 10], arguments.html
+        ok &= _show_backward_pass(sizes, arguments, images, labels, "MNIST", html)
     else:
         print(f"MNIST is not in {root}: its backward pass is omitted (--data FOLDER)")
     return 0 if ok else 1
@@ -301,7 +301,7 @@ def run_tour(arguments: argparse.Namespace) -> int:
 
     check_seed(arguments.seed)
     tour = Tour(arguments.seed)
-    if arguments.html is not None:  # first, since the tour may be quit
+    if arguments.html is not None:  # before the tour, which may be quit
         cost = QuadraticCost()
         save_page(arguments.html, tour.model, cost, tour.x, tour.y, tour.lr)
     is_complete = show(tour.sections, in_colour(sys.stdout), arguments.step)
@@ -357,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_exercises(commands)
 
     def program() -> int:
+        """Parse the command line and run its command."""
         arguments = parser.parse_args(argv)
         return int(arguments.run(arguments))
 

@@ -10,7 +10,7 @@ No single form of a hand-written Function can do everything:
 
 So a Function of this package is written once, in the lean form, from classmethods that
 both forms use; :class:`TwoFormFunction` derives the transformable form, and
-:func:`call` picks the one that the moment of the call needs.
+:func:`call` picks the form that suits the call.
 """
 
 from __future__ import annotations
@@ -28,39 +28,45 @@ from torch.autograd import Function, forward_ad
 # backward ends; torch has this from 2.13 on.
 HAS_BOXED_GRADS = hasattr(Function, "boxed_grads_call")
 # Whether torch.compile runs a Function's backward inside torch.func. Before 2.15 it
-# drops the first Function's in silence; it refuses a second Function (2.8), or returns
-# zeros as the gradients of the second one's parameters (2.14).
+# silently drops the backward of the first Function; a second Function is refused (2.8),
+# or the gradients of its parameters are zero (2.14).
 COMPILES_IN_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
+
+
+# One look-up instead of three: these run at every call.
+is_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class TwoFormFunction(Function):
     """A Function in the lean form, whose subclasses get their form for torch.func as
     ``cls.transformable``.
 
-    A subclass provides ``evaluate(*inputs)`` (the forward mathematics),
-    ``tensors_to_save(inputs, output)`` (every tensor that backward or jvp may read) and
-    ``push_forward(ctx, *tangents)`` (the jvp), besides its own ``forward(ctx, ...)``
-    and ``backward``.
+    A subclass provides `evaluate`, `tensors_to_save` and `push_forward`, and its own
+    static ``forward`` and ``backward``, which receive their class as the keyword `cls`.
     """
 
     transformable: ClassVar[Any]
 
     @classmethod
     def evaluate(cls, *inputs: Any) -> Any:
+        """Return the output: the mathematics of the forward pass."""
         raise NotImplementedError
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
+        """Return every tensor that backward or `push_forward` may read."""
         raise NotImplementedError
 
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: Any) -> Any:
+        """Return the tangent of the output (the jvp)."""
         raise NotImplementedError
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("forward", "backward", "setup_context", "jvp"):
-            _bind(cls, name)
+        _bind(cls, "forward")
+        _bind(cls, "backward")
         if not issubclass(cls, _Transformable):
             members = {
                 "__module__": cls.__module__,
@@ -73,27 +79,25 @@ class TwoFormFunction(Function):
 
 
 def _bind(cls: type, name: str) -> None:
-    """Turn the classmethod `name` into a plain function that knows its class.
+    """Give `cls` a copy of its function `name` whose keyword `cls` is the class.
 
-    torch and torch.func call classmethods like any callable, but torch.compile takes a
-    bound method for ``forward`` apart wrongly (torch 2.15 hands it the class twice).
+    A classmethod would not do: torch.compile passes the class to a bound ``forward``
+    twice (torch 2.15). A wrapper would run at every call.
     """
-    member = getattr(cls, name)
-    function = getattr(member, "__func__", None) or getattr(member, "unbound", None)
-    if function is None:  # torch's own staticmethod, not overridden
-        return
-
-    def bound(*args: Any) -> Any:
-        return function(cls, *args)
-
-    bound.__name__, bound.__qualname__ = name, f"{cls.__qualname__}.{name}"
-    bound.__doc__ = function.__doc__
-    bound.unbound = function  # type: ignore[attr-defined]
-    setattr(cls, name, staticmethod(bound))
+    function = getattr(cls, name)
+    code = function.__code__
+    if "cls" not in code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount]:
+        return  # torch's own, or one that does not need its class
+    copy = types.FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = {"cls": cls}
+    copy.__qualname__, copy.__doc__ = f"{cls.__qualname__}.{name}", function.__doc__
+    setattr(cls, name, staticmethod(copy))
 
 
 class _Transformable:
-    """The members that turn a lean Function into one that torch.func can transform."""
+    """What a Function needs for torch.func, from the classmethods of its lean form."""
 
     generate_vmap_rule = True
     boxed_grads_call = False
@@ -104,7 +108,7 @@ class _Transformable:
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)  # a tangent that is not given is None
+        ctx.set_materialize_grads(False)  # a missing tangent is None
         saved = cls.tensors_to_save(inputs, output)  # type: ignore[attr-defined]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -115,30 +119,33 @@ class _Transformable:
 
 
 def call(cls: Any, *inputs: Any) -> Any:
-    """Apply `cls`, in its transformable form where a torch.func transform or a forward-
-    mode level is active outside torch.compile."""
-    if not transforming():
-        return cls.apply(*inputs)
+    """Apply `cls` in the form that suits the call."""
+    return call_transformed(cls, *inputs) if transforming() else cls.apply(*inputs)
+
+
+def call_transformed(cls: Any, *inputs: Any) -> Any:
+    """Apply `cls` where :func:`transforming` is true: in its transformable form, unless
+    torch.compile traces."""
     if torch.compiler.is_compiling():
         if not COMPILES_IN_TRANSFORMS:  # torch differentiates the forward operations
             return cls.evaluate(*inputs)
         return cls.apply(*inputs)
-    # Forward mode within forward mode: torch drops the derivatives of a jvp, in silence
-    # (zeros from jacfwd(jacfwd(f)), 2.8 to 2.15). So there, and only there, torch
-    # differentiates the forward operations themselves.
+    # Within a second forward-mode transform torch silently drops the derivatives of a
+    # jvp (zeros from jacfwd(jacfwd(f)), 2.8 to 2.15). Only then does torch
+    # differentiate the forward operations itself.
     if _forward_levels() > 1:
         return cls.evaluate(*inputs)
     return cls.transformable.apply(*inputs)
 
 
 def _forward_levels() -> int:
-    """How many torch.func forward-mode transforms are active, one in the other."""
+    """Return the number of nested torch.func forward-mode transforms."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(i.key() == torch._C._functorch.TransformType.Jvp for i in stack)
 
 
 def transforming() -> bool:
-    """Whether a torch.func transform or a forward-mode level is active.
+    """Return whether a torch.func transform or a forward-mode level is active.
 
     Examples:
         >>> import torch
@@ -147,22 +154,21 @@ def transforming() -> bool:
         >>> torch.func.vmap(lambda x: x * transforming())(torch.ones(2))
         tensor([1., 1.])
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_overwrite(other: Tensor) -> bool:
-    """Whether a backward may work in place, with `other`, on tensors it made itself.
+    """Return whether a backward may combine `other` in place with tensors of its own.
 
-    It may where nothing records the operations (autograd, a ``TorchDispatchMode``), and
-    where no transform hides dimensions in `other` that those tensors have not: those of
-    torch.func, or of ``autograd.grad(..., is_grads_batched=True)``, which has a vmap of
-    its own.
+    It may if nothing records the operations (autograd, a ``TorchDispatchMode``), and if
+    no transform hides in `other` a dimension that those tensors lack: torch.func does,
+    and so does the vmap of ``autograd.grad(..., is_grads_batched=True)``.
     """
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()  # a mode may keep what it sees
-        or torch._C._are_functorch_transforms_active()
+        or _are_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(other)
     )
 
@@ -170,9 +176,9 @@ def may_overwrite(other: Tensor) -> bool:
 def varying(t: Tensor, s: Tensor) -> Tensor:
     """Return `t`, whose derivative by `s` is 0 everywhere, with that 0 in the graph.
 
-    Without it, a differentiated backward pass would not use `s`: autograd.grad raises
-    an error then, and DistributedDataParallel waits for the gradient of what lies
-    below. Native layers give zeros.
+    Otherwise a differentiated backward pass would not use `s`: autograd.grad would
+    raise an error, and DistributedDataParallel would wait for the gradients of the
+    layers below. Native layers give zeros.
     """
     if not (torch.is_grad_enabled() and s.requires_grad):
         return t
@@ -181,18 +187,20 @@ def varying(t: Tensor, s: Tensor) -> Tensor:
 
 
 def times(own: Tensor, other: Tensor) -> Tensor:
-    """own * other for an `own` that the caller made; in place where that is safe, which
-    saves a buffer of its size at the peak of a backward pass."""
-    return own.mul_(other) if may_overwrite(other) else own * other
+    """Return own * other for an `own` that the caller made; in place where that is safe
+    and saves much memory: a buffer of its size at the peak of a backward pass."""
+    if own.numel() > _LARGE and may_overwrite(other):
+        return own.mul_(other)
+    return own * other
 
 
-_LARGE = 4096  # numbers; below, the five calls of _masked cost more than the branches
+_LARGE = 4096  # entries; below, a buffer costs less than asking may_overwrite
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def where_positive(grad: Tensor, a: Tensor) -> Tensor:
-    """`grad` where a > 0, else 0, for an `a` without negative numbers. Not a product:
-    0 · inf would be NaN. A NaN counts as positive, as it does to native ReLU."""
+    """Return `grad` where a > 0, else 0, for an `a` without negative numbers. A product
+    would not do: 0 · inf is NaN. A NaN counts as positive, as in native ReLU."""
     if torch.compiler.is_compiling():  # this form fuses best
         return torch.where(a <= 0, torch.zeros_like(grad), grad)
     is_large = a.is_cpu and type(a) is Tensor and a.numel() > _LARGE
@@ -202,8 +210,8 @@ def where_positive(grad: Tensor, a: Tensor) -> Tensor:
 
 
 def _masked(grad: Tensor, a: Tensor) -> Tensor:
-    """`grad` where a > 0, else 0, without a branch for each number, of which processors
-    guess half wrong: masked_fill and where take ten times as long at 128 x 512."""
+    """Return the same as `where_positive` without a branch for each number: processors
+    mispredict half of them, so masked_fill and where take ten times as long."""
     bits = _BITS[a.itemsize]
     # As an integer a positive float is positive; 1 and 0 become all bits and none. abs
     # removes the sign of -0.0, which is not positive, and of NaN, which counts as such.
@@ -212,9 +220,9 @@ def _masked(grad: Tensor, a: Tensor) -> Tensor:
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the device of `input`, None if it is off."""
-    # The first test is the cheap one; the second raises for devices without autocast.
-    if not torch._C._is_any_autocast_enabled():
+    """Return autocast's dtype for the device of `input`, None if it is off."""
+    # The first test is cheap; torch.is_autocast_enabled raises for the device "meta".
+    if not is_autocast_enabled():
         return None
     device_type = input.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -224,26 +232,21 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 
 @contextmanager
 def casting(input: Tensor, *others: Any) -> Iterator[list[Any]]:
-    """Switch autocast off, and give `input` and `others` in its dtype for the device of
-    `input`; float64, integers and None stay as they are, as native layers have it."""
+    """Switch autocast off, and yield `input` and `others` in its dtype for the device
+    of `input`; float64, integers and None stay as they are, as in native layers. Cast
+    before the Function, so that autograd casts the gradients back."""
     dtype = autocast_dtype(input)
 
     def is_cast(t: Any) -> bool:
         is_float = isinstance(t, Tensor) and t.is_floating_point()
         return is_float and t.dtype != torch.float64
 
-    with autocast_off(input.device.type):
+    with torch.autocast(input.device.type, enabled=False):
         yield [t.to(dtype) if is_cast(t) else t for t in (input, *others)]
 
 
-@contextmanager
-def autocast_off(device_type: str) -> Iterator[None]:
-    """Switch autocast off, where it is on: only there is this cheap."""
-    with torch.autocast(device_type, enabled=False):
-        yield
-
-
-def without_autocast(like: Tensor) -> AbstractContextManager[None]:
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast on the device of `like`."""
-    is_on = autocast_dtype(like) is not None
-    return autocast_off(like.device.type) if is_on else nullcontext()
+    if autocast_dtype(like) is None:  # nullcontext is cheaper
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)

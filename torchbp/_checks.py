@@ -1,5 +1,5 @@
-"""Checks of tensor arguments: a cheap one at each call, and the error messages, which
-are made only after it, or the call itself, has failed."""
+"""Checks of tensor arguments: a cheap test at each call, and the error messages, which
+are made only after the test or the call has failed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from torch import Tensor
 
 
 def layer_fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Whether a layer's arguments pass where F.linear takes more than a layer does: 1-D
-    weights, integers, biases that broadcast or are promoted, and a weight on "meta".
-    F.linear itself raises for the rest, and :func:`explain` says why, for either."""
+    """Return False for what F.linear accepts and a layer refuses: 1-D weights,
+    integers, biases that broadcast or are promoted, a weight on "meta". F.linear itself
+    rejects other bad arguments; :func:`explain` has the message for both."""
     return (
         W.dim() == 2
         and W.is_floating_point()
-        and x.device == W.device
+        and (not W.is_meta or x.is_meta)
         and (
             b is None
-            or (b.dim() == 1 and b.shape[0] == W.shape[0] and b.dtype is x.dtype)
+            or (b.dim() == 1 and b.size(0) == W.size(0) and b.dtype is x.dtype)
         )
     )
 
 
 def explain(x: Any, W: Any, b: Any) -> Exception | None:
-    """The error for a layer's arguments that do not fit, None for those that do: the
-    first thing wrong, in the order in which a reader would look."""
+    """Return the first error in a layer's arguments, None if they fit."""
     named = [("input", x), ("weight", W), *([] if b is None else [("bias", b)])]
     for name, t in named:
         if not isinstance(t, Tensor):
@@ -66,8 +65,18 @@ A2 = (
 )
 
 
+def is_dense(t: Any) -> bool:
+    """Return whether `t` is a tensor without an error of :func:`explain_storage`."""
+    return (
+        isinstance(t, Tensor)
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_quantized)
+    )
+
+
 def cost_fits(input: Tensor, target: Tensor) -> bool:
-    """Whether a cost's arguments pass, but for labels out of range."""
+    """Return whether a cost's dense arguments fit; the range of labels is not
+    checked."""
     shape, dtype = input.shape, target.dtype
     if dtype is input.dtype:
         fits = dtype.is_floating_point and target.shape == shape
@@ -85,7 +94,7 @@ def cost_fits(input: Tensor, target: Tensor) -> bool:
 
 
 def explain_cost(input: Tensor, target: Tensor) -> Exception:
-    """The error for a cost's arguments that do not fit."""
+    """Return the error for a cost's arguments that do not fit."""
     if not input.is_floating_point():
         return TypeError(f"input: expected a real floating dtype, got {input.dtype}")
     if input.dim() == 0:
@@ -112,9 +121,9 @@ def explain_cost(input: Tensor, target: Tensor) -> Exception:
 
 
 def explain_storage(name: str, t: Tensor) -> TypeError | None:
-    """The error for a tensor whose entries are not numbers in strided memory, None for
-    any other."""
-    if type(t).__name__ == "ExpandedWeight":  # asked for anything else, it raises
+    """Return the error for a tensor whose entries are not numbers in strided memory,
+    None for any other."""
+    if type(t).__name__ == "ExpandedWeight":  # any other question makes it raise
         return TypeError(
             f"{name}: expected a plain Tensor, got the ExpandedWeight of "
             "call_for_per_sample_grads; torch.func.vmap(torch.func.grad(...)) gives "
@@ -132,8 +141,8 @@ def explain_storage(name: str, t: Tensor) -> TypeError | None:
 
 
 def explain_memory(name: str, t: Tensor) -> TypeError | None:
-    """The same as :func:`explain_storage`, and the error for a tensor without numbers,
-    where they are needed."""
+    """Return the error of :func:`explain_storage`, or that for a tensor without numbers
+    (meta), None for any other."""
     if t.is_meta:
         return TypeError(f"{name}: expected a dense Tensor, got one on the device meta")
     return explain_storage(name, t)

@@ -16,8 +16,7 @@ _T = TypeVar("_T", bound=type)
 
 
 def make_class(name: str, base: _T, members: dict[str, Any]) -> _T:
-    """Return a subclass of `base`, as a class statement would make it, metaclass and
-    all."""
+    """Return a subclass of `base` with its metaclass, as a class statement makes it."""
     return types.new_class(name, (base,), {}, lambda body: body.update(members))  # type: ignore[return-value]
 
 
@@ -28,8 +27,8 @@ def check_name(name: Any) -> None:
 
 
 def place(cls: _T, depth: int = 2) -> _T:
-    """Make the module of the caller's caller that of `cls`, as namedtuple does, so that
-    ``SiLU = define_layer("SiLU", ...)`` at module level can be pickled."""
+    """Set the module of `cls` to that of the caller's caller, as namedtuple does, so
+    that ``SiLU = define_layer("SiLU", ...)`` at module level can be pickled."""
     cls.__module__ = sys._getframe(depth).f_globals.get("__name__", "__main__")
     cls.__qualname__ = cls.__name__
     return cls
@@ -41,12 +40,12 @@ def place(cls: _T, depth: int = 2) -> _T:
 def check_sigma(
     sigma: Any, sigma_prime: Any, saves: str
 ) -> tuple[Callable[[Tensor], Tensor], float]:
-    """Check a user's σ and σ'; return a σ whose result is memory of its own, and the
+    """Check a user's σ and σ'; return a σ whose result shares no memory with z, and the
     largest slope |σ'(z)| for |z| <= 10."""
     shares_memory = _check_entrywise("sigma", sigma)
     _check_entrywise("sigma_prime", sigma_prime)
     z = torch.linspace(-10, 10, 2001, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():  # on both sides of 0, where a σ may have two formulas
+    with torch.enable_grad():  # z on both sides of 0: a σ may have two formulas
         a = sigma(z)
         check_reads_no_parameter("sigma", sigma, a)
         slopes = sigma_prime(a if saves == "a" else z).abs()
@@ -54,6 +53,7 @@ def check_sigma(
     slopes = slopes[slopes.isfinite()]
 
     def own_sigma(z: Tensor) -> Tensor:
+        """Return σ(z) in new memory."""
         return sigma(z).clone() if shares_memory else sigma(z)
 
     return own_sigma, slopes.max().item() if len(slopes) else 1.0
@@ -90,24 +90,23 @@ def _check_entrywise(role: str, f: Any) -> bool:
 
 
 def check_cost(cost: Any, grad: Any) -> dict[str, Any]:
-    """Check a user's C_x and ∇C_x; return members for the class of their Function:
-    none, or, where they do not take three outputs, those that check them at the first
-    call."""
+    """Check a user's C_x and ∇C_x on three outputs. If they take another number only,
+    return the members of their Function that check them at the first call."""
     if all([_takes_three("cost", cost), _takes_three("grad", grad)]):
         return {}
     return {"is_checked": False, "check_parts": classmethod(_check_parts)}
 
 
 def _takes_three(role: str, f: Any) -> bool:
-    """Check a user's C_x or ∇C_x on three outputs; return False where it takes another
-    number only, as with one weight for each class."""
+    """Check a user's C_x or ∇C_x on three outputs; return False if it takes another
+    number only, for example because it has a weight for each class."""
     check_callable(role, f)
     probe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64, device="cpu").reshape(2, 3)
     try:
         with torch.no_grad():
             f(probe.clone(), probe.flip(0))
     except (RuntimeError, IndexError, ValueError, AssertionError):
-        # Torch's own about shapes, dtypes and devices, or a check of the user's.
+        # Errors of torch about shapes, dtypes and devices, or of the user's own check.
         check_reads_no_parameter(role, f)
         return False
     _check_part(role, f, probe)
@@ -115,12 +114,11 @@ def _takes_three(role: str, f: Any) -> bool:
 
 
 def _check_parts(cls: Any, v: Tensor) -> None:
-    """Check C_x and ∇C_x of the cost Function `cls`, once, on the number of outputs of
-    `v`."""
+    """Check C_x and ∇C_x of the Function `cls` on as many outputs as `v` has, once."""
     if not _has_numbers(v) or cls.is_checked:  # in this order for torch.compile
         return
     numbers = torch.linspace(0.1, 0.9, 2 * v.shape[-1], dtype=v.dtype, device=v.device)
-    with torch.inference_mode(False):  # which hides who requires grad
+    with torch.inference_mode(False):  # inference mode hides requires_grad
         probe = numbers.clone().reshape(2, -1)
         _check_part("cost", cls.per_example, probe)
         _check_part("grad", cls.nabla, probe)
@@ -128,7 +126,8 @@ def _check_parts(cls: Any, v: Tensor) -> None:
 
 
 def _has_numbers(v: Tensor) -> bool:
-    """Whether results can be looked at: not while a compiler or a mode traces."""
+    """Return whether numbers can be read: not on meta, nor while a compiler or a mode
+    traces."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -158,7 +157,7 @@ def _check_part(role: str, f: Any, probe: Tensor) -> None:
         )
 
 
-# ---------------------------------------------------------------- of any of the four
+# ---------------------------------------------------------------- any of the four
 
 
 def check_callable(role: str, f: Any) -> None:
@@ -174,9 +173,9 @@ def _check_is_tensor(role: str, result: Any) -> None:
 
 
 def check_reads_no_parameter(role: str, f: Any, result: Tensor | None = None) -> None:
-    """Raise ValueError if the `result` of `f`, for arguments that do not require grad,
-    requires grad: then `f` reads a tensor that would never get its gradient. Without a
-    result, raise it if any of the tensors that `f` can name requires grad."""
+    """Raise ValueError if `result`, which `f` returned for arguments that do not
+    require grad, requires grad: `f` reads a tensor that would never get its gradient.
+    Without a result, raise it if any tensor that `f` can name requires grad."""
     if result is None:
         names = [name for name, t in _tensors_read(f) if t.requires_grad]
     elif result.requires_grad:
@@ -194,7 +193,7 @@ def check_reads_no_parameter(role: str, f: Any, result: Tensor | None = None) ->
 
 
 def _leaves(result: Tensor) -> list[Tensor]:
-    """The leaf tensors that autograd would send gradients of `result` to."""
+    """Return the leaf tensors to which autograd would send gradients of `result`."""
     if result.grad_fn is None:
         return [result]
     leaves: list[Tensor] = []
@@ -212,11 +211,11 @@ def _leaves(result: Tensor) -> list[Tensor]:
 
 
 def _tensors_read(f: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a callable can name: in its closure, among the globals that it
-    reads, in its defaults, as an attribute of its object or as an argument bound
-    beforehand; and those that the functions among these can name."""
+    """Yield the tensors that a callable can name, with their names: in its closure, its
+    globals, its defaults, the attributes of its object, the arguments bound to it, and
+    in the functions among these."""
     waiting = [("", f)]
-    # The values as well, since an id may come back once its object is gone.
+    # With the values: the id of an object that is gone may be used again.
     seen: dict[int, Any] = {}
     while waiting:
         name, value = waiting.pop()
@@ -232,7 +231,7 @@ def _tensors_read(f: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The values that lie directly in `value`, each with its name."""
+    """Return the values that `value` holds directly, each with its name."""
     if isinstance(value, functools.partial):
         bound = [(f"{name}({i})", a) for i, a in enumerate(value.args)]
         return [*bound, *value.keywords.items(), (name, value.func)]
@@ -253,14 +252,18 @@ def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _names(f: Any) -> list[tuple[str, Any]]:
-    """The variables around a function, and its defaults."""
+    """Return the globals and the closure's variables that a function reads, and its
+    defaults."""
     try:
-        around = inspect.getclosurevars(f)
+        variables = inspect.getclosurevars(f)
     except ValueError:  # a variable that has no value yet
         return []
     defaults = {k: p.default for k, p in inspect.signature(f).parameters.items()}
-    return [*around.globals.items(), *around.nonlocals.items(), *defaults.items()]
+    outer = [*variables.globals.items(), *variables.nonlocals.items()]
+    return [*outer, *defaults.items()]
 
 
 def _member(name: str, attribute: str) -> str:
+    """Return the name of an attribute, qualified by that of its object if it has
+    one."""
     return f"{name}.{attribute}" if name else attribute

@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = ["TEMPORARY", "check_is_file", "write_atomically"]
 
+# The name of a temporary file, with the number of the process that writes it.
 TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.torchbp")
 
 
@@ -43,8 +44,8 @@ def check_is_file(path: str | os.PathLike[str]) -> os.stat_result:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Yield an unused path beside `path`, named after this process; remove the file at
-    the end."""
+    """Yield an unused path beside `path`, with this process's number in its name;
+    remove the file at the end."""
     name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.torchbp"
     temporary = path.with_name(name)
     try:
@@ -86,7 +87,7 @@ def write_atomically(
             if previous is not None and mode is not None:
                 _copy_as_previous(target, _follow_links(previous)[0], mode)
             os.replace(temporary, target)
-    except OSError as error:  # which names the temporary file, or no file
+    except OSError as error:  # it names the temporary file, or none
         reason = f"cannot be written: {error.strerror}"
         raise OSError(error.errno, reason, str(path)) from error
     except ValueError as error:
@@ -96,8 +97,8 @@ def write_atomically(
 
 
 def _follow_links(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """Return the path without links and the file's permissions, None if there is no
-    file; raise OSError for anything but a regular file."""
+    """Return the path without links, and the permissions of the file or None if none
+    exists; raise OSError for anything but a regular file."""
     try:
         mode = stat.S_IMODE(check_is_file(path).st_mode)
     except FileNotFoundError:
@@ -106,7 +107,7 @@ def _follow_links(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
 
 
 def _write_to_disk(path: Path, data: Any, mode: int | None) -> None:
-    """Create a file and return when its bytes are on the disk.
+    """Create a file, and wait until its bytes are on the disk.
 
     Args:
         path: of the file, which must not exist.

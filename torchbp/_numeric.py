@@ -18,7 +18,7 @@ def relative_distance(
 
     Args:
         actual: a tensor, or several that count as one.
-        expected: the same of what `actual` should be.
+        expected: what `actual` should be, in the same form.
 
     Examples:
         >>> relative_distance(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
@@ -29,7 +29,7 @@ def relative_distance(
 
 
 def _flatten(tensors: Tensor | Iterable[Tensor]) -> Tensor:
-    """All entries of one tensor or of several, in one row on the CPU."""
+    """Return all entries of one tensor or of several, 1-d on the CPU."""
     several = [tensors] if isinstance(tensors, Tensor) else tensors
     return torch.cat([t.detach().flatten().cpu() for t in several])
 
@@ -52,7 +52,7 @@ def summing_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for sums over many examples: float64 where the device has it.
 
     Args:
-        device: where the sums are made.
+        device: that of the sums.
 
     Examples:
         >>> summing_dtype(torch.device("cpu"))

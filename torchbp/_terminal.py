@@ -54,20 +54,20 @@ def run_program(
     """Run a program and return its exit status.
 
     A failure that the user can act on (ValueError, OSError, ImportError, UserError)
-    ends it with one line on standard error and status 2, an interrupt with 130, and a
-    reader of its output that stops reading, as ``head`` does, silently with 141, the
+    ends it with one line on standard error and status 2, an interrupt with 130. If the
+    reader of its output stops reading, as ``head`` does, it ends silently with 141, the
     status of SIGPIPE. Standard streams take every character: see
     :func:`replace_unencodable`.
 
     Args:
-        program: returns the exit status; SystemExit does so, too.
-        statuses: further expected failures, and the status of each.
+        program: returns the exit status, or raises SystemExit with it.
+        statuses: the status of each further expected failure.
         prefix: of the line on standard error.
     """
     replace_unencodable()
     try:
         status = program()
-        print(end="", flush=True)  # here a broken pipe is still caught
+        print(end="", flush=True)  # while a broken pipe is still caught
         return status
     except SystemExit as error:
         return int(error.code or 0)
@@ -86,7 +86,8 @@ def run_program(
 
 
 def _discard_output() -> None:
-    """Point standard output to nowhere, so that Python's last flush does not fail."""
+    """Redirect standard output to nowhere, so that Python's last flush does not
+    fail."""
     # The stream that replaces standard output may have no file descriptor.
     with suppress(AttributeError, OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +99,7 @@ class Parser(argparse.ArgumentParser):
     Args:
         doc: the docstring; its first paragraph precedes the options in ``--help``, the
             rest follows them.
-        options: of ``argparse.ArgumentParser``.
+        options: arguments of ``argparse.ArgumentParser``.
     """
 
     def __init__(self, doc: str | None = None, **options: Any) -> None:
@@ -129,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 def replace_unencodable() -> None:
     """Make the standard streams replace the characters that their encoding lacks.
 
-    Output in cp1252 then has "?" for σ, and input that cannot be decoded U+FFFD. An
+    Output in cp1252 then has "?" for σ, and input that cannot be decoded has U+FFFD. An
     error handler that never raises, such as backslashreplace, stays as it is.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -142,7 +143,7 @@ def replace_unencodable() -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time to wait in whole seconds, minutes or hours.
+    """Return a waiting time in whole seconds, minutes or hours.
 
     >>> duration(7.4), duration(125), duration(4000)
     ('7 s', '2 min', '1 h 07 min')
@@ -224,7 +225,8 @@ def _unbuffered() -> Iterator[Callable[[], str]]:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Return cells as a table, its first `left` columns flush left, the rest right."""
+    """Return cells as a table, with its first `left` columns flush left and the others
+    flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -259,6 +261,7 @@ def html_table(
     """
 
     def cell(tag: str, i: int, text: str) -> str:
+        """Return the cell of column i."""
         colour = _VERDICTS[verdicts[text]] if tag == "td" and text in verdicts else ""
         style = f"text-align:{'left' if i < left else 'right'};{colour}"
         return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'

@@ -24,8 +24,8 @@ _NATIVE = {layer: layer.native for layer in ACTIVATIONS.values()}
 _OURS = {native: ours for ours, native in _NATIVE.items() if native is not None}
 _CONVERTED = {nn.Linear, *_NATIVE, *_OURS}
 
-# Hooks that see a module's output, z or a. A pre-hook sees the input, which stays that
-# of the linear part (pruning computes the weight in a pre-hook).
+# Hooks that see a module's output, z or a. Pre-hooks stay at the linear part, which has
+# the same input (pruning computes the weight in a pre-hook).
 _OUTPUT_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -41,10 +41,10 @@ def to_native(model: nn.Module) -> nn.Module:
     its parameters.
 
     Args:
-        model: any module; it is left as it is. An :class:`torchbp.MLP` becomes one flat
-            ``nn.Sequential(Linear, Sigmoid, ...)``; inside another ``nn.Sequential``
-            each of our layers becomes two entries, elsewhere, or where it has a name or
-            hooks on its output, a small ``nn.Sequential``. An MLP whose instance has
+        model: any module; it does not change. An :class:`torchbp.MLP` becomes one flat
+            ``nn.Sequential(Linear, Sigmoid, ...)``. In an ``nn.Sequential`` each of our
+            layers becomes two entries; elsewhere, or if it has a name or hooks on its
+            output, it becomes a small ``nn.Sequential``. An MLP whose instance has
             attributes, buffers or modules of its own stays an MLP.
 
     Raises:
@@ -72,11 +72,11 @@ def from_native(model: nn.Module) -> nn.Module:
     """Return the same network made of our layers, which share its parameters.
 
     Args:
-        model: any module; it is left as it is. Every ``nn.Linear`` becomes a
-            :class:`torchbp.BPLinear`; with an activation that one of our layers has
-            (``nn.Sigmoid``, ...) right behind it in the same ``nn.Sequential`` the two
-            become that layer, unless hooks look at what lies between them or the
-            activation has options other than its defaults.
+        model: any module; it does not change. Every ``nn.Linear`` becomes a
+            :class:`torchbp.BPLinear`. If the next module in the same ``nn.Sequential``
+            is an activation that one of our layers has (``nn.Sigmoid``, ...), the two
+            become that layer, unless hooks see the tensor between them or the
+            activation's options are not its defaults.
 
     Raises:
         ValueError: as :func:`to_native`, but for layers of ours.
@@ -97,7 +97,7 @@ class _Converter:
     """Rebuilds a tree of modules; a module that is in two places stays one module."""
 
     def __init__(self, model: nn.Module) -> None:
-        # With the originals, which must live as long as their ids are keys.
+        # With the originals, which must stay alive while their ids are keys.
         self.done: dict[tuple[object, ...], tuple[object, list[nn.Module]]] = {}
         self.names = {id(module): name for name, module in model.named_modules()}
         self.copies: list[nn.Module] = []
@@ -108,13 +108,14 @@ class _Converter:
                     vars(copy)[name] = self.redirected(value)
 
     def convert(self, module: nn.Module) -> nn.Module:
+        """Return the converted `module`."""
         (result,) = self.once([module], self.rebuild)
         return result
 
     def once(
         self, originals: list[nn.Module], make: Callable[..., list[nn.Module]]
     ) -> list[nn.Module]:
-        """Return what `make` returns for the originals, called once for each group."""
+        """Return ``make(*originals)``, called once only for the same originals."""
         key = (make.__name__, *map(id, originals))
         if key not in self.done:
             self.done[key] = (originals, make(*originals))
@@ -134,10 +135,8 @@ class _Converter:
         if type(module) is MLP and isinstance(self, _ToNative) and _is_flat(module):
             return [self.flattened(module)]
         result = self.copied(module, type(module))
-        self.done[("rebuild", id(module))] = (
-            module,
-            [result],
-        )  # for a module in itself
+        # Before its children are converted: a module may contain itself.
+        self.done[("rebuild", id(module))] = (module, [result])
         if type(module) is nn.Sequential:
             result._modules = self.sequence(module._modules)  # type: ignore[assignment]
         else:
@@ -148,12 +147,12 @@ class _Converter:
 
     def check_instance(self, module: nn.Module) -> None:
         """Raise ValueError if a copy of the instance would compute something else."""
-        what = _alteration(module)
-        if what is not None:
+        alteration = _alteration(module)
+        if alteration is not None:
             name = self.names.get(id(module))
             raise ValueError(
                 "convert: expected modules that compute what their class says, got a "
-                f"{type(module).__name__} {what}"
+                f"{type(module).__name__} {alteration}"
                 + (f" (module {name!r})" if name else "")
             )
 
@@ -206,11 +205,13 @@ class _Converter:
     def counterparts(
         self, children: Mapping[str, Any]
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Yield what each child becomes; two may have the same number."""
+        """Yield the modules that each child becomes, with the child's name."""
         raise NotImplementedError
 
 
 class _ToNative(_Converter):
+    """Replaces our layers by native ones."""
+
     def layer(self, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, BPLinear):
             return None
@@ -233,7 +234,7 @@ class _ToNative(_Converter):
         if activation is None:
             return [linear]
         for name in _OUTPUT_HOOKS:
-            getattr(linear, name).clear()  # they expect a: the container has them
+            getattr(linear, name).clear()  # they expect a, so the container has them
         return [linear, activation().train(layer.training)]
 
     def flattened(self, model: MLP) -> nn.Module:
@@ -245,7 +246,7 @@ class _ToNative(_Converter):
     def with_hooks(
         self, target: nn.Module, source: nn.Module, names: Iterable[str]
     ) -> nn.Module:
-        """Give `target` those hooks of `source`, and return it."""
+        """Give `target` the hooks of `source` in the attributes `names`; return it."""
         for name in names:
             setattr(target, name, getattr(source, name).copy())
         target._is_full_backward_hook = source._is_full_backward_hook
@@ -264,10 +265,13 @@ class _ToNative(_Converter):
 
 
 class _FromNative(_Converter):
+    """Replaces native layers by ours."""
+
     def layer(self, module: nn.Module) -> nn.Module | None:
         return self.copied(module, BPLinear) if type(module) is nn.Linear else None
 
     def fuse(self, linear: nn.Module, activation: nn.Module) -> list[nn.Module]:
+        """Return the layer of ours that computes both, as a list of one."""
         self.check_instance(linear)
         self.check_instance(activation)
         return [self.copied(linear, _OURS[type(activation)])]
@@ -275,18 +279,19 @@ class _FromNative(_Converter):
     def counterparts(
         self, children: Mapping[str, Any]
     ) -> Iterator[tuple[str, nn.Module]]:
-        rest = list(children.items())
-        while rest:
-            name, child = rest.pop(0)
-            if rest and type(child) is nn.Linear and _fusible(child, rest[0][1]):
-                (layer,) = self.once([child, rest.pop(0)[1]], self.fuse)
+        waiting = list(children.items())
+        while waiting:
+            name, child = waiting.pop(0)
+            is_linear = waiting and type(child) is nn.Linear
+            if is_linear and _fusible(child, waiting[0][1]):
+                (layer,) = self.once([child, waiting.pop(0)[1]], self.fuse)
                 yield name, layer
             else:
                 yield name, self.convert(child)
 
 
 def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
-    """Whether the two may become one layer: no hook sees z between them, and the
+    """Return whether the two may become one layer: no hook sees z between them, and the
     activation has no state or options of its own."""
     return (
         type(activation) in _OURS
@@ -298,8 +303,8 @@ def _fusible(linear: nn.Module, activation: nn.Module) -> bool:
 
 
 def _is_flat(model: MLP) -> bool:
-    """Whether an MLP has nothing but its layers, and hooks that an nn.Sequential can
-    have, too."""
+    """Return whether an MLP has nothing but its layers and hooks, which an
+    nn.Sequential can have, too."""
     hooks = (*_OUTPUT_HOOKS, *_INPUT_HOOKS, "_is_full_backward_hook")
     return (
         model._modules.keys() == {"layers"}
@@ -309,8 +314,8 @@ def _is_flat(model: MLP) -> bool:
 
 
 def _is_new(module: nn.Module, new: nn.Module, ignored: Iterable[str]) -> bool:
-    """Whether an instance has the attributes of a `new` one of its class, apart from
-    the `ignored` ones and from an altered call, for which there is another error."""
+    """Return whether an instance has the attributes of a `new` one of its class, apart
+    from the `ignored` ones and a replaced call, which is another error."""
     own, fresh = (
         {k: v for k, v in vars(m).items() if k not in ignored} for m in (module, new)
     )
@@ -322,8 +327,9 @@ def _is_new(module: nn.Module, new: nn.Module, ignored: Iterable[str]) -> bool:
 
 
 def _alteration(module: nn.Module) -> str | None:
-    """What makes an instance compute something else than its class, in words, or None.
-    A copy would call the original's, and a layer of another class would lose it."""
+    """Describe what makes an instance compute something else than its class, or return
+    None. A copy would call the original's ``forward``; a converted layer would lose
+    it."""
     cls = type(module)
     tensors = [*module._parameters.values(), *module._buffers.values()]
     if any(is_lazy(t) for t in tensors if t is not None):
@@ -331,8 +337,8 @@ def _alteration(module: nn.Module) -> str | None:
     for name, value in vars(module).items():
         if name == "_compiled_call_impl" and value is not None:
             return "compiled by module.compile()"
-        # An attribute that overrides the class's default is an option; but a layer is
-        # converted to another class, which does not have it.
+        # An attribute that overrides the class's is an option, except in a layer, which
+        # becomes one of another class without that option.
         is_call = callable(getattr(nn.Module, name, None))
         is_layer = cls in _CONVERTED and value is not getattr(cls, name, value)
         if is_call or is_layer:
@@ -341,8 +347,10 @@ def _alteration(module: nn.Module) -> str | None:
 
 
 def _numbered(modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Return modules by name, as an nn.Sequential has them."""
     return {str(i): module for i, module in enumerate(modules)}
 
 
 def _watched(module: nn.Module) -> bool:
+    """Return whether hooks see the module's output."""
     return any(getattr(module, name) for name in _OUTPUT_HOOKS)

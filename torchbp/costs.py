@@ -2,15 +2,15 @@
 
 A cost is the mean over the examples of a per-example cost, C = (1/n) Σ_x C_x (A1), and
 depends on the network's parameters through its outputs only (A2). Its backward returns
-∇C, which starts the sweep: the last layer multiplies it by σ' and has δ^L. A cost whose
+∇C, which starts the sweep: the last layer multiplies it by σ' to get δ^L. A cost whose
 argument is z instead of a (`takes` = "z") returns δ^L itself, for an identity last
-layer. The rest of the package knows of a cost what its Function and its module say.
+layer. The rest of the package learns about a cost from its Function and its module.
 
-n is the number of rows, all leading dimensions together, not the number of numbers:
-torch's means also divide by the number of outputs K.
+n is the number of rows, over all leading dimensions; torch's means also divide by the
+number of outputs K.
 
 ========================== ======================== ==================================
-here                       in torch                 C is
+torchbp                    torch                    C is
 ========================== ======================== ==================================
 :class:`QuadraticCost`     ``nn.MSELoss``           K/2 times as large
 :class:`CrossEntropyCost`  ``nn.BCEWithLogitsLoss`` K times as large; K sigmoids
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from torchbp._autograd import TwoFormFunction, autocast_dtype, call, varying
-from torchbp._checks import A2, cost_fits, explain_cost, explain_storage
+from torchbp._checks import A2, cost_fits, explain_cost, explain_storage, is_dense
 from torchbp._define import check_cost, check_name, make_class, place
 
 __all__ = [
@@ -51,13 +51,13 @@ __all__ = [
 class CostFunction(TwoFormFunction):
     """C = (1/n) Σ_x C_x(v, y) for outputs v (a or z) and targets y, both (*, K).
 
-    A subclass gives C_x with `per_example` and ∇C_x with `nabla`; A1 is applied here,
-    so neither of them divides by n.
+    A subclass defines C_x in `per_example` and ∇C_x in `nabla`; neither divides by n,
+    since this class applies A1.
 
     Attributes:
-        one_hot_nabla: ∇C_x of v and one-hot rows y, put into `out`, with a `factor` of
-            1 - `multiple` y: the form in which the explicit engine has it. None: the
-            engine calls `nabla`.
+        one_hot_nabla: ∇C_x of v and one-hot rows y, written to the argument `out`; the
+            argument `factor` is 1 - `multiple` y. The explicit engine calls it; if it
+            is None, the engine calls `nabla` instead.
         multiple: see `one_hot_nabla`.
 
     Examples:
@@ -78,12 +78,12 @@ class CostFunction(TwoFormFunction):
 
     @staticmethod
     def per_example(v: Tensor, y: Tensor) -> Tensor:
-        """C_x of every row of `v` and `y`: (*, K), (*, K) -> (*)."""
+        """Return C_x of every row of `v` and `y`: (*, K), (*, K) -> (*)."""
         raise NotImplementedError
 
     @staticmethod
     def nabla(v: Tensor, y: Tensor) -> Tensor:
-        """∂C_x/∂v of every row of `v` and `y`: (*, K), (*, K) -> (*, K)."""
+        """Return ∂C_x/∂v of every row of `v` and `y`: (*, K), (*, K) -> (*, K)."""
         raise NotImplementedError
 
     one_hot_nabla: ClassVar[Callable[..., Tensor] | None] = None
@@ -91,8 +91,8 @@ class CostFunction(TwoFormFunction):
 
     @classmethod
     def check_parts(cls, v: Tensor) -> None:
-        """Check C_x and ∇C_x at the number of outputs of `v`, where they have not been
-        checked: before the first of them is used."""
+        """Check C_x and ∇C_x on as many outputs as `v` has, before the first is used;
+        ``define_cost`` overrides it if it could not check them."""
 
     @classmethod
     def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
@@ -103,22 +103,23 @@ class CostFunction(TwoFormFunction):
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         return tuple(inputs)
 
-    @classmethod
-    def forward(cls, ctx: Any, v: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, y: Tensor, *, cls: Any) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, y)
         return cls.evaluate(v, y)
 
-    @classmethod
-    def backward(cls, ctx: Any, grad_C: Tensor | None) -> Any:  # type: ignore[override]
+    @staticmethod
+    def backward(ctx: Any, *grads: Any, cls: Any = None) -> Any:
+        (grad_C,) = grads
         if grad_C is None:
             return None, None
         v, y = ctx.saved_tensors
-        n = v.shape[:-1].numel()
+        n = v.numel() // v.shape[-1]
         nabla = cls.nabla(v, y)
         if not nabla.requires_grad:
             nabla = varying(nabla, v)
-        return nabla * (grad_C / n), None  # BP1: ∇C, the last layer adds σ'
+        return nabla * (grad_C / n), None  # BP1: ∇C; σ' is the last layer's
 
     @classmethod
     def push_forward(cls, ctx: Any, dv: Any, dy: Any) -> Any:
@@ -149,8 +150,8 @@ class QuadraticFunction(CostFunction):
 
     @classmethod
     def evaluate(cls, v: Tensor, y: Tensor) -> Tensor:
-        # The mean of per_example in one operation less; not a sum over everything,
-        # which overflows in float16.
+        # The mean of per_example in one operation less. A sum over all entries would
+        # overflow in float16.
         return (v - y).square().mean() * (v.shape[-1] / 2)
 
 
@@ -195,41 +196,42 @@ class LogLikelihoodFunction(CostFunction):
 
     @staticmethod
     def per_example(z: Tensor, y: Tensor) -> Tensor:
-        _, shifted, rest = _softmax_parts(z)
-        log_p = shifted - torch.log1p(rest)
-        # 0 · ln 0 = 0: a class that the target rules out costs nothing.
+        _, shifted, others = _softmax_parts(z)
+        log_p = shifted - torch.log1p(others)
+        # 0 · ln 0 = 0: a class with y = 0 costs nothing.
         return -(y * log_p.masked_fill(y == 0, 0)).sum(-1)
 
     @staticmethod
     def nabla(z: Tensor, y: Tensor) -> Tensor:
-        # p Σy - y = p (Σy - y) - y (1 - p), with 1 - p summed from the other classes
-        # where p is near 1: at saturation softmax(z) - y would be 0 instead of -Σ e^-z.
-        top, shifted, rest = _softmax_parts(z)
-        total = 1 + rest
+        # p Σy - y = p (Σy - y) - y (1 - p). Where p is near 1, 1 - p is the sum of the
+        # other classes' p: at saturation softmax(z) - y would be 0 instead of -Σ e^-z.
+        top, shifted, others = _softmax_parts(z)
+        total = 1 + others
         p = shifted.exp() / total
-        q = torch.where(top, rest / total, 1 - p)
+        q = torch.where(top, others / total, 1 - p)
         return p * (y.sum(-1, keepdim=True) - y) - y * q
 
     @staticmethod
     def one_hot_nabla(z: Tensor, y: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        # softmax(z) - y, where y is 1 as minus the sum of the others.
+        # softmax(z) - y; where y is 1, minus the sum of the other classes' softmax.
         others = torch.softmax(z, 1, out=out).mul_(factor).sum(1, keepdim=True)
         return out.addcmul_(y, others, value=-1)
 
 
 def _softmax_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the largest z of each row is (one place, also in a tie), z minus it, and
-    the sum of e^(z - largest) over the others: softmax = e^shifted / (1 + rest)."""
+    """Return a mask of the largest z of each row (one entry, also in a tie), shifted =
+    z minus that z, and the sum of e^shifted over the other entries of the row, so that
+    softmax = e^shifted / (1 + others)."""
     index = z.argmax(-1, keepdim=True)
     top = torch.arange(z.shape[-1], device=z.device) == index
-    # 0 by itself, since inf - inf is NaN: one z at +inf has probability 1.
+    # inf - inf would be NaN: a z of +inf has probability 1.
     shifted = (z - z.gather(-1, index)).masked_fill(top & z.isinf(), 0)
-    rest = shifted.exp().masked_fill(top, 0).sum(-1, keepdim=True)
-    return top, shifted, rest
+    others = shifted.exp().masked_fill(top, 0).sum(-1, keepdim=True)
+    return top, shifted, others
 
 
 def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
-    """C of `function`, its arguments checked.
+    """Check the arguments and return C of `function`.
 
     Args:
         function: a Function of this module.
@@ -245,25 +247,26 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
         TypeError: an argument is not a tensor, the input is not of a real floating
             dtype, or the target is neither of that dtype nor integer.
         ValueError: shapes or devices that do not fit, labels outside 0..K-1 (on the
-            CPU; elsewhere, to look would stall the device, and its own assertion
-            fires), or a target that requires grad or has a tangent (A2).
+            CPU; reading them would stall another device, which asserts it itself), or
+            a target that requires grad or has a tangent (A2).
 
     Under autocast the cost is computed in float32, as native losses are.
 
     Examples:
         >>> z, labels = torch.zeros(2, 10), torch.tensor([3, 7])
-        >>> cost(LogLikelihoodFunction, z, labels)  # ln 10: it knows nothing yet
+        >>> cost(LogLikelihoodFunction, z, labels)  # ln 10, for equal probabilities
         tensor(2.3026)
         >>> cost(LogLikelihoodFunction, z, torch.tensor([3, 10]))
         Traceback (most recent call last):
             ...
         ValueError: target: expected labels in 0..9, got 10
     """
-    check_tensors(input, target)
+    if not (is_dense(input) and is_dense(target)):
+        check_tensors(input, target)
     if input.dtype != torch.float64 and autocast_dtype(input) is not None:
         input = input.float()
         target = target.float() if target.is_floating_point() else target
-    return call(function, input, target_rows(input, target))
+    return call(function, input, target_rows(input, target))  # type: ignore[no-any-return]
 
 
 def check_tensors(
@@ -279,17 +282,17 @@ def check_tensors(
 
 
 def target_rows(input: Tensor, target: Tensor) -> Tensor:
-    """The target as rows (*, K) of the dtype of `input`, checked as :func:`cost`
-    says."""
+    """Check both arguments as :func:`cost` does, and return the target as rows (*, K)
+    of the dtype of `input`."""
     check(input, target)
     return target if target.dtype is input.dtype else _one_hot(target, input)
 
 
 def function_of(cost: Any) -> type[CostFunction]:
-    """The Function behind one of our costs, module or function.
+    """Return the Function behind one of our costs, module or function.
 
     Raises:
-        TypeError: `cost` is something else.
+        TypeError: `cost` is of another kind.
     """
     function = getattr(cost, "function", None)
     if isinstance(function, type) and issubclass(function, CostFunction):
@@ -301,7 +304,7 @@ def function_of(cost: Any) -> type[CostFunction]:
 
 
 def counterpart(cost: Any) -> str:
-    """The end of an error message about a cost of another kind: what to use instead.
+    """Return the end of an error message about another cost: what to use instead.
 
     Examples:
         >>> counterpart(nn.CrossEntropyLoss())
@@ -319,13 +322,13 @@ def counterpart(cost: Any) -> str:
 
 
 def check(input: Tensor, target: Tensor) -> None:
-    """Raise the errors that :func:`cost` documents, but for labels out of range."""
+    """Raise the errors that :func:`cost` documents, except for labels out of range."""
     if not cost_fits(input, target):
         raise explain_cost(input, target)
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """Labels (*) as rows (*, K) of the dtype of `like`."""
+    """Return labels (*) as rows (*, K) of the dtype of `like`."""
     try:
         return torch.zeros_like(like).scatter(-1, labels.long().unsqueeze(-1), 1)
     except (RuntimeError, IndexError) as error:
@@ -344,7 +347,7 @@ def check_labels(labels: Tensor, K: int, cause: BaseException | None = None) -> 
 
 
 def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
-    """1/(2n) Σ_x ‖y - a‖², ∇_a = (a - y)/n.
+    """Return C = 1/(2n) Σ_x ‖y - a‖²; ∇_a C = (a - y)/n.
 
     It is K/2 times ``F.mse_loss``, which also divides by the number of outputs K.
 
@@ -364,7 +367,7 @@ def quadratic_cost(input: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
-    """-1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1 - σ(z))], ∇_z = (σ(z) - y)/n.
+    """Return C = -1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1-σ(z))]; ∇_z C = (σ(z) - y)/n.
 
     The last layer is the identity, and the cost applies the sigmoid. It is K times
     ``F.binary_cross_entropy_with_logits``, which also divides by the number of outputs
@@ -388,10 +391,10 @@ def cross_entropy_cost(input: Tensor, target: Tensor) -> Tensor:
 
 
 def log_likelihood_cost(input: Tensor, target: Tensor) -> Tensor:
-    """-1/n Σ_x ln softmax(z)_y, ∇_z = (softmax(z) - y)/n.
+    """Return C = -1/n Σ_x ln softmax(z)_y; ∇_z C = (softmax(z) - y)/n.
 
     The last layer is the identity, and the cost applies the softmax, which is not
-    entrywise and so has no place in a layer. It is ``F.cross_entropy``;
+    entrywise and so cannot be a layer's σ. It is ``F.cross_entropy``;
     ``F.binary_cross_entropy_with_logits`` is 1/K of :func:`cross_entropy_cost`.
 
     Args:
@@ -425,26 +428,26 @@ class _Cost(nn.Module):
         TypeError, ValueError: in ``forward``, for arguments that do not fit.
     """
 
-    # The docstring is that of define_cost's classes, with their own name and takes.
+    # define_cost fills in this docstring for its classes.
     function: ClassVar[type[CostFunction]]
     takes: ClassVar[str]
     native: ClassVar[type[nn.Module] | None] = None
-    # C is `scale` times the native loss's sum, over n.
+    # C is `scale` times the sum of the native losses, over n.
     scale: ClassVar[float] = 1.0
-    # torch's losses that it stands for, by name, and how it differs from each.
+    # The torch losses that it replaces, by name, and how it differs from each.
     replaces: ClassVar[Mapping[str, str]] = {}
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """C of the network's outputs `input` and the targets `target`, 0-d."""
+        """Return C, 0-d, of the network's outputs `input` and the targets `target`."""
         return cost(self.function, input, target)
 
 
 class QuadraticCost(_Cost):
     """C = 1/(2n) Σ_x ‖y - a‖², half the squared distance; ∇_a C = (a - y)/n.
 
-    ``nn.MSELoss`` is its native counterpart. That one is the mean over all n K numbers,
-    so C and its gradient are K/2 times as large for K outputs, and want 2/K of its
-    learning rate: C = ``F.mse_loss(a, y, reduction="sum") / (2 * n)``.
+    Its native counterpart is ``nn.MSELoss``, the mean over all n K numbers. So C and
+    its gradient are K/2 times as large for K outputs, and need 2/K of the learning
+    rate: C = ``F.mse_loss(a, y, reduction="sum") / (2 * n)``.
 
     Shape:
         input a (*, K), rows are examples; target (*, K), numbers of the input's dtype,
@@ -452,7 +455,7 @@ class QuadraticCost(_Cost):
 
     Attributes:
         takes: "a", what the last layer returns, whatever its σ.
-        native: its counterpart in torch.
+        native: torch's counterpart.
         scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
@@ -479,12 +482,12 @@ class QuadraticCost(_Cost):
 class CrossEntropyCost(_Cost):
     """C = -1/n Σ_x Σ_j [y ln σ(z) + (1-y) ln(1 - σ(z))]; ∇_z C = (σ(z) - y)/n.
 
-    ``nn.BCEWithLogitsLoss`` is its native counterpart: the K outputs are K sigmoids, K
-    questions of yes or no. Its neighbour :class:`LogLikelihoodCost` is the counterpart
-    of ``nn.CrossEntropyLoss``: a softmax, one question with K answers. (The names are
-    the book's.) BCEWithLogitsLoss is the mean over all n K numbers, so C and its
-    gradient are K times as large for K outputs, and want 1/K of its learning rate:
-    C = ``F.binary_cross_entropy_with_logits(z, y, reduction="sum") / n``.
+    Its native counterpart is ``nn.BCEWithLogitsLoss``: the K outputs are K sigmoids, K
+    yes-or-no questions. ``nn.CrossEntropyLoss``, a softmax, is one question with K
+    answers: that is :class:`LogLikelihoodCost`. (The names are the book's.)
+    BCEWithLogitsLoss is the mean over all n K numbers. So C and its gradient are K
+    times as large for K outputs, and need 1/K of the learning rate: C =
+    ``F.binary_cross_entropy_with_logits(z, y, reduction="sum") / n``.
 
     The last layer is the identity; the cost applies the sigmoid.
 
@@ -494,7 +497,7 @@ class CrossEntropyCost(_Cost):
 
     Attributes:
         takes: "z", what an identity layer returns.
-        native: its counterpart in torch.
+        native: torch's counterpart.
         scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
@@ -523,10 +526,9 @@ class CrossEntropyCost(_Cost):
 class LogLikelihoodCost(_Cost):
     """C = -1/n Σ_x ln softmax(z)_y, for one-hot y; ∇_z C = (softmax(z) - y)/n.
 
-    ``nn.CrossEntropyLoss`` is its native counterpart, with the same C and gradients (of
-    inputs (n, K); of more dimensions its K is the second, and here the last). Its
-    neighbour :class:`CrossEntropyCost` is the counterpart of ``nn.BCEWithLogitsLoss``:
-    K sigmoids, each a question of its own.
+    Its native counterpart is ``nn.CrossEntropyLoss``, with the same C and gradients for
+    inputs (n, K). (With more dimensions, K is the second one in torch and the last one
+    here.) ``nn.BCEWithLogitsLoss``, K sigmoids, is :class:`CrossEntropyCost`.
 
     The last layer is the identity; the cost applies the softmax. Targets of numbers are
     distributions over the classes; the cost is -1/n Σ_x Σ_j y ln softmax(z).
@@ -537,7 +539,7 @@ class LogLikelihoodCost(_Cost):
 
     Attributes:
         takes: "z", what an identity layer returns.
-        native: its counterpart in torch.
+        native: torch's counterpart.
         scale: C is `scale` times the sum of the native losses, over n.
 
     Raises:
@@ -583,7 +585,7 @@ def define_cost(
     grad: Callable[[Tensor, Tensor], Tensor],
     takes: str = "a",
 ) -> type[_Cost]:
-    """A new cost module from a user's own C_x and its gradient, under A1 and A2.
+    """Make a cost module from a user's own C_x and its gradient, under A1 and A2.
 
     Args:
         name: the class's name, e.g. "AbsoluteCost".
@@ -597,8 +599,8 @@ def define_cost(
             result has another shape than documented, an argument is overwritten, or a
             tensor is read that requires grad and would never get its gradient.
 
-    Both are tried on three outputs; where that fails in torch, as with ten class
-    weights, they are tried at the first call, on its number of outputs.
+    Both are checked on three outputs. If they take another number only, for example
+    because of ten class weights, they are checked at the first call.
 
     Examples:
         >>> import torch, torchbp

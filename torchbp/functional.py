@@ -5,9 +5,9 @@ grad_a = ∂C/∂a and makes δ = grad_a ⊙ σ'(z), from which every gradient f
 notation is set out once, in the docstring of :mod:`torchbp`.
 
 :class:`LinearFunction` (σ = identity) holds the one definition of BP2-BP4. The other
-layers change σ and σ' only; :func:`define_function` makes more of them. What a Function
-says of its σ (`sigma`, `slope` or `gate`, `max_slope`, `is_smooth`, `one`) is all that
-the rest of the package knows of it.
+layers change σ and σ' only; :func:`define_function` makes more of them. The rest of the
+package learns about σ from these members of its Function: `sigma`, `slope` or `gate`,
+`max_slope`, `is_smooth`, `one`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchbp._autograd import (
     HAS_BOXED_GRADS,
     TwoFormFunction,
     autocast_dtype,
-    call,
+    call_transformed,
     casting,
+    is_autocast_enabled,
     times,
     transforming,
     varying,
@@ -55,17 +57,17 @@ class LinearFunction(TwoFormFunction):
     """a = z = x Wᵀ + b: the identity layer, and BP2-BP4 for every layer.
 
     Use it through :func:`linear`, which checks its arguments; ``LinearFunction.apply(x,
-    W, b)`` does not. Second derivatives are autograd through the operations of
+    W, b)`` does not. Autograd makes second derivatives from the operations of
     `backward`, which are all differentiable.
 
     Attributes:
         max_slope: the largest σ' (for |z| <= 10), by which saturation is judged.
-        is_smooth: whether σ' is known to be continuous, so that finite differences mean
-            something at every z.
-        slope: σ'(a), put into `out` if that is given: the form in which the explicit
-            engine has σ', beside a `sigma` that takes `out`, too. None: the engine
-            calls `gate` instead.
-        one: a z with σ(z) = 1 exactly, None where there is none.
+        is_smooth: whether σ' is known to be continuous, so that finite differences are
+            valid at every z.
+        slope: σ' as a function of a, written to the argument `out` unless that is None.
+            The explicit engine calls it, and `sigma` with the same `out`. If slope is
+            None, the engine calls `gate` instead.
+        one: a z with σ(z) = 1 exactly; None if no such z exists.
 
     Examples:
         >>> x, b = torch.ones(2, 3), torch.zeros(4)
@@ -86,20 +88,21 @@ class LinearFunction(TwoFormFunction):
 
     @staticmethod
     def sigma(z: Tensor) -> Tensor:
-        """Return σ(z), entrywise, and leave `z` as it is: selective activation
-        checkpointing and other modes that watch the operations may have saved it."""
+        """Return σ(z), entrywise, without overwriting `z`: modes that watch operations,
+        such as selective activation checkpointing, may have saved it."""
         return z
 
     @staticmethod
     def gate(grad_a: Tensor, s: Any) -> Tensor:
-        """Return `grad_a` ⊙ σ'(z), of the `s` that is saved, and change neither.
+        """Return `grad_a` ⊙ σ'(z), computed from the saved `s`; overwrite neither.
 
-        Where σ' does not vary, its derivative is 0 and not missing: see `varying`."""
+        The derivative of a constant σ' is 0 and must be in the graph: see `varying`."""
         return grad_a
 
     @staticmethod
     def saved(output: Any) -> Tensor | None:
-        """The part of `evaluate`'s `output` that σ' is computed from: a, z or None.
+        """Return the part of `evaluate`'s `output` from which σ' is computed: a, z or
+        None.
 
         The identity layer must not save its output: an in-place operation on it, as in
         Sequential(BPLinear, ReLU(inplace=True)), would then break the graph."""
@@ -107,32 +110,35 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
-        return cls.sigma(_weighted_input(x, W, b))
+        z = F.linear(x, W, b) if x.dim() == 2 else _weighted_input(x, W, b)
+        return cls.sigma(z)
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
         x, W, _ = inputs
         return x, W, cls.saved(output)
 
-    @classmethod
-    def forward(cls, ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Any:  # type: ignore[override]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, *, cls: Any) -> Any:
         output = cls.evaluate(x, W, b)
         need_x, need_W, _ = ctx.needs_input_grad
-        # grad_x reads W and grad_W reads x: only what is asked for is kept alive.
+        # grad_x reads W and grad_W reads x: save only what will be read.
         ctx.save_for_backward(
             x if need_W else None, W if need_x else None, cls.saved(output)
         )
         ctx.set_materialize_grads(False)  # no zeros in place of a missing gradient
         return output
 
-    @classmethod
-    def backward(cls, ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    @staticmethod
+    def backward(ctx: Any, *grads: Any, cls: Any = None) -> Any:
         x, W, s = ctx.saved_tensors
-        # Saved tensors live until backward ends, but native layers free a as soon as δ
-        # is made. This call does that, and does nothing if the graph is retained.
-        if not torch.compiler.is_compiling() and cls.boxed_grads_call:
+        if type(grads[0]) is list:  # boxed gradients
+            # Free a as soon as δ is made, as native layers do, unless the graph is
+            # retained: saved tensors would otherwise live until backward ends.
             ctx.maybe_clear_saved_tensors()
-        delta = cls.error(grads[0] if isinstance(grads[0], list) else list(grads), s)
+            delta = cls.error(grads[0], s)
+        else:
+            delta = cls.error(list(grads), s)
         del s
         if delta is None:
             return None, None, None
@@ -140,8 +146,8 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def error(cls, grads: list[Any], s: Any) -> Tensor | None:
-        """Return δ, of the `grads` that arrive and the `s` that is saved, and take
-        grad_a out of the list, so that it is freed on return."""
+        """Return δ from the incoming `grads` and the saved `s`. Take grad_a out of the
+        list, so that it is freed on return."""
         grad_a = grads.pop()
         if grad_a is None:
             return None
@@ -197,7 +203,7 @@ class LayerFromWeightedInput(LinearFunction):
 
 
 def saved_of(function: type[LinearFunction], a: Tensor, z: Tensor) -> Any:
-    """The tensor that σ' of a layer is computed from, given both a and z."""
+    """Return the tensor from which σ' of a layer is computed: a, z or None."""
     gives_z = issubclass(function, LayerFromWeightedInput)
     return function.saved((a, z) if gives_z else a)
 
@@ -206,17 +212,17 @@ def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return z = x Wᵀ + b, never as a view: autograd refuses in-place work on a view
     that a Function returned, and some builds of torch compute three dimensions as a
     view of two."""
-    if x.dim() == 2 or torch.compiler.is_compiling():
-        return torch.nn.functional.linear(x, W, b)
+    if torch.compiler.is_compiling():
+        return F.linear(x, W, b)
     if x.is_nested:
         raise TypeError("input: expected a dense Tensor, got a nested one")
-    z = torch.nn.functional.linear(x, W, b)
+    z = F.linear(x, W, b)
     return torch.ops.aten._unsafe_view(z, z.shape) if z._is_view() else z
 
 
 def _dz(x: Tensor, W: Tensor, dx: Any, dW: Any, db: Any) -> Tensor:
-    """The derivative of z = x Wᵀ + b along the tangents of x, W and b, each of which
-    may be None."""
+    """Return the derivative of z = x Wᵀ + b along the tangents of x, W and b; at least
+    one of them is not None."""
     terms = [] if dx is None else [dx @ W.t()]
     if dW is not None:
         terms.append(x @ dW.t())
@@ -247,20 +253,19 @@ def gradients(
     need_x, need_W, need_b = needs
     grad_x = grad_W = grad_b = None
     if need_x:
-        grad_x = delta @ W  # BP2 for the layer below, but for its σ'
-    if need_W or need_b:
+        grad_x = delta @ W  # BP2 for the layer below, without its σ'
+    if (need_W or need_b) and delta.dim() != 2:
         delta = as_rows(delta)  # (*, n_out) -> (examples, n_out)
     if need_b:
         grad_b = delta.sum(0)  # BP3
     if need_W:
-        grad_W = delta.t() @ as_rows(x)  # BP4
+        grad_W = delta.t() @ (x if x.dim() == 2 else as_rows(x))  # BP4
     return grad_x, grad_W, grad_b
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """Reshape (*, n) to (examples, n), both sizes given in full: reshape(-1, n) raises
-    for n = 0, and flatten has no rule in the vmap that
-    autograd.grad(is_grads_batched=True) runs."""
+    """Reshape (*, n) to (examples, n). reshape(-1, n) would raise for n = 0, and
+    flatten has no rule in the vmap of autograd.grad(is_grads_batched=True)."""
     if t.dim() == 2:
         return t
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
@@ -276,9 +281,7 @@ class LinearSigmoidFunction(LayerFromOutput):
 
     max_slope, one = 0.25, 40.0
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.sigmoid(z, out=out)
+    sigma: Any = staticmethod(torch.sigmoid)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -295,15 +298,13 @@ class LinearTanhFunction(LayerFromOutput):
 
     one = 20.0
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.tanh(z, out=out)
+    sigma: Any = staticmethod(torch.tanh)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
         one = a.new_ones(()) if out is None else out.fill_(1)
-        # 1 - a·a in one operation: its product is not rounded before the difference,
-        # which at saturation is all that is left (0.1 % of σ' at z = 7 in float32).
+        # In one operation a·a is not rounded before the difference. At saturation that
+        # error would count (0.1 % of σ' at z = 7 in float32).
         return torch.addcmul(one, a, a, value=-1, out=out)
 
 
@@ -323,7 +324,7 @@ class LinearReLUFunction(LayerFromOutput):
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.sign(a, out=out)  # of an a >= 0
+        return torch.sign(a, out=out)  # a is never negative
 
     @staticmethod
     def gate(grad_a: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
@@ -338,13 +339,11 @@ class LinearSoftplusFunction(LayerFromOutput):
         tensor([0.0000e+00, 1.0000e-09])
     """
 
-    @staticmethod
-    def sigma(z: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch._C._nn.softplus(z, out=out)  # type: ignore[call-arg]
+    sigma: Any = staticmethod(F.softplus)
 
     @staticmethod
     def slope(a: Tensor, out: Tensor | None = None) -> Tensor:
-        # -(e^-a - 1), since 1 - e^-a loses every digit for small a.
+        # -(e^-a - 1), since 1 - e^-a would lose all digits for small a.
         return torch.neg(torch.expm1(torch.neg(a, out=out), out=out), out=out)
 
 
@@ -354,7 +353,8 @@ def layer(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """a = σ(input weightᵀ + bias) with the σ of `function`, its arguments checked.
+    """Check the arguments and return a = σ(input weightᵀ + bias), with the σ of
+    `function`.
 
     Args:
         function: a Function of this module, or one from :func:`define_function`.
@@ -371,8 +371,8 @@ def layer(
             the input's dtype.
         ValueError: shapes that do not fit, or tensors on different devices.
 
-    Under autocast the arguments are cast to its dtype first (float64 is left alone, as
-    native layers do); the gradients come back in the parameters' own dtype.
+    Under autocast the arguments are cast to its dtype first (float64 is not, as in
+    native layers); the gradients have the parameters' own dtype.
 
     Examples:
         >>> x, W, b = torch.zeros(5, 3), torch.ones(2, 3), torch.zeros(2)
@@ -384,14 +384,15 @@ def layer(
         ValueError: input: expected last dimension 2 to fit weight (3, 2), got ...
     """
     try:
-        # The cheap tests first: these run at every call.
-        if torch._C._is_any_autocast_enabled() and autocast_dtype(input) is not None:
-            # Before the Function, so that autograd casts the gradients back.
+        if is_autocast_enabled() and autocast_dtype(input) is not None:
             with casting(input, weight, bias) as arguments:
                 return layer(function, *arguments)
         if layer_fits(input, weight, bias):
-            output = call(function, input, weight, bias)
-            return output[0] if type(output) is tuple else output  # (a, z), σ' from z
+            if transforming():
+                output = call_transformed(function, input, weight, bias)
+            else:
+                output = function.apply(input, weight, bias)
+            return output[0] if type(output) is tuple else output
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = explain(input, weight, bias)
         if reason is None:
@@ -401,7 +402,7 @@ def layer(
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z = input weightᵀ + bias, with BP2-BP4 by hand.
+    """Return z = input weightᵀ + bias, with BP2-BP4 by hand.
 
     Args:
         input: a^{ℓ-1}, (*, n_in).
@@ -419,7 +420,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """σ(input weightᵀ + bias), σ' = a(1 - a), with BP2-BP4 by hand.
+    """Return a = σ(input weightᵀ + bias); σ' = a(1 - a), with BP2-BP4 by hand.
 
     Args:
         input: a^{ℓ-1}, (*, n_in).
@@ -440,7 +441,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """tanh(input weightᵀ + bias), σ' = 1 - a², with BP2-BP4 by hand.
+    """Return a = tanh(input weightᵀ + bias); σ' = 1 - a², with BP2-BP4 by hand.
 
     Args:
         input: a^{ℓ-1}, (*, n_in).
@@ -461,7 +462,7 @@ def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """max(0, input weightᵀ + bias), σ' = [a > 0], with BP2-BP4 by hand.
+    """Return a = max(0, input weightᵀ + bias); σ' = [a > 0], with BP2-BP4 by hand.
 
     Args:
         input: a^{ℓ-1}, (*, n_in).
@@ -484,7 +485,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def linear_softplus(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """ln(1 + e^z) with z = input weightᵀ + bias, σ' = 1 - e^-a, with BP2-BP4 by hand.
+    """Return a = ln(1 + e^z), z = input weightᵀ + bias; σ' = 1 - e^-a, with BP2-BP4 by
+    hand.
 
     Args:
         input: a^{ℓ-1}, (*, n_in).
@@ -510,7 +512,7 @@ def define_function(
     sigma_prime: Callable[[Tensor], Tensor],
     saves: str = "a",
 ) -> type[LinearFunction]:
-    """A layer Function from a user's own σ and σ', both entrywise.
+    """Make a layer's Function from a user's own σ and σ', both entrywise.
 
     Args:
         name: the class's name, e.g. "LinearSiLUFunction".
@@ -521,9 +523,9 @@ def define_function(
     Raises:
         TypeError: `sigma` or `sigma_prime` is not callable, or does not map a tensor to
             a tensor.
-        ValueError: `name` is not an identifier, `saves` is neither "a" nor "z", or one
-            of the two is not entrywise (it changes the shape or the dtype), overwrites
-            its argument, or reads a tensor that requires grad.
+        ValueError: `name` is not an identifier, `saves` is neither "a" nor "z", or
+            `sigma` or `sigma_prime` is not entrywise, changes the dtype, overwrites its
+            argument, or reads a tensor that requires grad.
 
     Examples:
         >>> Cubic = define_function("Cubic", lambda z: z**3, lambda z: 3 * z**2, "z")
@@ -554,15 +556,15 @@ def define_function(
 
 
 def boxed_gradients(enabled: bool) -> None:
-    """Switch on or off that each backward frees its incoming gradient as soon as δ is
-    made, by which the peak memory of a layer falls by about a fifth. The default is on
-    for torch >= 2.13, the first that can.
+    """Choose whether each backward frees its incoming gradient as soon as δ is made,
+    which lowers the peak memory of a layer by about a fifth. By default it does so if
+    torch can, from 2.13 on.
 
-    Compiled autograd refuses Functions that do so when the forward ran in eager mode:
-    switch it off before the forward pass.
+    Compiled autograd refuses such Functions if the forward pass ran in eager mode: call
+    ``boxed_gradients(False)`` before that pass.
 
     Args:
-        enabled: whether they do from now on, in every layer.
+        enabled: the choice, for every layer from now on.
 
     Raises:
         RuntimeError: `enabled` with a torch that has no boxed gradients.

@@ -44,15 +44,16 @@ class BPLinear(nn.Linear):
         weight: W, (n_out, n_in), initialised as ``nn.Linear`` does.
         bias: b, (n_out), or None.
         function: the Function behind it, with σ and σ'.
-        native: torch's module of the same σ; None for the identity, or without one.
+        native: torch's module of the same σ; None for the identity, or if torch has
+            none.
 
     Raises:
         TypeError, ValueError: in ``forward``, for an input that is no tensor of shape
             (*, n_in) with the parameters' dtype and on their device.
 
-    The subclasses apply an activation too and replace ``Sequential(nn.Linear,
-    nn.<σ>)``; a tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with
-    its weight leaves that σ out: give it ``torchbp.to_native(model)``.
+    The subclasses also apply an activation and replace ``Sequential(nn.Linear,
+    nn.<σ>)``. A tool that recognises an ``nn.Linear`` and then calls ``F.linear`` with
+    its weight would omit that σ: give it ``torchbp.to_native(model)``.
 
     Examples:
         >>> layer = BPLinear(784, 10)
@@ -196,14 +197,14 @@ def define_layer(
     sigma_prime: Callable[[Tensor], Tensor],
     saves: str = "a",
 ) -> type[BPLinear]:
-    """A new layer class from a user's own σ and σ', with BP2-BP4 as for every layer.
+    """Make a layer class from a user's own σ and σ', with BP2-BP4 as for every layer.
 
     Args:
         name: the class's name, e.g. "BPLinearSiLU".
         sigma: σ(z), entrywise; must not overwrite z.
         sigma_prime: σ' as a function of a if `saves` is "a", of z if it is "z".
-        saves: "a" keeps the output, which native layers keep too; "z" keeps the
-            weighted input, for a σ that is not one-to-one (SiLU, x²).
+        saves: "a" saves the output, as native layers do; "z" saves the weighted input,
+            for a σ that is not one-to-one (SiLU, x²).
 
     Raises:
         TypeError, ValueError: as :func:`torchbp.functional.define_function`.
@@ -241,7 +242,8 @@ def _init_scaled(layer: BPLinear) -> None:
 
 
 def _init_normal(layer: BPLinear) -> None:
-    """Draw W, b ~ N(0, 1): the book's first, chapter 1, saturates wide layers."""
+    """Draw W, b ~ N(0, 1), which saturates layers with many inputs (book, chapter
+    1)."""
     nn.init.normal_(layer.weight)
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
@@ -266,7 +268,7 @@ class MLP(nn.Module):
         activation: of the hidden layers: a name ("sigmoid", "tanh", "relu", "softplus",
             "identity") or a class from :func:`define_layer`.
         output: of the last layer, likewise; None means the same as `activation`. Costs
-            that take z want "identity".
+            that take z need "identity".
         init: "scaled" W ~ N(0, std 1/√n_in), b ~ N(0, 1); "normal" W, b ~ N(0, 1);
             "torch" as ``nn.Linear``.
         device, dtype: of the parameters.
@@ -348,7 +350,7 @@ def _check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 def _layer_class(role: str, activation: Any) -> type[BPLinear]:
-    """Return the layer class of that name; a layer class is returned as it is."""
+    """Return the layer class that `activation` names or is, or raise."""
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
@@ -365,10 +367,10 @@ def check_takes(model: nn.Module, cost: Any) -> None:
     """Raise unless the cost fits the network: one that takes z needs a network whose
     last layer is the identity.
 
-    All code that joins a model and a cost calls this: the mistake would apply σ twice,
-    and train all the same, only worse. A cost that takes a fits every last layer, since
-    the identity layer's a is its z. A model with a ``forward`` of its own passes: its
-    structure does not tell what comes last.
+    All code that joins a model and a cost calls this: with σ applied twice, the model
+    would still train, but worse. A cost that takes a fits every last layer, since the
+    identity layer's a is its z. A model with a ``forward`` of its own passes, since its
+    structure does not show which layer is the last.
 
     Args:
         model: the network.
@@ -410,17 +412,18 @@ def check_takes(model: nn.Module, cost: Any) -> None:
         )
 
 
+# Modules after a layer that do not change which kind of output it gives.
 _PASSING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def _last_layer(model: nn.Module) -> nn.Module | None:
-    """The module whose output is the model's, known for an MLP, an ``nn.Sequential``
-    or a layer; None for a model with a forward of its own."""
+    """Return the module whose output is the model's, known for an MLP, an
+    ``nn.Sequential`` or a layer; None for a model with a forward of its own."""
     if isinstance(model, BPLinear) or not list(model.children()):
         return model
     if type(model) is MLP:
         return _last_layer(model.layers[-1])
     if isinstance(model, nn.Sequential):
-        rest = [child for child in model if not isinstance(child, _PASSING)]
-        return _last_layer(rest[-1]) if rest else None
+        layers = [child for child in model if not isinstance(child, _PASSING)]
+        return _last_layer(layers[-1]) if layers else None
     return None

@@ -33,7 +33,7 @@ from torchbp._numeric import relative_distance
 V_SIZES = (8, 6, 4)
 ALL_UP_TO, SAMPLE = 10_000, 100  # parameters; larger networks are sampled
 EPSILON = 1e-3  # of the differences in the table, float32
-# Of the ε in the plot of errors: powers of ten in steps of a half.
+# The exponents of ten of the ε in the plot of errors, in steps of a half.
 POWERS = {
     dtype: [half / 2 for half in range(2 * first, 1)]
     for dtype, first in ((torch.float32, -7), (torch.float64, -15))
@@ -43,7 +43,7 @@ BALANCE = {FORWARD: 1 / 2, CENTRAL: 1 / 3}  # the best ε is about u to this pow
 
 @dataclass(frozen=True)
 class GradientCost:
-    """One way to all partial derivatives of one network.
+    """What one way takes for all partial derivatives of one network.
 
     Attributes:
         sizes: neurons per layer.
@@ -51,7 +51,7 @@ class GradientCost:
         P: parameters.
         forward: passes of the batch, counted.
         backward: passes of the batch, counted.
-        seconds: for all parameters.
+        seconds: processor time for all parameters.
         error: relative distance from the gradient in float64.
         is_sampled: whether passes and seconds are extrapolated from a sample.
     """
@@ -118,12 +118,12 @@ class DifferenceErrors:
 
     @property
     def left(self) -> float:
-        """p of error ~ ε^p where rounding dominates."""
+        """The p of error ~ ε^p where rounding dominates."""
         return self._power(0, self.epsilons[self.best] / 10)
 
     @property
     def right(self) -> float:
-        """p of error ~ ε^p where truncation dominates."""
+        """The p of error ~ ε^p where truncation dominates."""
         return self._power(10 * self.epsilons[self.best], 0.5)
 
     def _power(self, above: float, below: float) -> float:
@@ -158,7 +158,7 @@ def measure_ways(sizes: tuple[int, ...], seed: int, repeats: int) -> list[Gradie
     turns = min(repeats, len(entries))
     slopes: dict[str, list[float]] = {name: [] for name in PERTURBING}
     counts = dict.fromkeys(PERTURBING, 0)
-    # Of one pass for the perturbing ways, of one gradient for the others.
+    # Seconds of one pass for the perturbing ways, of one gradient for the others.
     times: dict[str, list[float]] = {name: [] for name in (*PERTURBING, *BACKPROPS)}
     for perturb in PERTURBATIONS.values():
         perturb(problem, entries[:2], EPSILON)  # the first call is slow
@@ -223,15 +223,15 @@ def seconds_per_call(run: Callable[[], Any]) -> float:
 
 
 def count_loops(problem: Problem) -> tuple[float, float]:
-    """Return the passes of the loops; one of a single example is a part of a pass."""
+    """Return the passes of the loops; that of one example counts as 1 / BATCH_SIZE."""
     problem.passes = problem.passes_back = 0
     BACKPROPS[LOOPS](problem)
     return problem.passes / BATCH_SIZE, problem.passes_back / BATCH_SIZE
 
 
 def count_batched(problem: Problem) -> tuple[float, float]:
-    """Return the passes of ``torchbp.backprop`` by operations: those beyond one forward
-    pass, over those that one backward pass should take."""
+    """Return the passes of ``torchbp.backprop``, which no hook counts: the operations
+    beyond one forward pass are divided by those that a backward pass should take."""
     forward = count_operations(lambda: problem.model(problem.x))
     rest = count_operations(lambda: BACKPROPS[BATCHED](problem)) - forward
     return 1.0, rest / (forward * operation_ratio(problem.sizes))

@@ -145,7 +145,9 @@ def train(
         ]
         for C in sgd.steps(images, labels, torch.cat(orders), BATCH_SIZE):
             if not C.isfinite().all():
-                raise DivergedError(f"{training}: the cost in epoch {epoch + 1} is NaN")
+                raise DivergedError(
+                    f"{training}: the cost in epoch {epoch + 1} is infinite or NaN"
+                )
         scores.append(score(model, scored))
         if stopped():
             raise StoppedError

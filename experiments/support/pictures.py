@@ -162,7 +162,7 @@ def _check_single(ink: Tensor) -> None:
 
 
 def _fit_box(ink: Tensor) -> Tensor:
-    """Scale to 20 pixels in height or width, with smooth edges and the same shape."""
+    """Scale to 20 pixels in height or width, in proportion and with smooth edges."""
     scale = BOX / max(ink.shape)
     size = [max(1, round(n * scale)) for n in ink.shape]
     box = interpolate(ink[None, None], size, mode="bicubic", antialias=True)[0, 0]

@@ -206,26 +206,29 @@ def claim_table(claims: Mapping[str, bool]) -> str:
     )
 
 
-def run(
+def command_line(
     main: Callable[[Any], dict[str, Any]],
     settings: type[CommonSettings],
     quick: Mapping[str, Any],
     doc: str | None,
-    arguments: Sequence[str] | None,
-) -> int:
-    """Run an experiment from the command line: exit status 1 if its claims are not all
-    shown.
+) -> Callable[..., int]:
+    """Return an experiment's program: it takes the arguments of a command line, those
+    of the process if there are none, and returns the exit status, 1 if the claims are
+    not all shown.
 
     Args:
         main: returns results; "shown" tells whether the claims are shown.
         settings: the settings' class.
         quick: the settings that ``--quick`` changes.
         doc: the program's docstring.
-        arguments: of the command line; those of the process if None.
     """
-    return run_experiment(
-        main, settings, doc, arguments, lambda r: 0 if r["shown"] else 1, quick
-    )
+
+    def run(arguments: Sequence[str] | None = None) -> int:
+        return run_experiment(
+            main, settings, doc, arguments, lambda r: 0 if r["shown"] else 1, quick
+        )
+
+    return run
 
 
 def describe_settings(settings: CommonSettings) -> dict[str, Any]:

@@ -316,8 +316,8 @@ def _one_core() -> Iterator[None]:
 
 
 class SklearnMLP:
-    """``MLPClassifier``: without a quadratic cost of sigmoid outputs, it minimises the
-    log-likelihood of a softmax, with a few more operations."""
+    """scikit-learn's ``MLPClassifier``. It has no quadratic cost of sigmoid outputs: it
+    minimises the log-likelihood of a softmax, with a few more operations."""
 
     def __init__(self, task: Task) -> None:
         if importlib.util.find_spec("sklearn") is None:

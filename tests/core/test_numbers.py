@@ -335,7 +335,7 @@ def test_a_cost_that_is_not_finite_in_an_epoch(engine: type) -> None:
     trainer = a_trainer(engine, lr=1e30, activation="relu", output="identity")
     message = stopped(trainer)
     assert "in epoch 1, step " in message and "at lr 1e+30" in message
-    assert "by now not finite: layers.0.weight" in message
+    assert "parameters not finite: layers.0.weight" in message
 
 
 @engines

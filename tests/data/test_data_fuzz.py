@@ -25,11 +25,10 @@ from pathlib import Path
 
 import processes
 import pytest
+import test_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from tests.data import test_data
-from tests.data.test_data import (
+from test_data import (
     COUNTS,
     FILES,
     RAW,
@@ -41,6 +40,7 @@ from tests.data.test_data import (
     pack,
     refused,
 )
+
 from torchbp.data import sets as data
 
 family, serve = test_data.family, test_data.serve  # fixtures

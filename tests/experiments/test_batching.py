@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import bounds
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from noise import noise_splits
 
 import torchbp
 from experiments import batching as experiment
 from experiments.support import reporting
-from torchbp.data import Split, Splits
 
-
-def _split(n: int) -> Split:
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(0, 256, (n, 784), generator=generator).to(torch.uint8)
-    return Split(images, torch.arange(n) % 10)
-
-
-DATA = Splits(_split(30), _split(5), _split(6))
+DATA = noise_splits(30)
 # Sums over 784 pixels, in float32, through a few layers.
 OFF = bounds.relative(bounds.network(torch.float32, longest=784))
 
@@ -37,19 +28,11 @@ def settings(tmp_path, **changes):
     return experiment.BatchingSettings(**{**few, "name": "one", **changes})
 
 
-def test_everything_is_measured_and_written(noise_images, tmp_path, capsys):
-    results = experiment.main(settings(tmp_path))
-    out = capsys.readouterr().out
-    folder = tmp_path / "one"
-    written = json.loads((folder / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
+def test_everything_is_measured_and_written(noise_images, measure, tmp_path):
+    written, _, events = measure(experiment.main, settings(tmp_path))
     assert [way["way"] for way in written["ways"]] == list(experiment.WAYS)
     assert [n["m"] for n in written["noise"]] == list(experiment.BATCHES)
-    assert out.splitlines()[-1] == results["verdict"]
-    assert max(map(len, out.partition("verdict")[0].splitlines())) <= 100
-    assert results["shown"] == all(results["claims"].values())
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    assert written["shown"] == all(written["claims"].values())
     shown = [p.value for p in events.Scalars("error_over_batch_size/measured")]
     assert shown == pytest.approx([n["measured"] for n in written["noise"]])
 

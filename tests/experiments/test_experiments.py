@@ -12,6 +12,7 @@ import torch
 
 import torchbp
 from experiments.support import reporting
+from experiments.support.options import run_experiment
 from torchbp import data
 
 NAMES = (
@@ -44,7 +45,11 @@ def test_exit_status(name, tmp_path, capsys, monkeypatch):
             return {"shown": outcome}
         raise outcome
 
-    monkeypatch.setattr(script, "main", main)
+    def run(script_main, *rest):
+        assert script_main is script.main
+        return run_experiment(main, *rest)
+
+    monkeypatch.setattr(reporting, "run_experiment", run)
     for result, status, said in (
         (True, 0, ""),
         (False, 1, ""),

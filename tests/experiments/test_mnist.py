@@ -613,7 +613,7 @@ BAD = {
     "--name a/b": "expected a plain folder name, got 'a/b'",
     "--logdir {file}": "logdir: ",
     "--resume {file}": "expected a run's folder or a checkpoint in one",
-    "--dataset mnist --data {file}": "expected a folder as root",
+    "--dataset mnist --data {file}": "root: expected a folder",
     "--distort -1": "distort: expected 0 (none) to 4, got -1",
     "--distort nan": "distort: expected 0 (none) to 4, got nan",
     "--schedule linear": "invalid choice: 'linear'",

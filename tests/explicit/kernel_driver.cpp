@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <random>
 
-#include "../../torchbp/explicit/kernel.cpp"
+#include "kernel.cpp"  // of the package that is tested
 
 namespace {
 

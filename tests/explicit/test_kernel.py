@@ -11,18 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
+import bounds
 import pytest
 import torch
+from cases import COSTS, SiLU, default_dtype
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchbp
-from tests import bounds
-from tests.cases import COSTS, SiLU
 from torchbp import ExplicitSGD
 from torchbp.explicit import kernel
 from torchbp.explicit.parameters import place_of
@@ -344,16 +344,6 @@ def test_examples_may_lie_anywhere(built, lay_out):
     y = torch.linspace(0, 1, 33).view(11, 3)
     found = results("compiled", x=lay_out(INPUTS), y=lay_out(y))
     assert_as_usual(*found, results("torch", y=y))
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(
@@ -678,15 +668,24 @@ def test_it_is_right_without_wide_vectors(built, monkeypatch, tmp_path, flag):
         assert off <= rounding([n, n, 7], 8, 7) * size
 
 
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
-@pytest.mark.parametrize("flags", [["-O2", "-march=native"], ["-O2"], ["-O0"]])
+@pytest.mark.parametrize(
+    ("compiler", "flags"),
+    [
+        ("g++", ["-O2", "-march=native"]),
+        ("g++", ["-O2"]),
+        ("clang++", ["-O2", "-march=native"]),
+        ("clang++", ["-O0"]),
+    ],
+)
 def test_the_sanitizers_find_nothing(tmp_path, compiler, flags):
     """AddressSanitizer and UBSan over the C interface, without torch and Python."""
     if not shutil.which(compiler):
         pytest.skip(f"needs {compiler}")
     driver, program = Path(__file__).with_name("kernel_driver.cpp"), tmp_path / "driver"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler, "-std=c++17", "-g", *kernel.FLAGS[1:], *flags, *sanitize]
+    include = f"-I{kernel.SOURCE.parent}"
+    flags = [*kernel.FLAGS[1:], include, *flags]
+    command = [compiler, "-std=c++17", "-g", *flags, *sanitize]
     built = subprocess.run(
         [*command, str(driver), "-o", str(program)], capture_output=True, text=True
     )

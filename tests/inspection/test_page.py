@@ -245,7 +245,7 @@ def test_every_step_writes_out_the_right_numbers(shown):
             }  # fmt: skip
             for k in range(r.x.shape[-1]):
                 w, grad = f"W^{{{ell}}}_{{{j + 1}{k + 1}}}", r.grad_weight[j, k]
-                expected |= {f"∂C_{{x}}/∂{w}": grad, w: r.weight[j, k] - lr * grad}
+                expected |= {f"∂C/∂{w}": grad, w: r.weight[j, k] - lr * grad}
     seen = set()
     with shown(model, Q, x, y, lr) as tab:
         places = [(ell, j, k) for ell in range(2) for j in range(3 - ell)
@@ -266,6 +266,40 @@ def test_every_step_writes_out_the_right_numbers(shown):
                     assert number(line["right"][-1]) == value
                     seen.add(line["left"])
     assert seen == set(expected)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_cost_is_written_out_with_numbers(shown, cost):
+    """What stands between C and its value is a sum that has this value."""
+    cost = COSTS[cost]()
+    output = "identity" if cost.takes == "z" else "sigmoid"
+    model, x, y = example((2, 3, 2), n=1, output=output)
+    with shown(model, cost, x, y) as tab:
+        tab.evaluate("goToStep(stepOf('cost', 1))")
+        line = tab.evaluate("story().find(({ isNow }) => isNow)")
+        shares = tab.evaluate("seen(1, 'a').flatMap((a) => [a, 1 - a])")
+    assert line["left"] == "C"
+    put = line["right"][0].replace("½ ", "0.5 * ").replace("^{2}", " ** 2")
+    logarithm = r"(−| )ln (\([^()]*\)|[\d.]+)"
+    put = re.sub(logarithm, lambda m: f"{m[1].replace(' ', ' * ')}log({m[2]})", put)
+    value = eval(put.replace("−", "-"), {"log": math.log})
+    off = bounds.printed(4, 8 * math.ceil(1 / min(shares)))  # two outputs, d ln a = 1/a
+    assert value == pytest.approx(cost(model(x), y).item(), **off)
+
+
+def test_the_cancelled_slope_is_written_out(shown):
+    """With cross-entropy, ∂C/∂a times σ' is δ = a - y."""
+    cost = torchbp.CrossEntropyCost()
+    model, x, y = example((2, 3, 2), n=1, output="identity")
+    a, y_1 = model(x).sigmoid()[0, 0].item(), y[0, 0].item()
+    with shown(model, cost, x, y) as tab:
+        tab.evaluate("goToStep(stepOf('bp1', 1))")
+        lines = tab.evaluate("story().filter(({ isNow }) => isNow)")
+    exact = {"∂C/∂a": (a - y_1) / (a * (1 - a)), "σ'(z": a * (1 - a), "δ": a - y_1}
+    for line, (symbol, value) in zip(lines, exact.items(), strict=True):
+        assert line["left"].startswith(symbol)
+        off = bounds.printed(4)
+        assert number(line["right"][-1]) == pytest.approx(value, **off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -369,8 +403,8 @@ def test_a_hundred_steps_follow_explicit_sgd(shown, cost):
         tab.click("#one")
         tab.click("#hundred")
         learned = parameters(tab)
-        assert "after 101 steps" in tab.inner_text("#trained")
-        assert tab.locator("#costs .run0").count() > 0
+        assert "Steps taken: 101" in tab.inner_text("#trained")
+        assert tab.locator("#costs .run").count() == 1
     output = "sigmoid" if cost == "quadratic" else "identity"
     twin = torchbp.MLP([2, 3, 1], output=output, dtype=torch.float64)
     twin.load_state_dict(model.state_dict())
@@ -419,6 +453,33 @@ def test_the_lessons_hold(shown):
         after = parameters(tab)[0]
         assert torch.equal(before[:, 1], after[:, 1])
         assert not torch.equal(before[:, 0], after[:, 0])
+        tab.get_by_role("button", name="Set input 2 to 0.8").click()
+        assert number(tab.locator(".line.now .result").inner_text().strip()[2:]) > 0
+        tab.locator("#lesson").get_by_role("button", name="100 steps").click()
+        assert torch.equal(before[:, 1], parameters(tab)[0][:, 1])
+
+
+def test_what_a_lesson_does_is_in_view(shown):
+    """Each button of a lesson brings its result on the screen and keeps the focus."""
+    is_seen = """(e) => {
+        const { top, bottom } = e.getBoundingClientRect();
+        return top >= 0 && Math.floor(bottom) <= innerHeight; // whole pixels scroll
+    }"""
+    model, x, y = example()
+    with shown(model, Q, x, y, viewport={"width": 1280, "height": 900}) as tab:
+        for lesson, places in enumerate(("1212", "132", "121"), start=1):
+            tab.get_by_role("button", name=f"Lesson {lesson}").press("Enter")
+            pressed = "document.activeElement.textContent"
+            assert tab.evaluate(pressed).startswith(f"Lesson {lesson}")
+            for i, place in enumerate(places):
+                button = tab.locator("#lesson button").nth(i)
+                button.press("Enter")
+                result = {"1": ".line.now >> nth=-1", "2": "#costs svg", "3": "#layers"}
+                assert tab.locator(result[place]).evaluate(is_seen)
+                focus = "table" if place == "3" else ""
+                assert tab.evaluate("document.activeElement.id") == focus
+                if not focus:
+                    assert tab.evaluate(pressed) == button.inner_text()
 
 
 # ---------------------------------------------------------------- how it is used
@@ -444,6 +505,9 @@ def test_by_keyboard(shown):
         assert "step 1 of" in tab.inner_text("#phase")
         tab.keyboard.press("Tab")
         assert tab.evaluate(focused).startswith("neuron 1")
+        tab.focus("#back")
+        tab.keyboard.press("Enter")
+        assert tab.evaluate("document.activeElement.id") == "back"
         tab.select_option("#weight", "1")
         assert "weight from" in tab.inner_text("#choice")
 
@@ -452,7 +516,7 @@ def test_clicks_on_neurons_and_weights(shown):
     model, x, y = example()
     with shown(model, Q, x, y) as tab:
         tab.locator("[data-at='0,2']").click()
-        assert tab.inner_text("#choice") == "Neuron 3 of layer 1, example 1"
+        assert tab.inner_text("#choice").startswith("Neuron 3 of layer 1, weight from")
         tab.locator("[data-weight='1,0,1']").dispatch_event("click")
         assert "Neuron 1 of layer 2, weight from neuron 2" in tab.inner_text("#choice")
         tab.select_option("#example", "mean")
@@ -466,7 +530,7 @@ def test_weights_of_a_large_network_are_written_out_too(shown):
         assert not tab.locator("#controls").is_visible()
         assert tab.locator("#network rect.pixel").count() == 784
         assert "10 of 30 shown" in tab.inner_text("#others")
-        tab.get_by_label("Layer 1, the most important").select_option("29")
+        tab.get_by_label("Layer 1, the largest errors").select_option("29")
         tab.evaluate("goToStep(stepOf('bp4', 1))")
         tab.select_option("#weight", "29")
         assert "weight from neuron 30" in tab.inner_text("#choice")
@@ -487,6 +551,18 @@ def test_a_narrow_page_scrolls_one_way_only(shown, scheme, media):
         is_light = scheme == "light" or media == "print"
         assert (tab.evaluate(ink) == "rgb(28, 36, 48)") == is_light
         assert tab.locator("#stepper").is_visible() == (media == "screen")
+
+
+def test_trained_curves_are_printed(shown):
+    model, x, y = example()
+    with shown(model, Q, x, y) as tab:
+        tab.emulate_media(media="print")
+        assert not tab.locator("#change").is_visible()
+        tab.emulate_media(media="screen")
+        tab.click("#hundred")
+        tab.emulate_media(media="print")
+        assert tab.locator("#costs svg").is_visible()
+        assert not tab.locator("#knobs").is_visible()
 
 
 # ---------------------------------------------------------------- any model, any number

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 import torchbp.__main__ as program
 from experiments import mnist
+from experiments.support import reporting
+from experiments.support.options import run_experiment
 from torchbp import data
 from torchbp.nn import ACTIVATIONS
 
@@ -413,8 +415,14 @@ def test_experiments_refuse(here: Path, script: str, chosen: st.DataObject) -> N
 
     lay_out(here)
     before = contents(here)
+
+    def run(_: object, *rest: typing.Any, **options: typing.Any) -> int:
+        return run_experiment(main, *rest, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "main", main)
+        for place in (module, reporting):  # where the program finds it
+            patch.setattr(place, "run_experiment", run, raising=False)
         try:
             status, _, err = status_of(module.command_line, arguments)
         except Accepted:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import default_dtype
 from PIL import Image, ImageDraw
 
 import torchbp
@@ -30,16 +31,6 @@ def default_device(device):
         yield
     finally:
         torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 CONTEXTS = {

@@ -493,6 +493,26 @@ def test_every_program_finds_what_it_imports(installed, tmp_path):
     assert result.stdout.rstrip().endswith(str(source / "torchbp" / "__init__.py"))
 
 
+@needs_hatchling
+def test_tests_of_the_sdist_test_the_installed_package(installed, tmp_path):
+    """Where no package stands beside them; the C++ source, too, is the wheel's."""
+    source, site = installed
+    hide = shutil.ignore_patterns("torchbp")
+    shutil.copytree(source, tmp_path / "sdist", ignore=hide)
+    tests = ["tests/core/test_nn.py", "tests/explicit/test_kernel.py"]
+    chosen = "test_mlp_keys or (sanitizers and flags2)"  # without optimisation
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *tests, "-k", chosen],
+        cwd=tmp_path / "sdist",
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 PROGRAM = ROOT / "tests" / "typed_program.py"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from wrong_functions import WRONG_FUNCTIONS
 
 import torchbp
 from torchbp.__main__ import main
@@ -123,6 +124,13 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page}: {link}"
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_number_of_wrong_functions():
+    """Wherever a page states it; how many gradcheck detects depends on torch."""
+    pattern = r"(\d+) wrong Functions"
+    numbers = [int(n) for text in TEXTS.values() for n in re.findall(pattern, text)]
+    assert numbers and set(numbers) == {len(WRONG_FUNCTIONS)}
 
 
 def test_pictures_of_readme():

@@ -94,7 +94,7 @@ def damaged():
         "newer": (saved(newer), "expected version 3, got 99"),
         "older": (saved({**newer, "version": 2}), "expected version 3, got 2"),
         "no version": (saved({**newer, "version": None}), "expected version 3"),
-        "no checksum": (whole, "expected a whole checkpoint, got one without its"),
+        "no checksum": (whole, "expected a whole checkpoint, got a zip archive"),
         "no state": (saved(no_state), "expected a state inside"),
     }
 

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 __all__ = ["distort"]
 
-# At strength 1; each is drawn uniformly between minus and plus the value.
+# At strength 1 each is drawn uniformly between minus and plus its value.
 ROTATION = math.radians(12)
 STRETCH, SHEAR = 0.12, 0.15
 SHIFT = 2 / 28  # of the image's side
-# Bending: normally distributed displacements of a few points, interpolated between.
-POINTS, BEND = 5, 1 / 28  # per side; standard deviation, of the image's side
-AT_ONCE = 1000  # images that fit into the cache
+# Bending: normally distributed displacements of a grid of points, and interpolation.
+POINTS, BEND = 5, 1 / 28  # points per side; standard deviation, of the image's side
+AT_ONCE = 1000  # as many images fit into the cache
 
 
 @torch.no_grad()
@@ -30,8 +30,8 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 1) -> 
     Args:
         images: uint8 (n, s²), square pictures of s x s pixels, on any device.
         generator: on the CPU, so that a seed gives the same images on every device.
-        strength: of all distortions; 1 is up to 12 degrees, 12 % in width and height,
-            and 2 of 28 pixels.
+        strength: factor of all distortions; 1 rotates by up to 12 degrees, stretches by
+            up to 12 % and shifts by up to 2 of 28 pixels.
 
     Returns:
         Tensor: uint8 (n, s²), new; pixels from outside the image are 0.
@@ -53,10 +53,10 @@ def distort(images: Tensor, generator: torch.Generator, strength: float = 1) -> 
     side = math.isqrt(images.shape[-1]) if images.dim() == 2 else -1
     if side < 1 or side * side != images.shape[-1]:
         raise ValueError(
-            f"images: expected (n, s x s), square ones, got {tuple(images.shape)}"
+            f"images: expected square ones, (n, s x s), got {tuple(images.shape)}"
         )
     if not 0 <= strength < math.inf:
-        raise ValueError(f"strength: expected a number from 0, got {strength}")
+        raise ValueError(f"strength: expected a number >= 0, got {strength}")
     distorted = torch.empty_like(images)
     if not len(images):
         return distorted

@@ -1,12 +1,12 @@
 """MNIST and its family as verified tensors.
 
-`load` returns (images, labels) tensors of whole splits, not single images: 50,000
-images are 39 MB as uint8. Files are read in their place, packed or not; only a download
-writes to a root.
+`load` returns the images and labels of each split as two tensors, not single images:
+50,000 images are 39 MB as uint8. It reads packed and unpacked files where they are;
+only a download writes to a root.
 
 Each file is searched for in `root/MNIST/raw` (torchvision's layout; FashionMNIST or
 KMNIST for these sets), then in `root`, then in `root/raw`: root may be torchvision's
-root, its MNIST folder, or the folder of the files. In each, a file may be named
+root, its MNIST folder, or the folder of the files. In each folder a file may be named
 train-images-idx3-ubyte.gz or train-images.idx3-ubyte.gz, or either without .gz.
 Checksums identify packed files and MNIST's unpacked ones. Unpacked files of
 Fashion-MNIST and KMNIST have the same names and sizes, so they are read only from a
@@ -54,8 +54,8 @@ _FILES = tuple(
     for part in _COUNTS
     for kind in ("images-idx3", "labels-idx1")
 )
-# torchvision knows the MD5 of the .gz files only. These distinguish unpacked MNIST from
-# the other sets, whose files have the same names and sizes.
+# torchvision knows the MD5 of the .gz files only. These tell unpacked MNIST from the
+# other sets, whose files have the same names and sizes.
 _MNIST_UNPACKED_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -140,7 +140,7 @@ def load(
     Raises:
         ValueError: the name is unknown.
         DataError: files are missing, damaged, another data set's or not available, or
-            the library that reads them is missing or broken; says what to do.
+            the library that reads them is missing or broken; it says what to do.
 
     Examples:
         >>> train, validation, test = load("digits")
@@ -157,14 +157,14 @@ def load(
 
 
 def join_validation(splits: Splits) -> Splits:
-    """Add the validation images to the training images, for a last training after all
+    """Add the validation split to the training split, for the final training after all
     choices are made.
 
     Args:
-        splits: as `load` returns them; not changed.
+        splits: as `load` returns them; they do not change.
 
     Returns:
-        Splits: with an empty validation split.
+        Splits: new ones, with an empty validation split.
 
     Examples:
         >>> splits = join_validation(load("digits"))
@@ -228,11 +228,11 @@ def scale(
         tensor([0.0000, 0.2000, 1.0000])
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"expected images as a torch.uint8 tensor, got {came}")
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images: expected a torch.uint8 tensor, got {got}")
     if not dtype.is_floating_point:
-        raise TypeError(f"expected a floating-point dtype, got {dtype}")
-    # Moved as bytes, a quarter of the size in float32.
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    # Bytes are moved, which are a quarter of the size of float32.
     return images.to(device).to(dtype).div_(255)
 
 
@@ -253,7 +253,7 @@ def default_root() -> Path:
 def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
     """Check the name of a data set and return the folder of its files."""
     if name not in NAMES:
-        raise ValueError(f"expected a dataset name among {NAMES}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     if root is not None and "\0" in os.fsdecode(root):
         raise DataError(f"root: expected a folder, got {root!r}")
     try:
@@ -266,17 +266,18 @@ def _folder(name: str, root: str | os.PathLike[str] | None) -> Path:
 def _load_family(name: str, root: Path, download: bool) -> Splits:
     """Load MNIST, Fashion-MNIST or KMNIST; download missing files if allowed."""
     if root.exists() and not root.is_dir():
-        raise DataError(f"expected a folder as root, got the file {root}")
+        raise DataError(f"root: expected a folder, got the file {root}")
     located = _locate(name, root)
     missing = [file for file in _FILES if file not in located]
     for path in (path for file in missing for path, _ in _candidates(name, root, file)):
         # A download would replace it, unless another process has just done so.
         if os.path.lexists(path) and not path.is_file():
-            came = "a folder" if path.is_dir() else "a link to nothing or a device"
-            raise DataError(f"{path}: expected a file, got {came}; move or remove it")
+            got = "a folder" if path.is_dir() else "a link to nothing or a device"
+            raise DataError(f"{path}: expected a file, got {got}; move or remove it")
     if missing and not download:
         state = f"lacks {len(missing)} of 4 files" if located else "holds no file"
-        state = state if root.exists() else "does not exist and holds no file"
+        if not root.exists():
+            state = "does not exist and holds no file"
         raise DataError(f"{root} {state} of {name}: {_remedy(name, root, missing)}")
     dataset = _dataset_class(name)
     with tempfile.TemporaryDirectory(prefix="torchbp-") as scratch:
@@ -301,7 +302,7 @@ def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
     try:
         stored = dataset(root, train=part == "train", download=False)
         images, labels = stored.data, stored.targets
-    except Exception as error:  # torchvision's versions raise different ones
+    except Exception as error:  # which one depends on torchvision's version
         raise DataError(_torchvision_advice(f"failed to read {part}", error)) from error
     n = _COUNTS[part]
     if images.shape != (n, 28, 28) or labels.shape != (n,):
@@ -313,7 +314,8 @@ def _read(dataset: Any, root: str, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _locate(name: str, root: Path) -> dict[str, Path]:
-    """Find the files that belong to a data set for certain or by their checksum."""
+    """Return the paths of a data set's files that exist, by file; if packed, their
+    checksums are yet to be verified."""
     located: dict[str, Path] = {}
     for file in _FILES:
         for path, is_certain in _candidates(name, root, file):
@@ -323,8 +325,8 @@ def _locate(name: str, root: Path) -> dict[str, Path]:
 
 
 def _candidates(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
-    """Return the paths that a file may have, the preferred ones first, and whether each
-    determines the data set; .gz before unpacked, because of the checksum."""
+    """Return the paths that a file may have, in order of preference, and whether a file
+    at each can be identified; .gz before unpacked, because of the checksum."""
     folders = root / _CLASSES[name] / "raw", root, root / "raw"
     names = file, file.replace("-idx", ".idx")
     return [
@@ -336,8 +338,8 @@ def _candidates(name: str, root: Path, file: str) -> list[tuple[Path, bool]]:
 
 
 def _is_certain(name: str, folder: Path) -> bool:
-    """Return whether unpacked files in a folder belong to a data set for certain: by
-    their checksums, as MNIST's do, or by the folder's name."""
+    """Return whether unpacked files in a folder can be identified as the data set's: by
+    their checksums, which MNIST's have, or by the folder's name."""
     ends = (Path(end(folder)) for end in (os.path.abspath, os.path.realpath))
     owners = [(end.parent if end.name == "raw" else end).name for end in ends]
     plain = {"".join(filter(str.isalnum, owner)).lower() for owner in owners}
@@ -345,7 +347,7 @@ def _is_certain(name: str, folder: Path) -> bool:
 
 
 def _uncertain(name: str, root: Path, files: list[str]) -> str:
-    """Return a hint at files that might be another set's, or ""."""
+    """Return a hint about a file that may be another set's, or ""."""
     for path in (path for file in files for path, _ in _candidates(name, root, file)):
         if path.is_file():
             return (
@@ -356,8 +358,8 @@ def _uncertain(name: str, root: Path, files: list[str]) -> str:
 
 
 def _home(name: str, root: Path) -> Path:
-    """Return the folder of downloads in torchvision's layout, of which root may be an
-    inner folder."""
+    """Return the folder for downloads in torchvision's layout; root may be an inner
+    folder of it."""
     folder = Path(os.path.abspath(root))
     if folder.parts[-2:] == (_CLASSES[name], "raw"):
         return root
@@ -384,11 +386,11 @@ def _verified(path: Path, file: str, name: str, dataset: Any) -> bytes:
         content = _gunzipped(path, size, dict(dataset.resources)[f"{file}.gz"])
     else:
         content = _plain(path, size, _MNIST_UNPACKED_MD5.get(file), name == "mnist")
-    came = content[: len(header)]
-    if came != header:
-        raise _damaged(path, f"the IDX header {header.hex()}", came.hex())
-    if "labels" in file and max(content[len(header) :], default=0) > 9:
-        raise _damaged(path, "labels in 0..9", f"{max(content[len(header) :])}")
+    start, numbers = content[: len(header)], content[len(header) :]
+    if start != header:
+        raise _damaged(path, f"the IDX header {header.hex()}", start.hex())
+    if "labels" in file and max(numbers, default=0) > 9:
+        raise _damaged(path, "labels in 0..9", f"{max(numbers)}")
     return content
 
 
@@ -408,9 +410,9 @@ def _plain(path: Path, size: int, mnist_md5: str | None, is_mnist: bool) -> byte
 
 
 def _gunzipped(path: Path, size: int, expected: str) -> bytes:
-    """Unpack a .gz file of the right MD5; read at most one byte more than its size."""
-    # Deflate adds 5 bytes to an incompressible block, at worst to each 16 KB; no more
-    # is read, however large the file is.
+    """Unpack a .gz file of the right MD5, of which a bounded number of bytes is
+    read."""
+    # Deflate adds at most 5 bytes to each 16 KB of incompressible data.
     largest = size + size // 1024 + _GZ_EXTRA
     with path.open("rb") as file:
         packed = file.read(largest + 1)
@@ -418,21 +420,21 @@ def _gunzipped(path: Path, size: int, expected: str) -> bytes:
         raise _damaged(path, f"at most {largest} bytes", f"{path.stat().st_size}")
     md5 = hashlib.md5(packed, usedforsecurity=False).hexdigest()
     if md5 != expected:
-        came = f"{md5} ({len(packed)} bytes{_owner(md5)})"
-        raise _damaged(path, f"MD5 {expected}", came)
+        got = f"{md5} ({len(packed)} bytes{_owner(md5)})"
+        raise _damaged(path, f"MD5 {expected}", got)
     try:  # the checked bytes, since the file may change
         with gzip.open(io.BytesIO(packed), "rb") as stream:
             content = stream.read(size + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked: {error}") from error
     if len(content) != size:
-        came = "more" if len(content) > size else f"{len(content)}"
-        raise _damaged(path, f"{size} bytes unpacked", came)
+        got = "more" if len(content) > size else f"{len(content)}"
+        raise _damaged(path, f"{size} bytes unpacked", got)
     return content
 
 
 def _owner(md5: str) -> str:
-    """Return which of the family's files has this MD5, or ""."""
+    """Return the name of the family's file with this MD5, for a message, or ""."""
     for dataset in map(_dataset_class, _CLASSES):
         for file, known in dataset.resources:
             if md5 == known:
@@ -440,10 +442,10 @@ def _owner(md5: str) -> str:
     return ""
 
 
-def _damaged(path: Path, expected: str, came: str) -> DataError:
-    """Return the error about a damaged file, which is left to the user to remove."""
+def _damaged(path: Path, expected: str, got: str) -> DataError:
+    """Return the error about a damaged file, which the user has to remove."""
     return DataError(
-        f"{path} is damaged or not the right file: expected {expected}, got {came}; "
+        f"{path} is damaged or not the right file: expected {expected}, got {got}; "
         "move or remove it, and load again to download it"
     )
 
@@ -499,6 +501,7 @@ def _reachable_mirrors(
     answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
     def probe(mirror: str) -> None:
+        """Request a file, and report the mirror and its failure or ""."""
         headers = {"User-Agent": "torchbp"}
         try:
             request = urllib.request.Request(f"{mirror}{files[-1]}.gz", headers=headers)
@@ -509,7 +512,7 @@ def _reachable_mirrors(
                 error.close()
             answers.put((mirror, str(error) or type(error).__name__))
 
-    # Threads, since getaddrinfo ignores time-outs; daemons, since it may never return.
+    # getaddrinfo ignores time-outs: hence threads. It may never return: hence daemons.
     silent = dict.fromkeys(dataset.mirrors, f"no answer in {_PROBE_SECONDS:g} s")
     for mirror in silent:
         threading.Thread(target=probe, args=(mirror,), daemon=True).start()
@@ -533,7 +536,7 @@ def _dataset_class(name: str) -> Any:
 
 
 def _torchvision_advice(event: str, error: Exception) -> str:
-    """Return what is wrong with torchvision and how to fix it."""
+    """Return the message about a failure of torchvision, and the fix."""
     return (
         f"torchvision {event} ({type(error).__name__}: {error}); it must fit torch "
         f"{torch.__version__}: pip install --upgrade torch torchvision, or use the "
@@ -542,7 +545,7 @@ def _torchvision_advice(event: str, error: Exception) -> str:
 
 
 def _import(module: str) -> Any:
-    """Import a part of torchvision; DataError if that fails, in whichever way."""
+    """Import a module of torchvision; raise DataError if that fails in any way."""
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -573,7 +576,7 @@ def _enlarged(images: Tensor) -> Tensor:
     box = torch.nn.functional.interpolate(images[:, None], (20, 20), mode="bicubic")
     box = box[:, 0].clamp(0, 16).mul(255 / 16).round()  # (n, 20, 20)
     mass = box.sum((1, 2)).clamp(min=1)
-    # On the images' device and of their dtype, not torch's defaults.
+    # With the device and dtype of the images, not torch's defaults.
     steps = torch.arange(20, device=box.device)
     grid = steps.to(box.dtype)
     # Clamped to keep the box inside.

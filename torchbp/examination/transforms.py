@@ -19,6 +19,7 @@ from torchbp.examination.tools import (
 from torchbp.examination.verdicts import (
     Fail,
     NotApplicable,
+    must_run,
     needs_own_graph,
     needs_small_jacobian,
     same_gradients,
@@ -28,6 +29,10 @@ from torchbp.examination.verdicts import (
 _SETUP = (
     "write forward without ctx, add setup_context, and generate_vmap_rule = True or "
     "a vmap staticmethod"
+)
+_APART = (
+    "let the vmap rule keep the examples apart, whichever argument is mapped, along "
+    "whichever dimension"
 )
 _OUT_OF_PLACE = "work out of place in backward, by operations that vmap knows"
 
@@ -73,7 +78,10 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
             mapped[i] = torch.stack(parts, dim)
         dims = tuple(dim if i in which else None for i in range(len(mapped)))
         looped = []
-        with supported(_SETUP), no_memory_of_batched_tensors():
+        guard = supported(_SETUP)
+        if dim:  # the first argument, which was supported along its first dimension
+            guard = must_run(f"mapped over {name} along its last dimension, it", _APART)
+        with guard, no_memory_of_batched_tensors():
             # A loop over torch.func.grad needs its support, too.
             ours = flatten(torch.func.vmap(f, in_dims=dims, randomness="same")(*mapped))
             for k in range(3):
@@ -83,11 +91,7 @@ def _map_and_compare(s: Subject, f: Callable[..., Any], what: str) -> str:
                 looped.append(flatten(f(*single)))
         for mine, theirs in zip(ours, zip(*looped, strict=True), strict=True):
             if text := difference(mine, torch.stack(theirs), s.tolerance()):
-                raise Fail(
-                    f"mapped over {name}, a {what} is {text}",
-                    "let the vmap rule keep the examples apart, whichever argument is "
-                    "mapped, along whichever dimension",
-                )
+                raise Fail(f"mapped over {name}, a {what} is {text}", _APART)
     return "each argument, and all, as a loop"
 
 

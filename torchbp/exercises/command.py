@@ -1,19 +1,19 @@
 """Exercises: write backpropagation yourself, in nine small files, and be told which
 equation is wrong, and how.
 
-  exercises                list them, and what is done
-  exercises start FOLDER   copy the files to a folder; what is in it stays as it is
+  exercises                list them, and which are done
+  exercises start FOLDER   copy the files to a folder; existing ones do not change
   exercises check [NAME]   grade one file, or all up to the first that is not right;
                            with --watch again whenever a file is saved
-  exercises hint NAME      show one hint more each time
+  exercises hint NAME      show the hints, one more each time
   exercises solution NAME  show the solution
 
-NAME is a name, a number or a file: bp2, 3 or 3_bp2.py. The files are looked for in the
-current folder, or in --folder. Its file .torchbp-exercises has what was right, and
-which hints were shown.
+NAME is a name, a number or a file: bp2, 3 or 3_bp2.py. The files are those of the
+current folder, or of --folder. The file .torchbp-exercises in it records which were
+right, and the hints shown.
 
-Exit status: 0 what was checked (last) is right, 1 it is not, 2 a usage error, 130 a
-loop was interrupted.
+Exit status: 0 the file checked (last) is right, 1 it is not, 2 a usage error, 130 a
+file's code was interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchbp.exercises.grading import WIDTH, Verdict, grade
 from torchbp.exercises.material import Exercise, exercises
 
 LOG = ".torchbp-exercises"
-SECONDS = 0.2  # between two looks at the files
+SECONDS = 0.2  # between two checks for a save
 COMMAND = "python -m torchbp exercises"
 
 
@@ -58,13 +58,13 @@ def add_exercises(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_list)
-    where = {"metavar": "FOLDER", "help": "where the files are (.)"}
-    parser.add_argument("--folder", default=".", **where)
+    folder = {"metavar": "FOLDER", "help": "the folder of the files (.)"}
+    parser.add_argument("--folder", default=".", **folder)
     actions = parser.add_subparsers(metavar="ACTION", title="actions")
     for run, text in (
         (_start, "copy the files to a folder"),
         (_check, "grade one file, or all up to the first that is not right"),
-        (_hint, "show one hint more"),
+        (_hint, "show the hints, one more each time"),
         (_solution, "show the solution"),
     ):
         action = actions.add_parser(run.__name__[1:], help=text, description=text)
@@ -74,12 +74,14 @@ def add_exercises(commands: Any) -> None:
             continue
         nargs = "?" if run is _check else None
         action.add_argument("name", metavar="NAME", nargs=nargs)
-        action.add_argument("--folder", default=argparse.SUPPRESS, **where)
+        action.add_argument("--folder", default=argparse.SUPPRESS, **folder)
         if run is _check:
-            action.add_argument("--watch", action="store_true", help="after each save")
+            help = "check again after each save"
+            action.add_argument("--watch", action="store_true", help=help)
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    """Print a table of the exercises, and which are done."""
     folder, rows = Path(arguments.folder), []
     log = _read_log(folder)
     for exercise in exercises():
@@ -92,27 +94,32 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
+    """Write the files that the folder lacks."""
     folder = Path(arguments.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    left = list(filter(None, [_find(folder, exercise) for exercise in exercises()]))
+    existing = list(filter(None, [_find(folder, e) for e in exercises()]))
     for exercise in exercises():
         if not _find(folder, exercise):
             write_atomically(folder / exercise.file, exercise.template.encode())
-    print(f"{len(exercises()) - len(left)} exercises written to {folder}")
-    if left:
-        print(f"left as they are: {', '.join(path.name for path in left)}")
-    print("Put your code in place of the three dots of each file. Then:\n")
+    print(f"{len(exercises()) - len(existing)} exercises written to {folder}")
+    if existing:
+        print(f"not changed: {', '.join(path.name for path in existing)}")
+    print("Replace the three dots in each file with your code. Then:\n")
     print(f"  cd {folder}\n  {COMMAND} check --watch")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    """Grade the chosen files, with --watch again after each save."""
     if arguments.name is None:
         folder, chosen = Path(arguments.folder), list(exercises())
     else:
         folder, *chosen = _chosen(arguments)
     if not any(_find(folder, exercise) for exercise in chosen):
-        raise ValueError(f"{folder}: expected {chosen[0].file} (exercises start)")
+        raise ValueError(
+            f"{folder}: expected {chosen[0].file}, got no such file; --folder names "
+            "another folder, exercises start writes the files"
+        )
     status = 130
     try:
         while True:
@@ -126,7 +133,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 time.sleep(SECONDS)
             time.sleep(SECONDS)  # the editor may still be writing
     except KeyboardInterrupt as error:
-        place = str(error)  # "" where no code of the learner's was running
+        place = str(error)  # "" if no code of the learner's was running
         print(f"\ninterrupted in {place}" if place else "")
         return 130 if place else status
 
@@ -146,14 +153,15 @@ def _check_once(folder: Path, chosen: Sequence[Exercise]) -> int:
         if not ok:
             print(f"\n{COMMAND} hint {exercise.name}")
             return 1
-        with suppress(OSError):  # a folder that is another's is graded, too
+        with suppress(OSError):  # the folder may be read-only
             _write_log(folder, _done(exercise, path or folder))
     if len(chosen) > 1:
-        print("\nAll are right. The same for any network is torchbp.backprop.")
+        print("\nAll are right. torchbp.backprop does the same for any network.")
     return 0
 
 
 def _hint(arguments: argparse.Namespace) -> int:
+    """Print the hints shown before and the next one."""
     folder, exercise = _chosen(arguments)
     shown = _read_log(folder).count(f"hint {exercise.name}") + 1
     _write_log(folder, f"hint {exercise.name}")
@@ -165,12 +173,13 @@ def _hint(arguments: argparse.Namespace) -> int:
 
 
 def _solution(arguments: argparse.Namespace) -> int:
+    """Print the solution."""
     print(_chosen(arguments)[1].solution, end="")
     return 0
 
 
 def _chosen(arguments: argparse.Namespace) -> tuple[Path, Exercise]:
-    """The folder and the exercise that NAME, a name, a number or a file, stands for."""
+    """Return the folder and the exercise of NAME: a name, a number or a file."""
     path = Path(arguments.name)
     stem = re.sub(r"(^\d+_|\.py$)", "", path.name)
     for exercise in exercises():
@@ -181,34 +190,34 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Path, Exercise]:
 
 
 def _find(folder: Path, exercise: Exercise) -> Path | None:
-    """The learner's file, whatever number another version has given it."""
+    """Return the learner's file, with any number: another version may have another."""
     pattern = re.compile(rf"(\d+_)?{exercise.name}\.py")
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return next((path for path in paths if pattern.fullmatch(path.name)), None)
 
 
 def _saved(folder: Path) -> dict[Path, int]:
-    """When each file was last saved."""
-    with suppress(OSError):  # an editor is just replacing one
+    """Return the time of each file's last save."""
+    with suppress(OSError):  # an editor may be replacing one
         return {path: path.stat().st_mtime_ns for path in folder.glob("*.py")}
     return {}
 
 
 def _done(exercise: Exercise, path: Path) -> str:
-    """The line of the log that says that this very file is right."""
+    """Return the log's line for a right file with this content."""
     return f"done {exercise.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _read_log(folder: Path) -> list[str]:
+    """Return the log's lines."""
     log = folder / LOG
-    return (
-        log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if log.is_file()
-        else []
-    )
+    if not log.is_file():
+        return []
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _write_log(folder: Path, line: str) -> None:
+    """Add a line to the log: a hint's each time, any other once."""
     if line.startswith("hint") or line not in _read_log(folder):
         with (folder / LOG).open("a", encoding="utf-8") as log:
             log.write(f"{line}\n")

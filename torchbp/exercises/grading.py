@@ -1,8 +1,8 @@
-"""Grading: a learner's file beside the solution and the usual mistakes.
+"""Grading: a learner's file is compared with the solution and the usual mistakes.
 
-The file, the solution and each mistake are programs of the same functions, and each
-case calls them with the same numbers. So a mistake is recognised by what it computes,
-or by the error that it raises, however it is written.
+All of them define the same functions, and each case calls these with the same numbers.
+So a mistake is recognised by its results, or by the error that it raises, however it is
+written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _MODULE = "torchbp exercise"  # no file can have this name
 
 @dataclass(frozen=True)
 class Verdict:
-    """What has come of a file: "right", "wrong" or "open", and paragraphs on it."""
+    """The result for a file: "right", "wrong" or "open", and paragraphs that explain
+    it."""
 
     word: str
     paragraphs: list[str]
@@ -40,7 +41,7 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
 
     Raises:
         OSError: the file cannot be read.
-        KeyboardInterrupt: with the line of the file that was interrupted.
+        KeyboardInterrupt: the file's code was interrupted; the message has its line.
     """
     file, passed = _File(path), list[Case]()
     try:
@@ -52,22 +53,22 @@ def grade(exercise: Exercise, path: Path) -> Verdict:
             passed.append(case)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(file.place(error) or path.name) from None
-    except BaseException as error:  # that of the file as a whole
+    except BaseException as error:  # raised by the file outside its functions
         outcome = Outcome(text=_text(error), error=error)
         return _judged(exercise, Case("", (), {}, ()), outcome, [], file)
     return Verdict("right", [*filter(None, [outcome.note])])
 
 
 class _File:
-    """What the learner has written, and where in it something happens."""
+    """The learner's file, and its line where something happens."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.code = path, path.read_bytes()
         self.lines = self.code.decode("utf-8", "replace").split("\n")
 
     def place(self, error: BaseException | None, name: str = "") -> str:
-        """The innermost line of the file that `error` has come through; without one,
-        that which defines `name`, or ""."""
+        """Return the innermost line of the file in the traceback of `error`, else the
+        line that defines `name`, else ""."""
         frames = traceback.walk_tb(error.__traceback__ if error else None)
         numbers = [n for f, n in frames if f.f_code.co_filename == str(self.path)]
         if getattr(error, "filename", None) == str(self.path):  # a SyntaxError
@@ -82,14 +83,14 @@ class _File:
 
 
 def _run(code: str | bytes, path: str) -> Names:
-    """What a program defines; nothing is written, no cache either."""
+    """Run a program and return the names that it defines; write no cache."""
     module = sys.modules[_MODULE] = ModuleType(_MODULE)  # dataclasses look it up
     exec(compile(code, path, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
 
 def _arguments(case: Case) -> dict[str, Any]:
-    """New tensors of the case's numbers, in float32 as torch.zeros makes them."""
+    """Return new tensors of the case's numbers, in float32, torch's usual dtype."""
     return {
         name: torch.tensor(value, dtype=torch.float32, device="cpu")
         if isinstance(value, list)
@@ -99,7 +100,7 @@ def _arguments(case: Case) -> dict[str, Any]:
 
 
 def _outcome(exercise: Exercise, names: Names, case: Case) -> Outcome:
-    """What `case` shows of the program that has defined `names`."""
+    """Return the outcome of `case` for the program that defines `names`."""
     try:
         outcome = _tried(names, case)
     except KeyboardInterrupt:
@@ -112,10 +113,12 @@ def _outcome(exercise: Exercise, names: Names, case: Case) -> Outcome:
 
 
 def _tried(names: Names, case: Case) -> Outcome:
-    """The same, without what is right; raise what the program raises."""
+    """Return the same outcome without the right results; let the program's errors
+    pass."""
     if case.subject not in names:
         own = [n for n, f in names.items() if getattr(f, "__module__", "") == _MODULE]
-        raise Misfit(f"it defines {', '.join(own) or 'nothing'}, no {case.subject}")
+        got = ", ".join(own) or "nothing"
+        raise Misfit(f"expected a definition of {case.subject}, got {got}")
     arguments = _arguments(case)
     result = PROBES.get(case.function, call)(names, case, arguments)
     for name, value in _arguments(case).items():
@@ -135,7 +138,8 @@ def _tried(names: Names, case: Case) -> Outcome:
 
 
 def _text(error: BaseException) -> str:
-    message = str(getattr(error, "msg", error))  # of a SyntaxError without its place
+    """Return the kind and the first line of an error."""
+    message = str(getattr(error, "msg", error))  # a SyntaxError's without its place
     if isinstance(error, SystemExit):
         message = "the program would end here"
     kind = "" if isinstance(error, Misfit) else type(error).__name__
@@ -145,7 +149,8 @@ def _text(error: BaseException) -> str:
 def _mistake(
     exercise: Exercise, case: Case, outcome: Outcome, passed: list[Case]
 ) -> str:
-    """The usual mistake that passes and fails as the learner's file does, or ""."""
+    """Return the text of the usual mistake that passes and fails like the learner's
+    file, or ""."""
     for text, code in exercise.mistakes:
         names = _run(code, "mistake")
         passes = all(_outcome(exercise, names, c).is_right for c in passed)
@@ -157,13 +162,14 @@ def _mistake(
 def _judged(
     exercise: Exercise, case: Case, outcome: Outcome, passed: list[Case], file: _File
 ) -> Verdict:
-    """Where it is, with which numbers, what it should be, and what mistake it is."""
+    """Return the verdict on a failed case: the place, the numbers, the equation and the
+    mistake."""
     paragraphs, place = [], file.place(outcome.error)
     if outcome.text:
-        is_open = "ellipsis" in outcome.text.lower()  # that of the template
+        is_open = "ellipsis" in outcome.text.lower()  # the template's three dots
         text = "not yet written" if is_open else fill(outcome.text, WIDTH)
-        where = place or file.place(None, case.subject) or file.path.name
-        paragraphs.append(f"{where}\n{text}")
+        line = place or file.place(None, case.subject) or file.path.name
+        paragraphs.append(f"{line}\n{text}")
         if is_open:
             done = dict.fromkeys(f"{c.subject} is right" for c in passed)
             return Verdict("open", [*done, *paragraphs])
@@ -180,24 +186,25 @@ def _judged(
 
 
 def _likeness(outcome: Outcome, case: Case) -> str:
-    """What the wrong result of an unknown mistake is like, or ""."""
+    """Describe how the wrong result of an unknown mistake resembles the right one, or
+    return ""."""
     for name in outcome.wrong[:1]:
         ours, right = outcome.values[name], outcome.right[name]
-        for what in ("shape", "dtype"):
-            got, expected = getattr(ours, what, None), getattr(right, what)
+        for name in ("shape", "dtype"):
+            got, expected = getattr(ours, name, None), getattr(right, name)
             if got != expected:
-                return f"Its {what} is {_written(got)}, expected {_written(expected)}."
+                return f"Its {name} is {_written(got)}, expected {_written(expected)}."
         if right.dim() == 2 and are_close(ours, right.T):
             return "It is transposed."
         n = len(next(iter(_arguments(case).values())))
         for factor, text in ((-1, "-1"), (n, f"n = {n}"), (1 / n, f"1/n = 1/{n}")):
             if are_close(ours, factor * right):
-                return f"It is off by the factor {text}."
+                return f"It is {text} times the right one."
     return ""
 
 
 def _written(value: Any) -> str:
-    """A value as it is written in Python."""
+    """Return a value as it is written in Python, with four digits."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

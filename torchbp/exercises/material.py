@@ -1,9 +1,9 @@
 """The exercises, each read from its Markdown file.
 
-The first code block is the solution; "Gap" says what the learner's file has in place of
-some of its lines, and "Mistakes" what wrong code has: each heading is what the grader
-says of it, and after "or" comes another way to make that mistake. "Cases" are the calls
-that grade a file, smallest first, and "Equations" says what their results are.
+The first code block is the solution. "Gap" has the changes that make the learner's file
+of it, and "Mistakes" those that make wrong code: each heading is the grader's text, and
+"or" separates several ways to make one mistake. "Cases" are the calls that grade a
+file, smallest first, and "Equations" has the equation of each result.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Case:
 
     Attributes:
         function: one of the learner's functions, or a probe.
-        names: what the probe looks at, by name, and its settings.
-        arguments: numbers, as lists; those of a probe are for what it looks at.
-        results: their names.
+        names: the definitions that the probe examines, and its settings.
+        arguments: numbers, as lists.
+        results: the names of the results.
     """
 
     function: str
@@ -47,14 +47,14 @@ class Exercise:
 
     Attributes:
         number: its place in the derivation, from 1.
-        name: what it is called on the command line.
-        title: in a line.
+        name: its name on the command line.
+        title: its title.
         template: the learner's file as `start` writes it.
         solution: the same without gaps.
-        hints: from the first to the plainest.
+        hints: from the vaguest to the plainest.
         cases: from the smallest to the largest.
-        equations: what each result is, by its name.
-        mistakes: what is said of wrong code, and that code.
+        equations: the equation of each result, by the result's name.
+        mistakes: the grader's text on wrong code, and that code.
     """
 
     number: int
@@ -75,14 +75,15 @@ class Exercise:
 
 @functools.cache
 def exercises() -> tuple[Exercise, ...]:
-    """All exercises, in the order of the derivation."""
+    """Return all exercises, in the order of the derivation."""
     return tuple(map(_read, sorted(Path(__file__).parent.glob("[0-9]_*.md"))))
 
 
 def _read(path: Path) -> Exercise:
+    """Return the exercise in a Markdown file."""
     text = path.read_text(encoding="utf-8")
-    head, *rest = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
-    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    head, *pieces = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(pieces[::2], pieces[1::2], strict=True))
     number, _, name = path.stem.partition("_")
     (solution,) = _blocks(head)
     equations = (item.partition(": ") for item in _items(sections["Equations"]))
@@ -97,24 +98,25 @@ def _read(path: Path) -> Exercise:
         tuple(map(_case, ast.parse(_blocks(sections["Cases"])[0]).body)),
         {name: text for name, _, text in equations},
         tuple(
-            (text, _edited(solution, way))
-            for text, ways in zip(parts[::2], parts[1::2], strict=True)
-            for way in re.split(r"^or\n", ways, flags=re.MULTILINE)
+            (text, _edited(solution, change))
+            for text, changes in zip(parts[::2], parts[1::2], strict=True)
+            for change in re.split(r"^or\n", changes, flags=re.MULTILINE)
         ),
     )
 
 
 def _blocks(text: str) -> list[str]:
+    """Return the contents of the code blocks."""
     return re.findall(r"^```\w+\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def _items(text: str) -> list[str]:
-    """The items of a Markdown list, each on one line."""
+    """Return the items of a Markdown list, each on one line."""
     return [" ".join(item.split()) for item in re.split(r"^- ", text, flags=re.M)[1:]]
 
 
 def _edited(code: str, section: str) -> str:
-    """The code after the changes, each of lines that are in it once."""
+    """Return the code after the changes of a section, each of lines that occur once."""
     for diff in _blocks(section):
         lines = diff.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] == "-")
@@ -126,7 +128,7 @@ def _edited(code: str, section: str) -> str:
 
 
 def _case(node: Any) -> Case:
-    """The case of a line `results = function(literals)`."""
+    """Return the case of a line `results = function(literals)`."""
     targets = ast.walk(node.targets[0]) if isinstance(node, ast.Assign) else ()
     call = node.value
     return Case(

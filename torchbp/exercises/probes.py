@@ -1,4 +1,4 @@
-"""The ways in which a case looks at the learner's code."""
+"""Probes: the functions with which a case examines the learner's code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchbp import data
+from torchbp._numeric import central_difference
 from torchbp.costs import QuadraticCost
 from torchbp.examination import draw, examine
 from torchbp.exercises.material import Case
@@ -21,25 +22,25 @@ from torchbp.inspection import compare
 from torchbp.nn import MLP
 
 F64 = torch.float64
-TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # of the entries' size
-ENOUGH = 0.9  # of the test digits
+TOLERANCE = torch.finfo(torch.float32).eps ** 0.5  # a share of Σ |entries|
+ENOUGH = 0.9  # the share of the test digits that a trained network recognises
 EPOCHS, BATCH_SIZE, LR = 30, 10, 1.0
 
 
 class Misfit(Exception):  # noqa: N818
-    """What the learner's code is not, in words."""
+    """The learner's code does not have the expected form."""
 
 
 @dataclass
 class Outcome:
-    """What one case has shown of one file.
+    """The outcome of one case for one file.
 
     Attributes:
         values: the results by name.
-        right: what they should be.
-        text: what is wrong, where that is not a number.
-        note: what is worth telling although nothing is wrong.
-        error: what was raised.
+        right: the right results.
+        text: what is wrong, if that is not a number.
+        note: a remark on a right file.
+        error: the exception that was raised.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Outcome:
         return not self.text and not self.wrong
 
     def resembles(self, other: Outcome) -> bool:
-        """Whether both have the same results, or the same text."""
+        """Return whether both have the same results, or the same text."""
         mine, theirs = self.values, other.values
         return (self.text, mine.keys()) == (other.text, theirs.keys()) and all(
             are_close(value, theirs[name]) for name, value in mine.items()
@@ -68,7 +69,7 @@ class Outcome:
 
 
 def are_close(a: Any, b: Any) -> bool:
-    """Whether two results, tensors or others, are equal but for rounding."""
+    """Return whether two results, tensors or others, are equal up to rounding."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -86,19 +87,19 @@ def call(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
     function = names[case.function]
     if not callable(function):
         raise Misfit(f"{case.function}: expected a function, got {function!r}")
-    with contextlib.suppress(ValueError):  # what has no signature
+    with contextlib.suppress(ValueError):  # some callables have no signature
         signature = inspect.signature(function)
         try:
             signature.bind(*arguments)
         except TypeError:
-            given = f"{case.function}{signature}"
-            raise Misfit(f"expected {case}, got {given}") from None
+            got = f"{case.function}{signature}"
+            raise Misfit(f"expected {case}, got {got}") from None
     return function(*arguments.values())
 
 
 def backward(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
-    """The gradients that a Function returns for its output's, which is the last
-    argument, and its output."""
+    """Return a Function's gradients for that of its output, which is the last argument,
+    and its output."""
     *inputs, grad = arguments.values()
     output = names[case.subject].apply(*[t.requires_grad_() for t in inputs])
     if not isinstance(output, Tensor):
@@ -111,30 +112,31 @@ def backward(names: Names, case: Case, arguments: dict[str, Any]) -> Any:
 
 
 def find_slope(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
-    """A layer's σ' at z, beside the central difference of its own σ."""
-    (z,), h = (t.double() for t in arguments.values()), 1e-5
+    """Compare a layer's σ' at z with the central difference of its own σ."""
+    (z,) = (t.double() for t in arguments.values())
     layer = names[case.subject](1, 1, device="cpu", dtype=F64)
     layer.load_state_dict({"weight": torch.ones_like(z[:1]), "bias": 0 * z[0]})
     (ours,) = torch.autograd.grad(layer(z.requires_grad_()).sum(), z)
     with torch.no_grad():
-        right = (layer(z + h) - layer(z - h)) / (2 * h)
+        right = central_difference(lambda t: layer(z + t), 1e-5)
     (name,) = case.results
     return Outcome({name: ours}, {name: right})
 
 
 def examine_function(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
-    """The first finding of `examine`, of the checks that the case names."""
+    """Return the first finding of `examine`, for the checks in the case."""
     _, checks, *shapes = case.names
     generator = torch.Generator("cpu").manual_seed(0)
     inputs = [draw(shape, F64, generator) for shape in shapes]
-    with contextlib.redirect_stdout(io.StringIO()):  # it calls the file many times
+    with contextlib.redirect_stdout(io.StringIO()):  # the file may print at each call
         report = examine(names[case.subject], *inputs, only=checks, strict=True)
     first = next(iter((*report.failures, *report.warnings)), None)
     return Outcome(text=f"{first.reason}: {first.fix}" if first else "")
 
 
 def compare_layer(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
-    """What `compare` finds wrong in a network with the learner's layer."""
+    """Return the faults that `compare` reports in a network with the learner's
+    layer."""
     torch.manual_seed(0)
     model = MLP([2, 3, 1], names[case.subject], "sigmoid", device="cpu", dtype=F64)
     x = torch.rand(4, 2, device="cpu", dtype=F64)
@@ -147,16 +149,16 @@ def compare_layer(names: Names, case: Case, arguments: dict[str, Any]) -> Outcom
 
 
 def train(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
-    """The training of a network of 784, 30 and 10 neurons on the digits."""
+    """Train a network of 784, 30 and 10 neurons on the digits."""
     try:
         training, _, test = data.load("digits")
     except data.DataError as error:
-        return Outcome(note=f"the numbers are right; not trained: {error}")
+        return Outcome(note=f"the gradients are right; no training: {error}")
     backprop, step = (names[name] for name in case.names)
     x, y = data.scale(training.images), F.one_hot(training.labels, 10).float()
     generator = torch.Generator("cpu").manual_seed(0)
     p = [p for sizes in ((784, 30), (30, 10)) for p in _drawn(*sizes, generator)]
-    right = 0.0
+    accuracy = 0.0
     for epoch in range(1, EPOCHS + 1):  # noqa: B007
         order = torch.randperm(len(x), generator=generator, device="cpu")
         for rows in order.split(BATCH_SIZE):
@@ -165,17 +167,18 @@ def train(names: Names, case: Case, arguments: dict[str, Any]) -> Outcome:
         a = data.scale(test.images)
         for W, b in (p[:2], p[2:]):
             a = torch.sigmoid(a @ W.T + b)
-        right = (a.argmax(1) == test.labels).double().mean().item()
-        if right >= ENOUGH:
+        accuracy = (a.argmax(1) == test.labels).double().mean().item()
+        if accuracy >= ENOUGH:
             break
-    text = f"{right:.1%} of {len(test.labels)} test digits right after {epoch} epochs"
-    if right >= ENOUGH:
+    share = f"{accuracy:.1%} of {len(test.labels)} test digits"
+    text = f"{share} right after {epoch} epochs"
+    if accuracy >= ENOUGH:
         return Outcome(note=f"it learns: {text}")
     return Outcome(text=f"it does not learn: {text}, expected {ENOUGH:.0%}")
 
 
 def _drawn(n_in: int, n_out: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weights and biases as the book draws them, the weights scaled by 1/√n_in."""
+    """Return normally distributed W and b, W scaled by 1/√n_in (book, chapter 3)."""
     W, b = (
         torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         for shape in ((n_out, n_in), (n_out,))

@@ -2,10 +2,10 @@
 
 - `algorithm`: :func:`torchbp.backprop`, to read.
 - `engine`: :class:`torchbp.ExplicitSGD`, the same algorithm to train with.
-- `parameters`: what a step works on.
+- `parameters`: the parameters that a step updates, in place or packed.
 - `steps`: a step as torch calls on buffers made beforehand.
 - `kernel`: an epoch as compiled loops (``kernel.cpp``).
-- `checks`: what all of them refuse.
+- `checks`: the checks of models, batches and rates.
 """
 
 from torchbp.explicit.algorithm import backprop

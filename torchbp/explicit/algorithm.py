@@ -27,8 +27,8 @@ def backprop(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the cost of a batch and its gradients, by BP1-BP4 alone.
 
-    Nothing in the model changes, and its hooks do not run. Under autocast, too,
-    everything is computed in the parameters' dtype.
+    Nothing in the model changes, and its hooks do not run. Everything is computed in
+    the parameters' dtype, under autocast too.
 
     Args:
         model: an :class:`torchbp.MLP`, a hand-written layer, or an ``nn.Sequential`` of
@@ -41,8 +41,8 @@ def backprop(
         input (*, n_in); target (*, K), or (*) for labels.
 
     Returns:
-        C, 0-d, and {parameter name: gradient, of the parameter's shape}. Parameters
-        that do not require grad are left out.
+        C, 0-d, and {parameter name: gradient, of the parameter's shape} for the
+        parameters that require grad.
 
     Raises:
         TypeError: `model` or `cost` is of another kind, or an argument is not a tensor
@@ -68,8 +68,8 @@ def backprop(
     function = costs.function_of(cost)
     x, y = check_batch(layers, input, target)
     with without_autocast(x):
-        # Feedforward: z^ℓ = W^ℓ a^{ℓ-1} + b^ℓ, a^ℓ = σ(z^ℓ). s is what σ' is computed
-        # from: a, z, or nothing.
+        # Feedforward: z^ℓ = W^ℓ a^{ℓ-1} + b^ℓ, a^ℓ = σ(z^ℓ). σ' is computed from s: a,
+        # z or None.
         a, s = [x], []
         for layer in layers:
             output = layer.function.evaluate(a[-1], layer.weight, layer.bias)
@@ -91,6 +91,6 @@ def backprop(
 
 
 def _add(grads: dict[nn.Parameter, Tensor], p: Any, grad: Tensor) -> None:
-    """Add to the gradient of `p`: layers that share a parameter each add theirs."""
+    """Add `grad` to the gradient of `p`, which several layers may share."""
     if p is not None and p.requires_grad:
         grads[p] = grads[p] + grad if p in grads else grad

@@ -1,8 +1,8 @@
-"""What the explicit room refuses: models, batches and sets of examples, rates.
+"""Checks of rates, models, batches and sets of examples, for the explicit room.
 
 Every error has the form "name: expected X, got Y" and is raised before anything
-changes. What is checked at each step has a cheap test first; only a call that fails it
-looks for the reason.
+changes. The arguments of each step pass a cheap test first; only if that fails is the
+reason looked for.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class Rates:
         weight_decay: λ/n, on weights and not on biases.
 
     Attributes:
-        lr, weight_decay: as given.
+        lr, weight_decay: the arguments.
 
     Raises:
-        TypeError: one of them is no number; a tensor could be changed unseen.
+        TypeError: one of them is not a number. A tensor is refused, since it could be
+            overwritten later.
         ValueError: one of them is negative or not finite.
 
     Examples:
@@ -67,8 +68,8 @@ class Rates:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
 
     def check_dtype(self, model: nn.Module) -> None:
-        """Raise ValueError if η or ηλ/n is more than the largest number of the dtype of
-        `model`, whose parameters are multiplied by them."""
+        """Raise ValueError if η or ηλ/n overflows in the dtype of `model`, whose
+        parameters are multiplied by it."""
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         largest = torch.finfo(dtype).max
         factors = {"lr": self.lr, "lr · weight_decay": self.lr * self.weight_decay}
@@ -90,7 +91,7 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
         model: an MLP, a hand-written layer, or an ``nn.Sequential`` of them.
 
     Raises:
-        TypeError: `model` is something else, or a layer's parameters are computed from
+        TypeError: `model` is of another kind, or a layer's parameters are computed from
             others (parametrizations, pruning).
         ValueError, TypeError: layers that do not fit together.
 
@@ -100,11 +101,11 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
         [3, 2, 1]
     """
     modules = list(_chain(model))
-    others = [type(m).__name__ for m in modules if not _is_ours(m)]
-    if others:
+    foreign = [type(m).__name__ for m in modules if not _is_ours(m)]
+    if foreign:
         raise TypeError(
             "model: expected an MLP, a hand-written layer or an nn.Sequential of them, "
-            f"got {others[0]}{_advice(model)}"
+            f"got {foreign[0]}{_advice(model)}"
         )
     if not modules:
         raise TypeError("model: expected at least one hand-written layer, got none")
@@ -114,9 +115,9 @@ def layers_of(model: nn.Module) -> list[BPLinear]:
 
 
 def _chain(module: Any) -> Iterator[Any]:
-    """The modules that `module` calls one after the other, as far as its type tells: an
-    MLP and an ``nn.Sequential`` call their children, any other module stands for
-    itself."""
+    """Yield the modules that `module` calls one after the other: those of the children
+    of an MLP or an ``nn.Sequential``, nothing for an ``nn.Identity``, and any other
+    module itself."""
     children: Any = []
     if isinstance(module, MLP) and type(module).forward is MLP.forward:
         children = module.layers
@@ -129,12 +130,12 @@ def _chain(module: Any) -> Iterator[Any]:
 
 
 def _is_ours(module: Any) -> bool:
-    """Whether `module` is a hand-written layer with its own forward."""
+    """Return whether `module` is a hand-written layer whose forward is not replaced."""
     return isinstance(module, BPLinear) and type(module).forward is BPLinear.forward
 
 
 def _advice(model: Any) -> str:
-    """What to do with a `model` that is no chain of hand-written layers."""
+    """Return the advice for a `model` that is not a chain of hand-written layers."""
     if not isinstance(model, nn.Module):
         return ""
     with contextlib.suppress(TypeError, ValueError):  # it cannot be converted
@@ -157,8 +158,8 @@ def check_layers(layers: list[BPLinear]) -> None:
     for i, layer in enumerate(layers):
         a = layers[max(i - 1, 0)].weight.new_empty(()).expand(1, width)
         if (reason := explain(a, layer.weight, layer.bias)) is not None:
-            where = " behind another layer" if i else ""
-            raise type(reason)(f"{type(layer).__name__}{where}: {reason}")
+            place = " behind another layer" if i else ""
+            raise type(reason)(f"{type(layer).__name__}{place}: {reason}")
         width = layer.weight.shape[0]
 
 
@@ -183,8 +184,8 @@ def check_separate(layers: list[BPLinear]) -> None:
 def check_batch(
     layers: list[BPLinear], input: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows of the input (examples, n_in) and of the target (examples, K), or
-    raise what the first layer and the cost raise for these arguments."""
+    """Return the rows of the input (examples, n_in) and of the target (examples, K);
+    raise the errors of the first layer and of the cost."""
     W, K = layers[0].weight, layers[-1].out_features
     if not _fit(input, target, W, K):
         if (reason := explain(input, W, layers[0].bias)) is not None:
@@ -196,8 +197,8 @@ def check_batch(
 
 
 def _fit(input: Any, target: Any, W: Tensor, K: int) -> bool:
-    """Whether these are plain tensors that fit W (*, n_in) and K outputs, the target
-    (*, K). If not, they may still be right: labels, or a subclass of Tensor."""
+    """Return whether these are plain tensors that fit W and K outputs. Labels and
+    subclasses of Tensor fail this test and may still be right."""
     return (
         type(input) is type(target) is Tensor
         and input.dtype is target.dtype is W.dtype
@@ -252,7 +253,7 @@ def _check_finite(name: str, t: Tensor) -> None:
     """Raise an error unless `t` has memory, and finite numbers in it."""
     if (reason := explain_memory(name, t)) is not None:
         raise reason
-    # A finite sum proves it at a third of the time; a sum may overflow by itself.
+    # A finite sum takes a third of the time and proves it; but a sum may overflow.
     if not t.is_floating_point() or t.sum().isfinite():
         return
     bad = ~t.isfinite().flatten(1).all(1)

@@ -1,9 +1,10 @@
 """ExplicitSGD: mini-batch SGD without autograd, an order of magnitude faster than a
 native training loop on the book's networks.
 
-It computes what :func:`torchbp.backprop` shows. The steps themselves are torch calls on
-buffers made beforehand (:mod:`torchbp.explicit.steps`) or compiled loops
-(:mod:`torchbp.explicit.kernel`); the engine checks, chooses and caches them.
+It runs the algorithm of :func:`torchbp.backprop`. Its steps are torch calls on buffers
+made beforehand (:mod:`torchbp.explicit.steps`) or compiled loops
+(:mod:`torchbp.explicit.kernel`); the engine checks the arguments and chooses and caches
+the steps.
 """
 
 from __future__ import annotations
@@ -60,34 +61,33 @@ class ExplicitSGD:
             ``define_cost``.
         lr: η.
         weight_decay: λ/n of the book: on weights, not on biases.
-        kernel: what computes the steps. "torch": torch's own calls on buffers made
-            beforehand. "compiled": C++ loops, for float32 on the CPU with built-in
-            layers and costs. "auto": the loops where they are faster, which is a fixed
-            rule of sizes and batch size, and where a C++ compiler is available; the
-            first long epoch builds them.
+        kernel: how steps are computed. "torch": by torch calls on buffers made
+            beforehand. "compiled": by C++ loops, for float32 on the CPU with built-in
+            layers and costs. "auto": by the loops if a fixed rule of sizes and batch
+            size says that they are faster and a C++ compiler is available; the first
+            long epoch builds them.
 
     Attributes:
-        model, cost, kernel: as given.
+        model, cost, kernel: the arguments.
 
     Raises:
-        TypeError: `model` or `cost` is of another kind, or a rate is no number.
+        TypeError: `model` or `cost` is of another kind, or a rate is not a number.
         ValueError: a rate is negative or not finite, the cost takes z and the last
             layer gives a, two layers share a parameter, or the kernel is not available.
 
-    The structure of the network is that of the moment of construction. Rates may be
-    changed between calls, and so may the values, memory, dtype and device of the
-    parameters.
+    The network's structure is fixed at construction. Rates may be changed between
+    calls, and so may the values, memory, dtype and device of the parameters.
 
     Whenever a call has returned or raised, the model's own parameters are up to date;
     they are the same objects in the same memory as before. Parameters that do not
     require grad do not change, hooks do not run, and autocast has no effect.
 
-    After the first batch of a size, a step allocates next to nothing, and up to 384
-    rows no gradient is made: BP4 adds to W. Beside a copy of the parameters, the
-    buffers hold some 250 examples, or one batch where that is larger, for each of the
-    last 8 batch sizes. On CUDA the steps of some 250 examples are captured as one
-    graph, and an epoch does not wait for the device after its checks. A Python number
-    that a user's σ or cost reads has the value it had at the capture.
+    After the first batch of a size, a step allocates next to nothing; except in large
+    batches BP4 is added to W directly, without storing the gradient. Besides a copy of
+    the parameters, the buffers hold some 250 examples, or one batch if that is larger,
+    for each of the last 8 batch sizes. On CUDA the steps of some 250 examples are
+    captured as one graph, and an epoch does not wait for the device after its checks.
+    A Python number that a user's σ or cost reads has the value it had at the capture.
 
     Source: Nielsen, Neural Networks and Deep Learning, chapters 1-3.
 
@@ -129,7 +129,7 @@ class ExplicitSGD:
         if kernel not in ("auto", "torch"):  # raises an error if it is not available
             self._choose_kernel(1, is_bytes=True, may_build=True)
         self._checked: tuple[Any, Any] = (None, None)  # rates and dtype that fit
-        # Steps by what they are bound to; the least recently used go first.
+        # Steps by the memory to which they are bound, the least recently used first.
         self._cache: OrderedDict[Any, Steps | loops.CompiledSteps] = OrderedDict()
         self._packed = PackedParameters()
 
@@ -171,7 +171,7 @@ class ExplicitSGD:
         if not m:
             raise ValueError(f"input: expected an example, got {tuple(input.shape)}")
         places = tuple(map(place_of, self._layers))
-        # In the cache, the question which kernel computes it has been answered.
+        # For cached compiled steps that choice has been made.
         is_compiled = (m, 1, False, True, *places) in self._cache or (
             self._choose_kernel(m, is_bytes=False, may_build=False) == "compiled"
         )
@@ -232,10 +232,9 @@ class ExplicitSGD:
             order: indices of examples, int64; every `batch_size` of them are a batch.
 
         Yields:
-            the costs of the mini-batches, some 5,000 examples at a time, 1-d. From the
-            first until the generator is exhausted or closed, the updated parameters
-            are the generator's, and the model has those of the start; the rates, and
-            what is frozen, are also those of the start.
+            the costs of the mini-batches, some 5,000 examples at a time, 1-d. The model
+            gets the updated parameters when the generator is exhausted or closed. Until
+            then changes of the rates and of ``requires_grad`` have no effect.
 
         Raises:
             TypeError, ValueError: as :meth:`epoch`, at once.
@@ -250,8 +249,8 @@ class ExplicitSGD:
     def _run_steps(
         self, images: Tensor, targets: Tensor, order: Tensor, m: int
     ) -> Generator[Tensor, None, None]:
-        """The generator behind :meth:`steps`. No mode may be set around a yield: it
-        would be set for the consumer, too."""
+        """Generate the costs of :meth:`steps`. No mode may be set around a yield, since
+        it would be set for the consumer, too."""
         self._check_ready()
         count = max(1, min(EXAMPLES_AT_ONCE // m, len(order) // m))
         labels = not targets.is_floating_point()
@@ -261,8 +260,8 @@ class ExplicitSGD:
             check_separate(self._layers)
             units = self._packed.copy_from(self._layers)
         places = tuple(unit.key for unit in units)
-        whole = len(order) // m * m
-        parts = [(m, count, order[:whole]), (len(order) - whole, 1, order[whole:])]
+        full = len(order) // m * m  # examples in full batches
+        parts = [(m, count, order[:full]), (len(order) - full, 1, order[full:])]
         parts = [part for part in parts if len(part[2])]
         try:
             self._is_generating = True
@@ -289,8 +288,8 @@ class ExplicitSGD:
         is_compiled: bool,
         units: Sequence[Unit] | None = None,
     ) -> Any:
-        """The steps for batches of m on `units`, or on the parameters in place; made
-        once and cached under `places`, the keys of their memory."""
+        """Return the steps for batches of m on `units`, or on the parameters in place;
+        they are made once and cached under `places`, the keys of their memory."""
         key = (m, count, labels, is_compiled, *places)
         steps = self._cache.pop(key, None)
         if steps is None:
@@ -310,11 +309,11 @@ class ExplicitSGD:
         return steps
 
     def choose_kernel(self, images: Tensor, batch_size: int) -> str:
-        """Return what will compute the steps of such epochs, "torch" or "compiled";
-        build the loops if they are chosen.
+        """Return the kernel of such epochs, "torch" or "compiled"; build the loops if
+        they are chosen.
 
         Args:
-            images: those of an epoch; "auto" builds the loops for 10,000 and more.
+            images: an epoch's; "auto" builds the loops for 10,000 and more.
             batch_size: m.
 
         Raises:
@@ -324,7 +323,7 @@ class ExplicitSGD:
         return self._choose_kernel(m, *_kind_of(images, len(images)))
 
     def _choose_kernel(self, m: int, is_bytes: bool, may_build: bool) -> str:
-        """As :meth:`choose_kernel`, for batches of m."""
+        """Return the kernel for batches of m, as :meth:`choose_kernel`."""
         weights = [layer.weight for layer in self._layers]
         functions = [layer.function for layer in self._layers]
         return loops.choose(
@@ -349,8 +348,8 @@ class ExplicitSGD:
 
     @contextlib.contextmanager
     def _mode(self, like: Tensor) -> Iterator[None]:
-        """No autograd and no autocast. Inference mode makes each call a little faster;
-        a user's σ and cost do without it, since they may use autograd themselves."""
+        """Switch autograd and autocast off. Inference mode makes each call a little
+        faster, but a user's σ or cost may use autograd itself, so they run without."""
         inference = torch.inference_mode(self._is_built_in)
         with inference, torch.no_grad(), without_autocast(like):
             yield
@@ -366,11 +365,11 @@ class ExplicitSGD:
         self._rates = rates
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes without the buffers, and the calls that are bound to them."""
+        """Return the attributes without the buffers and the calls bound to them."""
         empty = {"_cache": OrderedDict(), "_packed": PackedParameters()}
         return {**self.__dict__, **empty}
 
 
 def _kind_of(images: Tensor, examples: int) -> tuple[bool, bool]:
-    """Whether images are bytes, and whether so many examples are worth a build."""
+    """Return whether images are bytes, and whether so many examples justify a build."""
     return images.dtype == torch.uint8, examples >= loops.BUILT_FROM

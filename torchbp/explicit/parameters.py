@@ -1,8 +1,8 @@
 """The model's parameters as the steps work on them: in place, or packed.
 
 A single step works on the parameters in place. The steps of an epoch work on a copy in
-which b is the last column of W, whose rows start at multiples of 64 bytes (why, says
-:mod:`torchbp.explicit.steps`), and the copy goes back to the parameters at the end.
+which b is the last column of W and rows start at multiples of 64 bytes, for the reasons
+in :mod:`torchbp.explicit.steps`. The copy goes back to the parameters at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torchbp.nn import BPLinear
 
 
 def place_of(layer: BPLinear) -> tuple[Any, ...]:
-    """Return the cache key of a layer's own parameters; (None,), which is the key of
-    nothing, where they are computed from others."""
+    """Return the cache key of a layer's own parameters; (None,), which no cached steps
+    have, if they are computed from others."""
     parameters = layer._parameters  # looked up in a third of the time of layer.weight
     W, b = parameters.get("weight"), parameters.get("bias")
     if W is None:
@@ -46,7 +46,7 @@ class PackedParameters:
 
     Attributes:
         matrices: one for each layer, (n_out, n_in + 1 and padding); made at the first
-            call, and again where sizes, dtype or device have changed.
+            call, and again when sizes, dtype or device have changed.
     """
 
     def __init__(self) -> None:
@@ -85,6 +85,6 @@ def copy_back(units: Sequence[Unit], layers: Sequence[BPLinear]) -> None:
 
 
 def _trained(layer: BPLinear) -> tuple[bool, bool]:
-    """Whether W and b are trained."""
+    """Return whether W is trained, and whether b is."""
     b: Any = layer.bias
     return layer.weight.requires_grad, b is not None and b.requires_grad

@@ -1,25 +1,25 @@
 """A mini-batch's step as a list of bound calls on buffers made beforehand.
 
-With ten images a step is a dozen torch calls of about a microsecond each, so what
-counts is their number, and that they allocate next to nothing. :class:`Steps` makes the
-buffers for one batch size and binds every call to them once. A step is then ``for op in
-ops: op()``; on CUDA it is one replay of the graph captured from the same calls.
+With ten images a step is a dozen torch calls of about a microsecond each, so their
+number and their allocations decide its speed. :class:`Steps` makes the buffers for one
+batch size and binds every call to them once. A step is then ``for op in ops: op()``; on
+CUDA it is one replay of the graph captured from the same calls.
 
-What the calls do, and why:
+The calls and their reasons:
 
 - BP4 and the update are one operation, ``W.addmm_(delta.T, x, alpha=-lr/m)``: the
-  gradient is neither made nor moved through memory. Where one operation would be less
-  exact, there are two: see :func:`adds_once`.
+  gradient is neither stored nor read again. Where one operation would be less exact,
+  there are two: see :func:`adds_once`.
 - A packed matrix has b as its last column, and x has a column of ones for it: BP3 is a
   column of BP4, and z = x Wᵀ + b is one product. ``b.addmv_(delta.T, ones)`` would
   lose digits at large batches, since it adds tiny terms one by one.
 - Rows of packed matrices start at multiples of 64 bytes, which makes the products
   faster.
-- Images stay bytes until they are gathered, many batches at once. They are scaled by
-  one multiplication with 1/255, which is faster than the division and differs from it
-  by its last bit at most.
-- σ' of all layers that share a σ is one call over their activations, which lie one
-  behind the other in memory.
+- Images stay bytes until they are gathered, many batches at once. They are then
+  multiplied by 1/255, which is faster than a division and differs from it in the last
+  bit at most.
+- σ' of all layers that share a σ is one call over their activations, which lie next to
+  each other in memory.
 - The costs of many batches are computed at once, from their stored outputs.
 """
 
@@ -44,8 +44,8 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class Unit(NamedTuple):
-    """One layer as the steps see it. W and b are views of the packed matrix `folded`,
-    (n_out, n_in + 1), or of the parameters themselves if that is None."""
+    """One layer in a step. W and b are views of the packed matrix `folded`, (n_out,
+    n_in + 1), or of the parameters themselves if that is None."""
 
     function: type[LinearFunction]
     W: Tensor
@@ -63,17 +63,17 @@ class Unit(NamedTuple):
 def memory_key(
     W: Tensor, b: Tensor | None, updates_weight: bool, updates_bias: bool
 ) -> tuple[Any, ...]:
-    """Cache key of what is bound to W and b: addresses, strides, shapes, dtypes and
-    devices, and which of them are trained. Bound calls keep this memory alive, so an
-    address in a key is never used again for other tensors."""
+    """Return the cache key of calls bound to W and b: addresses, strides, shapes,
+    dtypes, devices, and which are trained. The bound calls keep this memory alive, so
+    an address in a key is never reused for other tensors."""
     key = W.data_ptr(), W.stride(), W.shape, W.dtype, W.device, updates_weight
     if b is None:
         return key
     return *key, b.data_ptr(), b.stride(), b.shape, b.dtype, b.device, updates_bias
 
 
-# The layers whose σ and σ' write into given memory. A user's subclass of one of them is
-# not among them, since its σ or σ' may be another.
+# The Functions whose σ and σ' take `out`. A user's subclass of one of them is not in
+# the set, since its σ or σ' may differ.
 FAST = {
     layer.function for layer in ACTIVATIONS.values() if layer.function.slope is not None
 }
@@ -94,9 +94,9 @@ def adds_once(W: Tensor, delta_T: Tensor, x: Tensor) -> bool:
     BLAS adds a sum over many rows to W block after block, and each addition rounds at
     the size of W, so the error of the update grows with the number of blocks. The
     length of a block depends on the processor (in MKL 384 rows with AVX-512, 96 with
-    AVX2, and 1 for small matrices on older ones) and on the shapes. So it is tried, on
-    tensors of the same shapes and strides: to numbers of 1 the first row adds ε/2 and
-    the last one ε/4, and each of them alone would be rounded away.
+    AVX2, and 1 for small matrices on older ones) and on the shapes. So try it on
+    tensors of the same shapes and strides: to entries of 1 the first row adds ε/2 and
+    the last one ε/4, each of which would be rounded away if it were added alone.
     """
     if len(x) == 1:
         return True
@@ -107,15 +107,14 @@ def adds_once(W: Tensor, delta_T: Tensor, x: Tensor) -> bool:
 
 
 def padded_width(n: int, dtype: torch.dtype) -> int:
-    """Return the number of columns of which n are in use: n and the padding up to a
-    multiple of :data:`ALIGNMENT` bytes."""
+    """Return n rounded up to a multiple of :data:`ALIGNMENT` bytes."""
     step = ALIGNMENT // dtype.itemsize
     return -(-n // step) * step
 
 
 def _first(n: int, buffer: Tensor) -> Tensor:
-    """Return the first n rows; all rows are returned as they are, since a slice costs
-    as much as an operation on ten images."""
+    """Return the first n rows. If that is all, do not slice: a slice costs as much as
+    an operation on ten images."""
     return buffer if n == len(buffer) else buffer[:n]
 
 
@@ -124,7 +123,7 @@ class LayerCalls:
 
     Attributes:
         z, a, delta: (m, n_out) views of the padded buffers, (m, width).
-        x: what the next layer reads, (m, n_out + 1) with ones or (m, n_out).
+        x: the next layer's input, (m, n_out + 1) with ones or (m, n_out).
     """
 
     def __init__(self, unit: Unit, m: int, is_last: bool) -> None:
@@ -141,19 +140,19 @@ class LayerCalls:
         self.sum: Tensor | None = None  # of δᵀ x, if that is not added at once
 
     def _new_buffer(self) -> Tensor:
-        """Zeros, (m, width)."""
+        """Return zeros, (m, width)."""
         return self.unit.W.new_zeros(self.m, self.width)
 
     def place(self, a: Tensor | None, slope: Tensor | None) -> None:
-        """Use these parts of the memory in which the a and σ' of all layers lie."""
+        """Take these parts of the memory of all layers' a and σ' as the buffers."""
         n = self.unit.W.shape[0]
         self.padded_a = self.padded_z if a is None else a.view(self.m, self.width)
         self.padded_slope = None if slope is None else slope.view(self.m, self.width)
         self.a = self.padded_a[:, :n]
         self.x = self.a
         if self.unit.folded is not None and not self.is_last:
-            # σ is one call over z and this column. It writes 1 there if the layer has a
-            # z with σ(z) = 1; if not, the ones are written again after each call.
+            # σ is one call over z and this column. It gives 1 in the column if some z
+            # has σ(z) = 1; if none has, the ones are written again after each call.
             one = self.unit.function.one if self.is_fast else None
             self.padded_z[:, n] = 1 if one is None else one
             self.ones = self.padded_a[:, n].fill_(1)
@@ -161,7 +160,7 @@ class LayerCalls:
             self.x = self.padded_a[:, : n + 1]
 
     def forward(self, x: Tensor, z: Tensor) -> list[Op]:
-        """The calls for z = x Wᵀ + b and a = σ(z)."""
+        """Return the calls for z = x Wᵀ + b and a = σ(z)."""
         unit = self.unit
         if unit.folded is not None:
             product = partial(torch.mm, x, unit.folded.t(), out=z)
@@ -179,7 +178,7 @@ class LayerCalls:
         return [product, lambda: self.a.copy_(unit.function.sigma(z))]
 
     def gate(self, grad_a: Tensor) -> list[Op]:
-        """The calls for δ = grad_a ⊙ σ'(z); grad_a has the shape of `padded_delta`."""
+        """Return the calls for δ = grad_a ⊙ σ'(z), grad_a of the padded shape."""
         if self.is_identity:
             return []
         if self.padded_slope is not None:
@@ -194,19 +193,17 @@ class LayerCalls:
         return [lambda: self.delta.copy_(function.gate(grad_a, s))]  # BP2
 
     def update(self, x: Tensor, rates: Rates) -> list[Op]:
-        """The calls for W ← W - η (δᵀ x / m + λ/n W) and b ← b - η δᵀ 1 / m. The 1/m of
-        A1 is in the rate; δ is without it."""
+        """Return the calls for W ← W - η (δᵀ x / m + λ/n W) and b ← b - η δᵀ 1 / m. The
+        1/m of A1 is in the rate; δ does not contain it."""
         unit, delta = self.unit, self.delta.t()
         rate = -rates.lr / self.m
         ops: list[Op] = []
         if rates.weight_decay and unit.updates_weight:
-            # Not as the factor 1 - ηλ/n of the product below: that rounds, and for a
-            # small ηλ/n loses much of the decay, in the same direction at every step.
+            # A factor 1 - ηλ/n of the product below would be rounded: for a small ηλ/n
+            # that loses much of the decay, in the same direction at every step.
             decay = -rates.lr * rates.weight_decay
             ops.append(partial(unit.W.add_, unit.W, alpha=decay))
-        whole = unit.folded is not None and unit.updates_weight and unit.updates_bias
-        if whole:
-            assert unit.folded is not None
+        if unit.folded is not None and unit.updates_weight and unit.updates_bias:
             return [*ops, *self._add_product(unit.folded, delta, x, rate)]  # BP3, BP4
         if unit.updates_weight:
             x = x[:, : unit.W.shape[1]]
@@ -220,7 +217,7 @@ class LayerCalls:
     def _add_product(
         self, W: Tensor, delta: Tensor, x: Tensor, rate: float
     ) -> list[Op]:
-        """The calls for W ← W + rate δᵀ x, rounded once at the size of W."""
+        """Return the calls for W ← W + rate δᵀ x, rounded once at the size of W."""
         if self.adds_once is None:
             self.adds_once = adds_once(W, delta, x)
             self.sum = None if self.adds_once else _alike(W, 0)
@@ -282,7 +279,7 @@ class Steps:
         self.capturable = first.is_cuda
 
     def _place(self) -> list[Op]:
-        """Lay the activations of all layers one behind the other in memory, and their
+        """Place the activations of all layers next to each other in memory, and their
         σ' likewise; return the calls that compute σ'."""
         fast = [layer for layer in self.layers if layer.is_fast]
         sizes = [layer.m * layer.width for layer in fast]
@@ -303,7 +300,7 @@ class Steps:
         return [partial(function.slope, a, out=out) for function, a, out in memory]
 
     def bind(self, rates: Rates) -> None:
-        """Make the calls for these rates, unless that is done."""
+        """Make the calls for these rates, unless they exist."""
         if self.ops and self.rates == rates:
             return
         # In this order: an interrupt must not leave the old calls under the new rates.
@@ -312,7 +309,7 @@ class Steps:
         self.ops = [self._step(k) for k in range(self.count)]
 
     def _step(self, k: int) -> list[Op]:
-        """The calls of batch `k`: the algorithm, from feedforward to update."""
+        """Return the calls of batch `k`: the algorithm, from feedforward to update."""
         x, ops = self.inputs[k], []
         inputs = []
         for layer in self.layers:
@@ -334,8 +331,8 @@ class Steps:
         return ops
 
     def _z(self, layer: LayerCalls, k: int) -> Tensor:
-        """The buffer for a layer's z: if the network's output is z, it is stored with
-        the other outputs, for the costs."""
+        """Return the buffer for a layer's z. If the network's output is z, it is stored
+        with the other outputs, for the costs."""
         return (
             self.outputs[k]
             if layer is self.layers[-1] and self.output_is_z
@@ -343,8 +340,8 @@ class Steps:
         )
 
     def _output_error(self, k: int) -> list[Op]:
-        """The calls for δ^L of batch `k`, which also store what its cost is computed
-        from."""
+        """Return the calls for δ^L of batch `k`; they also store the output, or a - y,
+        for its cost."""
         last, y, v = self.layers[-1], self.targets[k], self.outputs[k]
         delta = last.padded_delta
         if self.cost is costs.QuadraticFunction and not last.is_identity:
@@ -368,8 +365,7 @@ class Steps:
         return torch.cat(costs)
 
     def gather(self, images: Tensor, targets: Tensor, rows: Tensor) -> None:
-        """Copy the examples `rows` of a whole set to the buffers of inputs and
-        targets."""
+        """Copy the examples `rows` of a set to the buffers of inputs and targets."""
         n = len(rows)
         x, y = _first(n, self.x), _first(n, self.y)
         x.copy_(self._selected(images, rows))
@@ -378,7 +374,7 @@ class Steps:
         if targets.is_floating_point():
             torch.index_select(targets, 0, rows, out=y)
             return
-        # Not selected from an identity matrix: it would have K x K numbers.
+        # Not rows of an identity matrix, which would have K x K numbers.
         labels = self._selected(targets, rows).unsqueeze(1)
         y.zero_().scatter_(1, labels, 1)
         if self.factors is not None:
@@ -410,8 +406,8 @@ class Steps:
         rows = count * self.m
         v, out = self.v[:rows], self.costs[:count]
         if self.cost is costs.QuadraticFunction and not self.output_is_z:
-            # v is a - y. Batch by batch, which is faster than row by row, and as a
-            # mean, since a sum overflows in float16.
+            # v is a - y. A mean for each batch: means of rows would be slower, and a
+            # sum would overflow in float16.
             outputs = v.shape[1]
             torch.mean(v.square().view(count, -1), 1, out=out).mul_(outputs / 2)
         else:
@@ -419,8 +415,8 @@ class Steps:
             torch.mean(C.view(count, self.m), 1, out=out)
 
     def _replay(self) -> None:
-        """As `_run`, by a CUDA graph from the second time on: at the first, libraries
-        make what they make once."""
+        """Do the same as `_run`, from the second time on by a CUDA graph: libraries
+        initialise themselves at their first calls, which a capture forbids."""
         if self.graph is not None:
             self.graph.replay()
             return

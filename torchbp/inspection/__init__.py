@@ -1,9 +1,9 @@
 """Looking at our own layers: what they compute, and whether it is right.
 
 - `observation`: observe and probe, which record a pass.
-- `records`: what is recorded.
+- `records`: the records.
 - `comparison`, `sweeps`, `agreement`: compare, the passes that it runs, and its report.
-- `tour`, `layout`: a guided tour of one example, and how it is printed.
+- `tour`, `layout`: a guided tour of one example, and its layout as text.
 - `page`, `lessons`: a recorded pass as an HTML page, and the page's texts.
 """
 

@@ -1,4 +1,4 @@
-"""How far two computations of one quantity agree, and the report about it.
+"""The agreement of two computations of one quantity, and the report about it.
 
 :class:`Agreement` compares two tensors, :class:`Row` is one equation at one layer, and
 :class:`Comparison` is the table that ``torchbp.compare`` returns.
@@ -23,11 +23,11 @@ WIDTH = 96  # columns of the lines below a table
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two computations of one quantity agree.
+    """The agreement of two computations of one quantity.
 
     Attributes:
-        ok: equal, exactly or approximately.
-        exact: equal bit by bit.
+        ok: whether they are equal, exactly or approximately.
+        exact: whether they are equal bit by bit.
         absolute: the largest difference of an entry.
         relative: that difference over the largest entry.
 
@@ -48,12 +48,12 @@ class Agreement:
 
 
 def agree(actual: Tensor, expected: Tensor, relative: float | None = None) -> Agreement:
-    """Return how far `actual` agrees with `expected`.
+    """Return the agreement of `actual` with `expected`; NaN equals NaN.
 
     Args:
         actual, expected: tensors of any dtype and device.
         relative: the tolerance, as a share of the largest entry; √ε of the dtype of
-            `expected` if None. NaN equals NaN.
+            `expected` if None.
     """
     relative = tolerance(expected) if relative is None else relative
     a, e = (t.detach().cpu().double() for t in (actual, expected))
@@ -94,12 +94,12 @@ class Row:
         native: ours against native autograd in the model's own dtype, or in float64 if
             they disagree only there.
         numeric: ours against finite differences, in float64; None if C changes by less
-            than its rounding error, so that they mean nothing.
-        sampled, entries: the number of entries with finite differences, of all.
-        kinks: the number of entries left out because a kink of σ is within the step.
-        overruled: whether native and ours differ and native is the one that lost
-            digits: finite differences confirm ours in float64, or the results in
-            float64 confirm ours in a shorter dtype.
+            than its rounding error, so that they are meaningless.
+        sampled, entries: the number of entries with finite differences, and of all.
+        kinks: the number of entries omitted because a kink of σ is within the step.
+        overruled: whether native lost digits where ours did not: they differ, and
+            finite differences confirm ours in float64, or the results in float64
+            confirm ours in a shorter dtype.
         fault: what is wrong in the equation itself; "" if nothing is, or if only the
             quantities on its right-hand side are wrong.
 
@@ -124,8 +124,8 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether ours agrees with native, and with finite differences if there are
-        any."""
+        """Whether ours agrees with native, and with finite differences unless `numeric`
+        is None."""
         return self.native.ok and (self.numeric is None or self.numeric.ok)
 
     @property
@@ -171,12 +171,12 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is."""
+        """Whether every row is ok."""
         return all(row.ok for row in self.rows)
 
     @property
     def faults(self) -> list[Row]:
-        """The rows whose own equation is wrong, not only its right-hand side."""
+        """The rows whose equation itself is wrong, not only its right-hand side."""
         return [row for row in self.rows if row.fault]
 
     def __iter__(self) -> Iterator[Row]:
@@ -188,23 +188,24 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
+        """Return the report as HTML, for notebooks."""
         words = {"exact": "good", "≈": "good", "WRONG": "bad"}
         caption = "\n".join([*self._above(), *self._below()])
         return html_table(caption, self._lines(), left=1, verdicts=words)
 
     def _above(self) -> list[str]:
-        """The lines above the table: what was compared."""
+        """Return the lines above the table: what was compared."""
         dtype = str(self.dtype).removeprefix("torch.")
         beside = f"beside native autograd in {dtype}, and finite differences in float64"
         return [*self.layers, beside]
 
     def _lines(self) -> list[list[str]]:
-        """The table's headings and rows."""
+        """Return the table's headings and rows."""
         titles = "equation|native|max diff|relative|finite|max diff|relative|entries"
         return [titles.split("|"), *(row.cells() for row in self.rows)]
 
     def _below(self) -> list[str]:
-        """The lines below the table: entries left out, and faults."""
+        """Return the lines below the table: entries omitted, and faults."""
         lines: list[str] = []
         kinks = [f"{row.kinks} of {row.left}" for row in self.rows if row.kinks]
         if kinks:

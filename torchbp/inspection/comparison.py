@@ -1,7 +1,7 @@
 """compare: every equation of every layer beside native autograd and finite differences.
 
 :mod:`torchbp.inspection.sweeps` runs the passes, :mod:`torchbp.inspection.agreement`
-has the report; this module says which quantities are compared, and what is at fault.
+has the report. This module chooses the quantities to compare, and finds the fault.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def compare(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> Compa
     √ε of the largest entry for native (3e-4 in float32, 1.5e-8 in float64), and 1e-5 of
     it for finite differences.
 
-    It takes some hundreds of forward passes for each layer. A mini-batch is the right
-    size: it shows as much as a large batch.
+    It takes some hundreds of forward passes for each layer. A mini-batch is enough: a
+    large batch shows no more.
 
     The model is copied: the model, its ``.grad``, mode and buffers, and the state of
     the random numbers do not change. Frozen layers are compared, too.
 
     Args:
         model: an MLP, an ``nn.Sequential`` of our layers, or any other module with some
-            of them; next to other modules, BP2 is compared in its two halves.
+            of them; if other modules are in between, BP2 is compared in its two halves.
         cost: a cost of this package, or any callable with `takes`.
         input, target: what the model and the cost take.
 
@@ -132,7 +132,7 @@ def _check(model: Any, cost: Any, input: Any, target: Any) -> None:
 
 
 class _Comparer:
-    """The sweeps of one comparison, ours and native's in the model's dtype and in
+    """The sweeps of one comparison, ours and native's, in the model's dtype and in
     float64, and the report about them."""
 
     def __init__(
@@ -149,7 +149,7 @@ class _Comparer:
         self.twin = Twin(own, native, x, y)
         self.native_64 = self.twin.sweep()
         self._check_repeatable()
-        # The calls that C depends on, by their numbers.
+        # The numbers of the calls on which C depends.
         self.numbers = self._matched()
         self.takes = cost.takes
         self.chain = is_chain(model)
@@ -160,16 +160,16 @@ class _Comparer:
         if not math.isfinite(C):
             raise ValueError(f"cost: expected a finite value, got {C}")
         with torch.no_grad():
-            again = self.twin.run()[0].item()
-        if not math.isclose(C, again, rel_tol=1e-9, abs_tol=1e-300):
+            second = self.twin.run()[0].item()
+        if not math.isclose(C, second, rel_tol=1e-9, abs_tol=1e-300):
             raise ValueError(
-                f"model: expected the same cost twice, got {C:.6g} and {again:.6g}; "
+                f"model: expected the same cost twice, got {C:.6g} and {second:.6g}; "
                 "if it draws random numbers, as dropout does, call eval() first"
             )
 
     def _matched(self) -> list[int]:
-        """The numbers of the calls that C depends on; raise ValueError if the sweeps do
-        not agree about calls and values."""
+        """Return the numbers of the calls on which C depends; raise ValueError if the
+        sweeps differ in calls or values."""
         sweeps = (self.hand, self.hand_64, self.native, self.native_64)
         numbers = []
         for number, calls in enumerate(zip(*(s.calls for s in sweeps), strict=True)):
@@ -212,20 +212,20 @@ class _Comparer:
         return Comparison(rows, layers, dtype)
 
     def _index(self, number: int) -> int:
-        """ℓ of a call."""
+        """Return ℓ of a call."""
         return self.numbers.index(number) + 1
 
     def _above(self, number: int) -> int | None:
-        """The number of the call that takes the a of this one, and nothing else, if
-        there is one."""
+        """Return the number of the call whose only input is the a of this one, or
+        None."""
         return number + 1 if self.chain and number < self.numbers[-1] else None
 
     def _is_last(self, number: int) -> bool:
-        """Whether the cost takes the a of the call."""
-        return self.native.last and number == len(self.native.calls) - 1
+        """Return whether the cost takes the a of the call."""
+        return self.native.returns_last_a and number == len(self.native.calls) - 1
 
     def _layer(self, number: int) -> list[Row]:
-        """The equations of one call."""
+        """Return the equations of one call."""
         ell, call = self._index(number), self.native.calls[number]
         gate = f" ⊙ σ'(z^{ell})"
         below = f"a^{ell - 1}" if self.chain else f"x^{ell}"
@@ -253,9 +253,11 @@ class _Comparer:
     def _row(
         self, equation: str, number: int, formula: str, quantity: str, kind: str = ""
     ) -> Row:
-        """The row of one quantity, of a call or of the whole sweep (number -1)."""
+        """Return the row of one quantity, of a call or, for the number -1, of the
+        sweep."""
 
         def of(sweep: Sweep) -> Tensor:
+            """Return the quantity in `sweep`."""
             t: Tensor = getattr(sweep if number < 0 else sweep.calls[number], quantity)
             return t
 
@@ -307,7 +309,8 @@ class _Comparer:
         row.numeric = Agreement(ok, absolute == 0, absolute, relative)
 
     def _fault(self, hand: Sweep, native: Sweep, number: int, quantity: str) -> str:
-        """The part of the equation that is wrong, given its right-hand side, or ""."""
+        """Return the part of the equation that is wrong, given the quantities on its
+        right-hand side, or ""."""
         if quantity == "cost":
             return "C is not the mean of the examples' C_x"
         call, ell, faults = hand.calls[number], self._index(number), []
@@ -343,8 +346,8 @@ class _Comparer:
 
 
 def _sides_with_ours(row: Row, native: Agreement) -> bool:
-    """Whether finite differences are much nearer to ours than native is: at saturation,
-    autograd may subtract nearly equal numbers."""
+    """Return whether finite differences are much nearer to ours than native is. At
+    saturation autograd may subtract nearly equal numbers."""
     numeric = row.numeric
     return (
         numeric is not None
@@ -355,7 +358,8 @@ def _sides_with_ours(row: Row, native: Agreement) -> bool:
 
 
 def _near(actual: Tensor, expected: Tensor) -> bool:
-    """Whether numbers of a short dtype agree with those in float64, to its √ε."""
+    """Return whether numbers of a shorter dtype agree with float64 to that dtype's
+    √ε."""
     return agree(actual, expected, tolerance(actual)).ok
 
 
@@ -368,7 +372,7 @@ def _fill(call: Call) -> None:
 
 
 def _entries(gradient: Tensor) -> list[int]:
-    """The entries at which finite differences are taken."""
+    """Return the entries at which finite differences are taken."""
     flat = gradient.detach().abs().reshape(-1).cpu()
     if len(flat) <= SAMPLED:
         return list(range(len(flat)))
@@ -379,9 +383,8 @@ def _entries(gradient: Tensor) -> list[int]:
 
 
 def is_chain(model: nn.Module) -> bool:
-    """Return whether the structure of `model` makes each layer of ours feed the next
-    and nothing else; other modules may stand before the first in an
-    ``nn.Sequential``."""
+    """Return whether, by the structure of `model`, each layer of ours feeds the next
+    and nothing else. In an ``nn.Sequential`` other modules may precede the first."""
     if model._forward_hooks or model._forward_pre_hooks:
         return False
     if isinstance(model, BPLinear):
@@ -390,7 +393,7 @@ def is_chain(model: nn.Module) -> bool:
         return all(map(is_chain, model.layers))
     if type(model) is not nn.Sequential:
         return False
-    rest = list(model)
-    while rest and not any(isinstance(m, BPLinear) for m in rest[0].modules()):
-        rest.pop(0)
-    return bool(rest) and all(map(is_chain, rest))
+    children = list(model)
+    while children and not any(isinstance(m, BPLinear) for m in children[0].modules()):
+        children.pop(0)
+    return bool(children) and all(map(is_chain, children))

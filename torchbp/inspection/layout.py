@@ -1,4 +1,4 @@
-"""How the tour is printed: prose, aligned equations with numbers, lines of code."""
+"""The layout of the tour: prose, aligned equations with numbers, lines of code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def factor(value: float, places: int = 4) -> str:
 
 
 def product(a: float, b: float, places: int = 4) -> str:
-    """Return "a · b", with so many decimals of a."""
+    """Return "a · b", with `places` decimals of a."""
     return f"{a:{places + 3}.{places}f} · {factor(b)}"
 
 
@@ -110,7 +110,7 @@ def show(sections: Sequence[Section], colour: bool, step: bool) -> bool:
         step: whether to wait for a key.
 
     Returns:
-        whether all were printed, and the reader did not press q.
+        whether all were printed: False if the reader pressed q.
 
     Examples:
         >>> show([Section("Feedforward", "", ["z = x Wᵀ + b"])], False, False)
@@ -137,7 +137,7 @@ def show(sections: Sequence[Section], colour: bool, step: bool) -> bool:
 
 
 def _painted(line: str) -> str:
-    """A line of code dimmed, and the result of a calculation in colour."""
+    """Return a line of code dimmed, and any other with its result in colour."""
     if line.startswith("  torchbp/"):
         return paint(line, "dim")
     return re.sub(r"(?<== )( *-?\d+\.\d{4})$", lambda m: paint(m[0], "green"), line)

@@ -24,27 +24,29 @@ COSTS = {
     "log-likelihood": "−Σ_{j} y_{j} ln a_{j}",
 }
 TEXTS = {
-    "forward": "Each neuron adds up what arrives, weighted, and its bias: that is its "
-    "weighted input z. σ makes its activation a of it.",
+    "forward": "Each neuron multiplies what arrives by its weights, adds it up and "
+    "adds its bias: its weighted input z. Its activation is a = σ(z).",
     "cost": "How wrong the answers are, as one number: the mean over the examples of "
     "what each of them costs. To learn is to bring it down.",
-    "bp1": "The error δ says how fast the cost changes with z: how fast it changes "
-    "with the activation, times the slope of σ there. Where σ is flat, the neuron is "
-    "saturated: its error is small, however wrong its answer is.",
-    "cancels": "The error δ says how fast the cost changes with z. With this cost σ' "
-    "cancels: the error is how wrong the answer is. A saturated neuron that is wrong "
-    "learns fast.",
+    "bp1": "The error δ = ∂C/∂z is how fast the cost changes with the activation, "
+    "∂C/∂a, times the slope of σ there, σ'. Where σ is flat, the neuron is saturated: "
+    "δ is small, however wrong the answer is. The gradients of BP3 and BP4 are "
+    "multiples of δ, so the neuron learns slowly.",
+    "cancels": "With this cost, ∂C/∂a has σ' as its denominator, and BP1 multiplies by "
+    "σ': it cancels. The error is how wrong the answer is. A saturated neuron that is "
+    "wrong learns fast.",
     "bp2": "The error goes back along the same weights, now from right to left: each "
     "neuron adds up the errors of the neurons that it feeds, weighted, and multiplies "
     "the sum by its own σ'.",
     "half": "∂C/∂a has arrived from above, through whatever lies there; the layer "
     "multiplies it by its own σ'.",
-    "bp3": "The error is the gradient by the bias. Over a mini-batch, the gradient is "
-    "the mean of the examples' errors.",
+    "bp3": "A bias is added to z as it is, so its gradient is the error δ. Over a "
+    "mini-batch, the gradient is the mean of the examples' errors.",
     "bp4": "A weight's gradient is the error where it ends times the activation where "
-    "it starts. A weight from a neuron that is off, or into one without an error, "
-    "learns nothing.",
-    "update": "Every weight and bias moves a little against its gradient, all at once.",
+    "it starts (over a mini-batch, the mean of these). If either is near 0, the weight "
+    "learns slowly.",
+    "update": "Every weight and bias moves a little against its gradient, all at once. "
+    "Then the next pass begins.",
 }
 
 
@@ -115,10 +117,10 @@ def steps(
             yield step("bp1", ell, f"BP1: {title}", f"δ{n} = ∇_{{a}} C{gate}")
     for ell in back:
         if has_bias[ell]:
-            title = f"BP3: the gradient by the biases of layer {ell + 1}"
+            title = f"BP3: the gradient with respect to the biases of layer {ell + 1}"
             yield step("bp3", ell, title, f"∂C/∂b{up[ell]} = δ{up[ell]}")
     for ell in back:
-        title = f"BP4: the gradient by the weights of layer {ell + 1}"
+        title = f"BP4: the gradient with respect to the weights of layer {ell + 1}"
         equation = f"∂C/∂W{up[ell]} = δ{up[ell]} ({below[ell]})ᵀ"
         yield step("bp4", ell, title, equation)
     yield step("update", last, "The update", "W ← W − η ∂C/∂W,   b ← b − η ∂C/∂b")
@@ -212,7 +214,7 @@ LESSONS = [
             ),
             (
                 "Train again. Now the neuron learns fastest when it is most wrong. "
-                "Compare the two curves.",
+                "Compare the two curves: only the cost is different.",
                 "100 steps, cross-entropy",
                 {
                     "reset": True,
@@ -233,23 +235,26 @@ LESSONS = [
         1.0,
         [
             (
-                "Go back layer by layer (← and → take single steps). Each time, the "
-                "error is multiplied by weights of about 1 and by σ', which is never "
-                "above ¼. The colours have one scale for all layers: see them fade.",
-                "Show BP2 at layer 1",
-                {"step": ["bp2", 0]},
+                "Start at the output's error, then go back layer by layer with Next or "
+                "the → key. Each BP2 multiplies the error by weights of about 1 and by "
+                "σ', which is never above ¼. The colours have one scale for all "
+                "layers: see them fade.",
+                "Show BP1 at layer 5",
+                {"reset": True, "step": ["bp1", 4]},
             ),
             (
-                "Read the table of the layers: each layer's ‖δ‖ is a fraction of that "
-                "of the next layer.",
+                "Read the table of the layers from below. Each layer's ‖δ‖, the size "
+                "of its errors, is about a quarter of the next layer's, and its "
+                "gradients shrink with it.",
                 "Show the table",
                 {"focus": "table"},
             ),
             (
-                "Train. The last layer's weights move, the first layer's hardly do: "
-                "compare the column η‖∂C/∂W‖ / ‖W‖ before and after.",
+                "Train. The cost falls, but almost only the last layer learned that. "
+                "Compare its entry in the last column of the table, by what share of "
+                "themselves a step moves the weights, with the first layer's.",
                 "100 steps",
-                {"train": 100, "step": ["update", 4]},
+                {"reset": True, "train": 100, "step": ["update", 4]},
             ),
         ],
     ),
@@ -266,17 +271,23 @@ LESSONS = [
                 "activation where it starts. Input 2 is 0, so its two weights have "
                 "gradient 0, however large the errors are.",
                 "Show BP4 at layer 1",
-                {"step": ["bp4", 0], "weight": 1},
+                {"reset": True, "step": ["bp4", 0], "weight": 1},
             ),
             (
                 "Train. The two weights stay as they were, to the last digit.",
                 "100 steps",
-                {"train": 100, "step": ["bp4", 0], "weight": 1},
+                {"reset": True, "train": 100, "step": ["bp4", 0], "weight": 1},
             ),
             (
-                "Switch the input on. Now its weights have gradients, and learn.",
+                "From the start again, with the input on. Now its weights have "
+                "gradients and learn.",
                 "Set input 2 to 0.8",
-                {"inputs": [0.7, 0.8], "step": ["bp4", 0], "weight": 1},
+                {
+                    "reset": True,
+                    "inputs": [0.7, 0.8],
+                    "step": ["bp4", 0],
+                    "weight": 1,
+                },
             ),
         ],
     ),

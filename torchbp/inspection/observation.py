@@ -28,10 +28,10 @@ def observe(model: nn.Module) -> Iterator[Trace]:
         model: any module; its other layers are not recorded.
 
     Yields:
-        the :class:`Trace`, which fills as layers are called and backward passes reach
-        them. It stays readable after the block. Calls after the block are not recorded;
-        a backward pass after it is, for the calls within it. A second backward pass
-        through the same call overwrites the gradients of the first.
+        the :class:`Trace`, to which forward passes add records and backward passes add
+        gradients. After the block it is still readable, calls are no longer recorded,
+        and a backward pass still fills in the calls of the block. A second backward
+        pass through the same call overwrites the gradients of the first.
 
     Raises:
         ValueError: `model` has no hand-written layer, or it or a part of it is
@@ -39,11 +39,10 @@ def observe(model: nn.Module) -> Iterator[Trace]:
         RuntimeError: in the forward pass, under torch.compile or a torch.func
             transform, where values cannot be read.
 
-    Each call is one record, also where activation checkpointing runs it again in the
-    backward pass; with ``use_reentrant=True`` the backward pass must then be within the
-    block. Copies of the model are not observed. A function that was compiled around
-    the model before the block runs as it was compiled: the trace stays empty, and the
-    printed trace names this reason.
+    Each call is one record, even if activation checkpointing runs it again in the
+    backward pass; with ``use_reentrant=True`` that pass must be within the block.
+    Copies of the model are not observed. A function around the model that was compiled
+    before the block runs as compiled: the trace stays empty, and says so when printed.
 
     Examples:
         >>> import torch, torchbp
@@ -83,8 +82,8 @@ def observe(model: nn.Module) -> Iterator[Trace]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile made `model`. The class would tell too, but its import
-    takes a second."""
+    """Return whether torch.compile made `model`. Importing its class for isinstance
+    would take a second."""
     return hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
 
 
@@ -95,8 +94,8 @@ class _Call:
     Attributes:
         is_hooked: whether the output of the call has the hook that fills in the
             record's gradients.
-        reruns: how often activation checkpointing has run the call again, because its
-            output has none.
+        reruns: how often activation checkpointing has run the call again, since its
+            first output had no hook.
     """
 
     record: Record
@@ -112,10 +111,10 @@ class _Observer:
         self.calls: list[_Call] = []
 
     def hook_of(self, name: str, observed: BPLinear) -> Any:
-        """The forward hook of one layer."""
+        """Return the forward hook of one layer."""
 
         def hook(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-            if layer is observed:  # and not a copy of it, made within the block
+            if layer is observed:  # copies made within the block have this hook, too
                 input = args[0] if args else kwargs["input"]
                 self.take_call(name, observed, input, output)
 
@@ -149,9 +148,9 @@ class _Observer:
             output.register_hook(lambda grad_a: _complete(record, needs, grad_a))
 
     def repeated_call(self, rerun: Record) -> _Call | None:
-        """The call that activation checkpointing runs again: one with the same layer,
-        input and weight, bit by bit. Among several it is the last of those with the
-        fewest reruns, since a backward pass goes from the last call to the first."""
+        """Return the call that activation checkpointing runs again, with the same
+        layer, input and weight, bit by bit. Of several, return the last with the fewest
+        reruns, since a backward pass goes from the last call to the first."""
         calls = [
             call
             for call in self.calls
@@ -165,7 +164,7 @@ class _Observer:
 
 @torch.no_grad()
 def _record(name: str, layer: BPLinear, input: Tensor, output: Tensor) -> Record:
-    """The forward half of a record."""
+    """Return a record with its forward half."""
 
     def copied(t: Tensor) -> Tensor:
         return t.detach().to(output.dtype, copy=True)
@@ -202,8 +201,8 @@ def _reading(layer: BPLinear) -> Iterator[None]:
 def _complete(
     record: Record, needs: tuple[bool, bool, bool], grad_a: Tensor | None
 ) -> None:
-    """Fill in the backward half of a record, from the grad_a that has arrived."""
-    if grad_a is None:  # the Function above returns no gradient
+    """Fill in the backward half of a record, from the incoming grad_a."""
+    if grad_a is None:  # the Function above has returned no gradient
         return
     function = record.function
     s = functional.saved_of(function, record.a, record.z)
@@ -242,7 +241,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Record]:
     """Run a forward and a backward pass in evaluation mode, and return its records.
 
-    The model does not change: no ``.grad`` is touched and no random number is drawn.
+    The model and its ``.grad`` do not change, and no random number is drawn.
 
     Args:
         model: a network of hand-written or native layers.
@@ -272,7 +271,7 @@ def probe(model: nn.Module, cost: Any, input: Tensor, target: Tensor) -> list[Re
 def backward_pass(
     model: nn.Module, cost: Any, input: Tensor, target: Tensor
 ) -> tuple[Trace, Tensor, Tensor]:
-    """Run `model` and `cost` forward and backward, in evaluation mode, and touch no
+    """Run `model` and `cost` forward and backward, in evaluation mode, without changing
     ``.grad``; return the trace, the model's output and C."""
     input = input.detach()
     if input.is_floating_point():
@@ -283,8 +282,8 @@ def backward_pass(
         if not isinstance(C, Tensor) or C.numel() != 1:
             got = tuple(C.shape) if isinstance(C, Tensor) else type(C).__name__
             raise ValueError(f"cost: expected a tensor of one number, got {got}")
-        # The gradient of the input is enough: on its way there the pass reaches every
-        # layer. Where no_grad cuts the input off, take those of the parameters.
+        # A backward pass to the input reaches every layer. If no_grad cuts the input
+        # off, go to the parameters.
         if C.requires_grad and not (input.requires_grad and _reach(C, [input])):
             _reach(C, [p for p in model.parameters() if p.requires_grad])
     return trace, output.detach(), C.detach()

@@ -36,24 +36,28 @@ const SIGMA = {
   identity: { of: (z) => z, prime: () => 1, text: (z) => number(z), slope: () => "1" },
 };
 
-// C_x, ∇C_x and the sizes of its terms, of v: a^L, or z^L for a cost that applies the last σ
-// itself; then `answer` is a^L.
+// What each output adds to C_x, ∇C_x and the sizes of its terms, of v: a^L, or z^L for a cost that
+// applies the last σ itself; then `answer` is a^L. `text` is what an output adds, written out.
 const COSTS = {
   quadratic: {
-    of: (a, y) => sum(a.map((a_j, j) => (y[j] - a_j) ** 2)) / 2,
+    of: (a, y) => a.map((a_j, j) => (y[j] - a_j) ** 2 / 2),
+    text: (a, y) => `½ (${number(y)} − ${factor(a)})^{2}`,
     nabla: (a, y) => a.map((a_j, j) => a_j - y[j]),
     terms: (a, y) => a.map((a_j, j) => Math.abs(a_j) + Math.abs(y[j])),
   },
   "cross-entropy": {
-    of: (z, y) => -sum(z.map((z_j, j) => (y[j] && y[j] * lnLogistic(z_j))
-      + (1 - y[j] && (1 - y[j]) * lnLogistic(-z_j)))),
+    of: (z, y) => z.map((z_j, j) => -(y[j] && y[j] * lnLogistic(z_j))
+      - (1 - y[j] && (1 - y[j]) * lnLogistic(-z_j))),
+    text: (a, y) => [[y, number(a)], [1 - y, `(1 − ${number(a)})`]].filter(([share]) => share)
+      .map(([share, v]) => `(−${share === 1 ? "" : `${factor(share)} `}ln ${v})`).join(" + "),
     nabla: (z, y) => z.map((z_j, j) => (1 - y[j]) * logistic(z_j) - y[j] * logistic(-z_j)),
     terms: (z, y) => z.map((z_j, j) =>
       Math.abs(1 - y[j]) * logistic(z_j) + Math.abs(y[j]) * logistic(-z_j)),
     answer: (z) => z.map(logistic), sigma: "sigmoid",
   },
   "log-likelihood": {
-    of: (z, y) => sum(softmax(z).map((a_j, j) => y[j] && -y[j] * Math.log(a_j))),
+    of: (z, y) => softmax(z).map((a_j, j) => y[j] && -y[j] * Math.log(a_j)),
+    text: (a, y) => `(−${factor(y)} ln ${number(a)})`,
     nabla: (z, y) => softmax(z).map((a_j, j, a) =>
       a_j * (sum(y) - y[j]) - y[j] * sum(a.filter((_, i) => i !== j))),
     terms: (z, y) => softmax(z).map((a_j, j) => (1 + 2 * Math.max(...sizes(z)))
@@ -76,7 +80,7 @@ function backprop({ layers, cost, X, Y }) {
       here.a.push(a);
       here.s.push(a.map(SIGMA[sigma].prime));
     });
-    pass.C += COSTS[cost].of(a, Y[i]) / X.length; // A1
+    pass.C += sum(COSTS[cost].of(a, Y[i])) / X.length; // A1
     let grad_a = COSTS[cost].nabla(a, Y[i]);
     layers.forEach((_, up) => {
       const l = layers.length - 1 - up, here = pass.layers[l];
@@ -148,7 +152,7 @@ function check({ layers, pass, cost, chain, Y, eps, tiny, max }) {
   const product = (v, w) => [dot(v, w), dot(sizes(v), sizes(w))];
   if (ours) {
     const v = pass.layers[last].a, size = ours.answer ? Math.max(...v.flat().map(Math.abs)) : 0;
-    const terms = mean(v.map((v_i, i) => [ours.of(v_i, Y[i]), sum(ours.terms(v_i, Y[i]))]));
+    const terms = mean(v.map((v_i, i) => [sum(ours.of(v_i, Y[i])), sum(ours.terms(v_i, Y[i]))]));
     test("A1", last, "C", pass.C, terms[0], terms[0] + (1 + size) * terms[1]);
   }
   range(layers.length).reverse().forEach((l) => {
@@ -199,14 +203,15 @@ const index = (symbol, l, j, k) => `${symbol}${high(l + 1)}${low(pair(j, k))}`;
 const term = (symbol, l, j, k) => `${symbol}^{${l + 1}}_{${pair(j, k)}}`;
 
 function number(v) {
-  if (!Number.isFinite(v) || v === 0) return minus(String(v));
+  if (!Number.isFinite(v) || (v % 1 === 0 && Math.abs(v) < 1e5)) return minus(String(v));
   if (Math.abs(v) >= 1e-3 && Math.abs(v) < 1e5) return minus(v.toFixed(Math.abs(v) < 10 ? 4 : 2));
   const [digits, exponent] = v.toExponential(3).split("e");
   return `${minus(digits)}·10${high(Number(exponent))}`;
 }
 const factor = (v) => (v < 0 ? `(${number(v)})` : number(v));
-const short = (v) => minus(v === 0 ? "0" : Math.abs(v) >= 0.005 && Math.abs(v) < 1000
-  ? v.toFixed(Math.abs(v) < 100 ? 2 : 0) : v.toExponential(0).replace("+", ""));
+const short = (v, size = Math.abs(v)) => minus(size < 1000 && v % 1 === 0 ? `${v}`
+  : size >= 0.001 && size < 1000 ? v.toFixed(size < 0.1 ? 3 : size < 100 ? 2 : 0)
+    : v.toExponential(0).replace("+", ""));
 
 // An element; false and the like among the children are left out.
 function make(tag, attributes = {}, ...children) {
@@ -237,7 +242,7 @@ function formula(text) {
 
 // --------------------------------------------------------------------------------------- the state
 // What is looked at: a network (0: the reader's own; then the lessons), a step, an example or
-// "mean", neuron j of layer l (l < 0: input j of layer -1 - l) and the k of a weight into it.
+// "mean", neuron j of layer l (l < 0: input j of layer -1 - l, no k) and the k of a weight into it.
 // The first of `runs` is the training that goes on.
 const DATA = JSON.parse(byId("data").textContent);
 const state = { which: 0, net: null, step: 0, example: 0, l: 0, j: 0, k: null, runs: [] };
@@ -261,10 +266,9 @@ const target = () => state.net.Y && ofChosen(state.net.Y, output());
 function seen(l, name) {
   const here = state.net.pass.layers[l], answer = costOf(l)?.answer;
   if (name === "grad_b") return here.grad_b;
-  if (answer && name === "a") return ofChosen(here.a.map(answer), l);
-  if (answer && name === "s") {
-    return ofChosen(here.a.map((v) => answer(v).map(sigmaOf(l)?.prime ?? (() => NaN))), l);
-  }
+  const slope = sigmaOf(l)?.prime ?? (() => NaN), v = answer && here.a.map(answer);
+  if (v && name === "a") return ofChosen(v, l);
+  if (v && name === "s") return ofChosen(v.map((a) => a.map(slope)), l);
   return here[name] && ofChosen(here[name], l);
 }
 
@@ -274,11 +278,8 @@ function important(l, isInput = false) {
   return ranked(mean((isInput ? x : delta ?? a).map(sizes)));
 }
 
-function select(l, j, k = null) {
+function select(l, j, k = l < 0 ? null : ranked(sizes(seen(l, "x")))[0]) {
   Object.assign(state, { l, j, k });
-  if (l >= 0 && k === null && ["bp4", "update"].includes(step().kind)) {
-    state.k = ranked(sizes(seen(l, "x")))[0];
-  }
   drawKnobs();
   draw();
 }
@@ -286,13 +287,14 @@ function select(l, j, k = null) {
 function goToStep(i) {
   state.step = Math.max(0, Math.min(steps().length - 1, i));
   const { kind, l } = step(), stays = state.l === l || kind === "update";
-  select(...(stays ? [state.l, state.j, state.k] : [l, important(l)[0]]));
+  select(...(stays ? [state.l, state.j, state.k]
+    : [l, state.net.layers[l].W.length > 10 ? important(l)[0] : 0]));
 }
 
 function open(which) {
-  Object.assign(state, { which, step: 0, example: 0, l: 0, j: 0, k: null, runs: [] });
+  Object.assign(state, { which, step: 0, example: 0, l: 0, j: 0, k: 0, runs: [] });
   reset();
-  goToStep(0);
+  select(0, 0);
 }
 
 function reset() {
@@ -303,8 +305,10 @@ function reset() {
 }
 
 function newRun() {
-  const { cost, lr, pass } = state.net, run = { label: `${cost}, η ${number(lr)}`, C: [pass.C] };
-  state.runs = [run, ...state.runs.filter(({ C }) => C.length > 1)].slice(0, 3);
+  const { cost, lr, pass } = state.net, { runs } = state;
+  const old = runs.filter(({ C }) => C.length > 1).slice(0, 2); // each keeps its colour
+  const hue = ["neg", "pos", "good"].find((each) => old.every((run) => run.hue !== each));
+  state.runs = [{ label: `${cost} cost, η ${number(lr)}`, hue, C: [pass.C] }, ...old];
 }
 
 function changed() {
@@ -333,7 +337,7 @@ function train(count) {
   draw();
 }
 
-// One thing to do of a lesson.
+// One thing to do of a lesson; what it changes comes into view.
 function act(what) {
   if (what.reset) reset();
   if (what.cost && what.cost !== state.net.cost) useCost(what.cost);
@@ -342,6 +346,7 @@ function act(what) {
   if (what.step) goToStep(stepOf(...what.step));
   if (what.weight !== undefined) select(what.step[1], 0, what.weight);
   if (what.focus) byId(what.focus).focus();
+  byId(what.focus ?? (what.train ? "costs" : "written")).scrollIntoView({ block: "nearest" });
 }
 
 // ------------------------------------------------------------------------------------- written out
@@ -356,54 +361,57 @@ function story() {
     sign: kind === "update" ? " ← " : " = ", isNow: stepOf(kind, l) === state.step, right: [text,
       put && isMean(l) && kind !== "update" ? "mean over examples" : put, value].filter(Boolean) });
   const own = (symbol) => term(symbol, l, j), sigma = sigmaOf(l), over = n > 1 ? "1/n Σ_{x} " : "";
-  const from = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
-  const weighted = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${from("k")}${b ? ` + ${own("b")}` : ""}`;
-  line("forward", own("z"), weighted, added(W[j], x, b?.[j]), number(z[j]));
+  const source = (i) => (layers[l].linked || l === 0 ? `a^{${l}}_{${i}}` : `x^{${l + 1}}_{${i}}`);
+  const C = n > 1 ? "C_{x}" : "C", weighted = `Σ_{k} W^{${l + 1}}_{${j + 1}k} ${source("k")}`;
+  line("forward", own("z"), b ? `${weighted} + ${own("b")}` : weighted, product(W[j], x, b?.[j]), number(z[j]));
   line("forward", own("a"), ours?.sigma === "softmax" ? "softmax" : `σ(${own("z")})`,
     sigma?.text(z[j]), number(a[j]));
-  if (l === output()) line("cost", "C", "", "", number(pass.C));
-  if (n > 1 && ours && !isMean(l)) line("cost", "C_{x}", "", "",
-    number(ours.of(pass.layers[l].a[state.example], target())));
+  if (ours && !isMean(l)) {
+    const y = target(), parts = ours.of(pass.layers[l].a[state.example], y);
+    const some = range(y.length).filter((i) => parts[i] !== 0);
+    line("cost", C, "", added(some.map((i) => parts[i]), (i) => ours.text(a[some[i]], y[some[i]])),
+      number(sum(parts)));
+  }
+  if (l === output() && (n > 1 || !ours)) line("cost", "C", "", "", number(pass.C));
   if (!delta) return lines;
   const error = chain && l === output() ? "bp1" : "bp2", y = ours && target()[j];
   const wrong = [`${own("a")} − y_{${j + 1}}`, `${number(a[j])} − ${factor(y)}`];
-  if (ours?.answer) {
-    line(error, own("δ"), ...wrong, number(delta[j]));
-    if (sigma) line(error, `σ'(${own("z")})`, "", "", `${number(s[j])}, which is not in δ`);
-  } else {
-    const above = chain && l < output() && column(layers[l + 1].W, j);
-    const errors = above && [`Σ_{i} W^{${l + 2}}_{i${j + 1}} δ^{${l + 2}}_{i}`,
-      added(above, seen(l + 1, "delta"))];
-    line(error, `∂C/∂${own("a")}`, ...(ours ? wrong : errors || ["", ""]), number(grad_a[j]));
-    const slope = sigma ? [sigma.slope(own("a")), sigma.slope(number(a[j]))] : ["", ""];
-    line(error, `σ'(${own("z")})`, ...slope, number(s[j]));
-    line(error, own("δ"), `∂C/∂${own("a")} · σ'(${own("z")})`,
-      `${number(grad_a[j])} · ${factor(s[j])}`, number(delta[j]));
-  }
+  const above = chain && l < output() && column(layers[l + 1].W, j);
+  const errors = above && [`Σ_{i} W^{${l + 2}}_{i${j + 1}} δ^{${l + 2}}_{i}`,
+    product(above, seen(l + 1, "delta"))];
+  const slope = sigma ? [sigma.slope(own("a")), sigma.slope(number(a[j]))] : ["", ""];
+  const [gradient, slopes] = [`∂${C}/∂${own("a")}`, `σ'(${own("z")})`], cancels = ours?.answer;
+  const quotient = wrong.map((v, i) => `(${v}) / [${slope[i]}]`);
+  const from = cancels ? quotient : ours ? wrong : errors || ["", ""];
+  const share = number(cancels ? delta[j] / s[j] : grad_a[j]), rule = `${gradient} · ${slopes}`;
+  if (!cancels || (sigma && !isMean(l))) line(error, gradient, ...from, share);
+  if (!cancels || sigma) line(error, slopes, ...slope, number(s[j])); // softmax has no slope
+  line(error, own("δ"), ...(!cancels ? [rule, `${share} · ${factor(s[j])}`]
+    : [sigma ? `${rule} = ${wrong[0]}` : wrong[0], wrong[1]]), number(delta[j]));
   const { grad_b, grad_W } = pass.layers[l];
   const update = (symbol, value, gradient, moves) => line("update", symbol,
     moves ? `${symbol} − η ∂C/∂${symbol}` : `${symbol}, which is frozen`,
     moves && `${number(value)} − ${number(lr)} · ${factor(gradient)}`,
     number(moves ? value - lr * gradient : value));
   if (b) line("bp3", `∂C/∂${own("b")}`, `${over}${own("δ")}`, "", number(grad_b[j]));
-  if (k !== null) {
-    const w = term("W", l, j, k), product = `${own("δ")} ${from(k + 1)}`;
-    if (!isMean(l)) line("bp4", `∂C_{x}/∂${w}`, product, `${number(delta[j])} · ${factor(x[k])}`,
-      number(delta[j] * x[k]));
-    if (n > 1) line("bp4", `∂C/∂${w}`, `${over}${product}`, "", number(grad_W[j][k]));
-    update(w, W[j][k], grad_W[j][k], trains[0]);
-  }
+  const w = term("W", l, j, k), both = `${own("δ")} ${source(k + 1)}`;
+  if (!isMean(l)) line("bp4", `∂${C}/∂${w}`, both, `${number(delta[j])} · ${factor(x[k])}`,
+    number(delta[j] * x[k]));
+  if (n > 1) line("bp4", `∂C/∂${w}`, `${over}${both}`, "", number(grad_W[j][k]));
+  update(w, W[j][k], grad_W[j][k], trains[0]);
   if (b) update(own("b"), b[j], grad_b[j], trains[1]);
   return lines;
 }
 
-// w_1·x_1 + ... + b with numbers: the six largest terms, and the sum of the rest.
-function added(w, x, b) {
-  const terms = w.map((w_i, i) => w_i * x[i]), order = ranked(sizes(terms));
-  const shown = order.slice(0, 6).sort((i, j) => i - j), rest = order.slice(6);
-  const parts = shown.map((i) => `${factor(w[i])}·${factor(x[i])}`);
+// w_1·x_1 + ... + b with numbers, and any sum: its six largest terms and the sum of the rest.
+const product = (w, x, b) => added(w.map((w_i, i) => w_i * x[i]),
+  (i) => `${factor(w[i])}·${factor(x[i])}`) + (b === undefined ? "" : ` + ${factor(b)}`);
+
+function added(terms, text) {
+  const order = ranked(sizes(terms)), rest = order.slice(6);
+  const parts = order.slice(0, 6).sort((i, j) => i - j).map(text);
   if (rest.length) parts.push(`${factor(sum(rest.map((i) => terms[i])))} (${rest.length} others)`);
-  return parts.concat(b === undefined ? [] : factor(b)).join(" + ");
+  return parts.join(" + ");
 }
 
 // ------------------------------------------------------------------------------------- the network
@@ -427,7 +435,7 @@ function columns() {
 function shows(c) {
   const { kind, l } = step(), n = high(c.l + 1);
   const isSource = c.own === sourceOf(l) && ["forward", "bp4"].includes(kind);
-  if (c.isInput) return { name: "x", symbol: c.l ? `x${n}` : "x", isActive: isSource };
+  if (c.isInput) return { name: "x", symbol: c.l ? `x${n}` : "x = a⁰", isActive: isSource };
   if (kind === "forward" && c.l > l) return {};
   const hasError = !isSource && (isReached("bp1", c.l) || isReached("bp2", c.l));
   if (!hasError) return { name: "a", symbol: `a${n}`, isActive: isSource || c.l === l };
@@ -447,6 +455,7 @@ function edgesOf(l) {
   return [carries, (j, k) => W[j][k]];
 }
 
+const polyline = (name, points) => make("polyline", { class: name, points: points.join(" ") });
 const head = (x, y, text, kind = "head") => make("text", { x, y, class: kind }, text);
 const classes = (...names) => names.filter(Boolean).join(" ");
 const largest = (values, least = 1e-300) => values.reduce((most, v) =>
@@ -478,8 +487,8 @@ function drawNetwork() {
     const list = make("select", { change: () => select(c.own, Number(list.value)) },
       make("option", {}, `${c.shown.length} of ${c.size} shown`),
       c.ranked.map((j) => make("option", { value: j }, `${j + 1}`)));
-    const name = c.isInput ? "Inputs" : `Layer ${c.l + 1}`;
-    return make("label", {}, `${name}, the most important first: `, list);
+    const name = c.isInput ? "Inputs, the largest" : `Layer ${c.l + 1}, the largest errors`;
+    return make("label", {}, `${name} first: `, list);
   }));
 }
 
@@ -492,10 +501,10 @@ function drawEdges(from, to, scales) {
     const isMine = state.l === to.l && state.j === j, v = of(j, k);
     const place = { x1: from.X + from.r, y1: from.Y[i], x2: to.X - to.r, y2: to.Y[row] };
     if (from.side) return make("line", { ...place, class: "bundle" });
-    const edge = make("line", { ...place, class: classes("edge", v < 0 ? "neg" : "pos",
-      isActive && "active", isMine && "mine", isMine && state.k === k && "chosen") });
-    edge.style.strokeWidth = v ? 0.7 + 5 * Math.min(1, Math.abs(v) / scale) : 0;
-    return [edge, make("line", { ...place, class: "hit", "data-weight": `${to.l},${j},${k}`,
+    return [make("line", { ...place, class: classes("edge", v < 0 ? "neg" : "pos",
+      isActive && "active", isMine && "mine", isMine && state.k === k && "chosen"),
+      "stroke-width": v ? 0.7 + 5 * Math.min(1, Math.abs(v) / scale) : 0 }),
+    make("line", { ...place, class: "hit", "data-weight": `${to.l},${j},${k}`,
       click: () => select(to.l, j, k) })];
   }));
 }
@@ -509,13 +518,13 @@ function drawColumn(c, scales) {
   const at = (row) => ({ transform: `translate(${c.X} ${c.Y[row]})` });
   const nodes = c.shown.map((j, row) => {
     const v = values?.[j], saturated = s && isSaturated(c.l, s[j]) && "saturated";
-    const isFrom = sourceOf(state.l) === c.own && state.k === j;
+    const isFrom = sourceOf(state.l) === c.own && state.k === j && edgesOf(state.l)[0];
     const words = [`${c.isInput ? "input" : "neuron"} ${j + 1}`, values && `${symbol} ${number(v)}`,
       saturated, y && `wanted ${number(y[j])}`].filter(Boolean).join(", ");
-    const body = make("circle", { r, class: `body ${v < 0 ? "neg" : isError ? "pos" : "act"}` });
-    const ring = make("circle", { r: r + 3, class: "ring", pathLength: 1 });
-    body.style.fillOpacity = values ? 0.6 * Math.min(1, Math.abs(v) / scales[name]) : 0;
-    ring.style.strokeDasharray = `${s ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) || 0 : 0} 1`;
+    const body = make("circle", { r, class: `body ${v < 0 ? "neg" : isError ? "pos" : "act"}`,
+      "fill-opacity": values ? 0.6 * Math.min(1, Math.abs(v) / scales[name]) : 0 });
+    const ring = make("circle", { r: r + 3, class: "ring", pathLength: 1, "stroke-dasharray":
+      `${s ? Math.min(1, Math.abs(s[j]) / steepest(c.l)) || 0 : 0} 1` });
     return make("g", { role: "option", "data-at": `${c.own},${j}`, tabindex: j === stop ? 0 : -1,
       ...at(row), "aria-label": words, "aria-selected": isChosen(j),
       class: classes("neuron", isActive && "active", isChosen(j) && "chosen", isFrom && "from",
@@ -524,8 +533,8 @@ function drawColumn(c, scales) {
     make("circle", { r: r + 3, class: "rim" }), ring, body);
   });
   const texts = c.shown.map((j, row) => make("g", { ...at(row), "aria-hidden": true },
-    head(0, 4, values && short(values[j]), "value"), head(-r - 3, 5 - r, `${j + 1}`, "number"),
-    head(r + 7, 4, y && `y ${short(y[j])}`, "note")));
+    head(0, 4, values && short(values[j]), "value"), head(-r - 4, 3 - r, `${j + 1}`, "number"),
+    head(r + 9, 4, y && `y ${short(y[j])}`, "note")));
   const heading = c.isInput ? "input" : `layer ${c.l + 1}`;
   const words = c.isInput ? heading : `${heading}, ${label}, ${called}`;
   return make("g", { role: "listbox", "aria-label": words },
@@ -534,15 +543,12 @@ function drawColumn(c, scales) {
 
 function drawPicture(c, scales) {
   const x = seen(c.l, "x"), { side, r } = c, cell = (2 * r) / side, top = c.middle - r;
-  const at = state.l === c.l && state.k !== null ? state.k : Math.floor((c.size + side) / 2);
+  const at = state.l === c.l ? state.k : Math.floor((c.size + side) / 2);
   const square = (k, attributes) => make("rect", { ...attributes, width: cell, height: cell,
     x: c.X - r + (k % side) * cell, y: top + Math.floor(k / side) * cell });
   const j = state.l === c.l ? state.j : important(c.l)[0], choose = (k) => select(c.l, j, k);
-  const pixels = x.map((v, k) => {
-    const pixel = square(k, { class: classes("pixel", v < 0 && "neg"), click: () => choose(k) });
-    pixel.style.fillOpacity = Math.abs(v) / scales.x;
-    return pixel;
-  });
+  const pixels = x.map((v, k) => square(k, { class: classes("pixel", v < 0 && "neg"),
+    "fill-opacity": Math.abs(v) / scales.x, click: () => choose(k) }));
   const places = { ArrowUp: at - side, ArrowDown: at + side, ArrowLeft: at - 1, ArrowRight: at + 1 };
   const cursor = make("g", { role: "option", tabindex: 0, "data-at": "pixel", "aria-selected": true,
     "aria-label": `row ${Math.floor(at / side) + 1}, column ${(at % side) + 1}: ${number(x[at])}`,
@@ -574,19 +580,20 @@ function draw() {
   byId("phase").className = PHASES[kind].toLowerCase();
   const words = { title, explanation: text, equation: formula(equation), lines: LINES[kind] };
   for (const [id, content] of Object.entries(words)) fill(id, content ?? "the weights");
-  fill("checked", !net.isRecorded ? "Changed: from here on the page computes all numbers."
-    : !misses.length && `✓ The page computes the same ${count} numbers that torchbp recorded.`);
+  fill("checked", !net.isRecorded ? "Changed: this page computed all numbers below."
+    : !misses.length && "✓ One pass of a PyTorch model, recorded by torchbp. "
+      + `This page computes the same ${count} numbers.`);
   fill("choice", l < 0 ? `Input ${j + 1}` : `Neuron ${j + 1} of layer ${l + 1}`,
-    l >= 0 && k !== null && `, weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}`,
+    l >= 0 && `, weight from ${sourceOf(l) < 0 ? "input" : "neuron"} ${k + 1}`,
     net.n > 1 && (example === "mean" ? `, mean of ${net.n} examples` : `, example ${example + 1}`));
   Object.assign(byId("slider"), { max: last + 1, value: state.step + 1 });
   byId("slider").setAttribute("aria-valuetext", title);
-  byId("back").disabled = state.step === 0;
-  byId("next").disabled = state.step === last;
+  byId("back").ariaDisabled = state.step === 0; // not `disabled`, which would lose the focus
+  byId("next").ariaDisabled = state.step === last;
   fill("written", story().map(({ isNow, left, sign, right }) => make("p", { class: classes("line",
     isNow && "now") }, formula(left), right.map((part, i) => make("span", { class:
     i === right.length - 1 ? "result" : "" }, i ? " = " : sign, formula(part))))));
-  const z = l >= 0 && sigmaOf(l) && seen(l, "z")[j];
+  const z = l >= 0 && !isMean(l) && sigmaOf(l) && seen(l, "z")[j];
   fill("sigma", Number.isFinite(z) && drawSigma(l, z));
   drawNetwork();
   drawTable();
@@ -595,17 +602,18 @@ function draw() {
 
 // σ around z, and its slope there.
 function drawSigma(l, z) {
-  const { of, prime } = sigmaOf(l), span = Math.max(6, 1.2 * Math.abs(z) || 0), [w, h] = [220, 100];
+  const { of, prime } = sigmaOf(l), span = Math.max(6, 1.2 * Math.abs(z) || 0), [w, h] = [400, 170];
   const [low, top, a] = [of(-span), of(span), of(z)], slope = prime(a);
   const reach = Math.min(span / 3, (top - low) / (3 * slope));
   const X = (v) => (w * (v + span)) / (2 * span);
-  const Y = (v) => h - 8 - ((h - 16) * (v - low)) / (top - low);
-  const line = (name, points) => make("polyline", { class: name,
-    points: points.map(([u, v]) => `${X(u)},${Y(v)}`).join(" ") });
+  const Y = (v) => h - 30 - ((h - 60) * (v - low)) / (top - low);
+  const line = (name, points) => polyline(name, points.map(([u, v]) => [X(u), Y(v)]));
   const label = `σ(z) at z = ${number(z)}, slope σ' = ${number(slope)}`
     + (isSaturated(l, slope) ? ": saturated" : "");
   return [make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
-    line("axis", [[0, low], [0, top]]),
+    line("axis", [[-span, 0], [span, 0]]), line("axis", [[0, low], [0, top]]),
+    head(w - 6, Y(0) + 14, "z", "number"), head(w / 2, Y(low) + 16, "z = 0", "symbol"),
+    head(w / 2 - 6, Y(top), "σ(z)", "number"),
     line("sigma", range(81).map((i) => span * (i / 40 - 1)).map((v) => [v, of(v)])),
     line("tangent", [[z - reach, a - reach * slope], [z + reach, a + reach * slope]]),
     make("circle", { cx: X(z), cy: Y(a), r: 4, class: "point" })), make("figcaption", {}, label)];
@@ -636,37 +644,41 @@ function drawTable() {
 }
 
 function drawCosts() {
-  const { runs, net } = state, [w, h] = [600, 150], label = "C, as a share of its start, by steps";
+  const { runs, net } = state, [w, h] = [320, 150];
+  const label = "The cost C after each step, divided by C at the start.";
   const shares = runs.map(({ C }) => C.map((v) => v / C[0]).filter(Number.isFinite));
   const count = largest(runs.map(({ C }) => C.length - 1), 0);
   const top = Math.min(5, largest(shares.flat(), 1)), text = (...of) => head(...of, "number");
   const X = (i) => 34 + ((w - 44) * i) / count;
   const Y = (v) => h - 20 - ((h - 30) * Math.min(v, top)) / top;
-  const line = (name, points) => make("polyline", { class: name, points: points.join(" ") });
-  fill("trained", `C = ${number(net.pass.C)} after ${runs[0].C.length - 1} steps`);
+  fill("trained", `C = ${number(net.pass.C)}. Steps taken: ${runs[0].C.length - 1}.`);
   fill("costs", count && [
     make("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": label },
-      line("axis", [[34, 8], [34, h - 20], [w - 10, h - 20]]),
+      polyline("axis", [[34, 8], [34, h - 20], [w - 10, h - 20]]),
       text(28, 14, short(top)), text(28, h - 20, "0"), text(w - 10, h - 4, `${count} steps`),
-      shares.map((share, i) => line(`run run${i}`, share.map((v, x) => [X(x), Y(v)])))),
-    make("figcaption", {}, label, runs.map((run, i) =>
-      make("span", { class: `key run${i}` }, run.label)))]);
+      shares.map((share, r) =>
+        polyline(`run ${runs[r].hue}`, share.map((v, i) => [X(i), Y(v)])))),
+    make("figcaption", {}, label, runs.filter(({ C }) => C.length > 1).map((run) =>
+      make("span", { class: `key ${run.hue}` }, run.label)))]);
 }
 
 // ---------------------------------------------------------------------------------------- controls
 function drawControls() {
   const { net } = state, { misses, count } = net.found, [first] = misses;
+  const pressed = [...document.querySelectorAll("button")].indexOf(document.activeElement);
   fill("choices", DATA.networks.map(({ title }, i) => make("button", { click: () => open(i),
-    "aria-pressed": i === state.which }, i ? `Lesson ${i}: ${title}` : title)));
+    "aria-pressed": i === state.which }, i ? `Lesson ${i}: ${title}` : "Recorded model")));
   fill("about", [net.title, net.isRecorded ? net.cost_name : `${net.cost} cost`,
     `${net.n} example${net.n > 1 ? "s" : ""}`, net.dtype, ...net.notes].join(" · "));
   const acts = net.acts?.map(([text, label, what]) =>
     make("li", {}, `${text} `, make("button", { click: () => act(what) }, label)));
   fill("lesson", net.text && [make("p", {}, net.text), make("ol", {}, acts)]);
+  document.querySelectorAll("button")[pressed]?.focus(); // these are new ones in the same places
   fill("example", range(net.n).map((i) => make("option", { value: i },
     `${i + 1}`, net.labels && `, a ${net.labels[i]}`)),
   net.n > 1 && make("option", { value: "mean" }, "mean of all"));
   byId("example").value = state.example;
+  byId("example").parentElement.hidden = net.n === 1;
   fill("all", steps().map(({ title, equation }, i) => make("li", {},
     make("button", { click: () => goToStep(i) }, title), " ", formula(equation))));
   fill("fixed", net.fixed);
@@ -684,11 +696,11 @@ function drawKnobs() {
   const { net, l, j, k, example } = state, i = l < 0 ? j : sourceOf(l) < 0 ? k : null;
   const list = [["learning rate η", net, "lr", 0, 10]], { W, b } = net.layers[l] ?? {};
   byId("weights").hidden = !W;
-  fill("weight", make("option", { value: "" }, "none"), W?.[j].map((_, from) =>
+  fill("weight", W?.[j].map((_, from) =>
     make("option", { value: from }, index("W", l, j, from))));
-  byId("weight").value = k ?? "";
+  byId("weight").value = k;
   if (net.fixed) return;
-  if (W && k !== null) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
+  if (W) list.push([`weight ${index("W", l, j, k)}`, W[j], k, -4, 4]);
   if (b) list.push([`bias ${index("b", l, j)}`, b, j, -4, 4]);
   const { [example]: x } = net.X, { [example]: y } = net.Y; // none of the mean
   if (x && i !== null) list.push([`input x${low(i + 1)}`, x, i, 0, 1]);
@@ -714,8 +726,7 @@ byId("example").onchange = ({ target: { value } }) => {
   state.example = value === "mean" ? value : Number(value);
   select(state.l, state.j, state.k);
 };
-byId("weight").onchange = ({ target: { value } }) =>
-  select(state.l, state.j, value === "" ? null : Number(value));
+byId("weight").onchange = ({ target: { value } }) => select(state.l, state.j, Number(value));
 byId("cost").onchange = (event) => useCost(event.target.value);
 document.addEventListener("keydown", ({ key, target: { tagName }, altKey, ctrlKey, metaKey }) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[key], isTaken = /INPUT|SELECT/.test(tagName);

@@ -1,7 +1,7 @@
-"""What is recorded of a layer at work: z, a, δ and the gradients of each call.
+"""Records of the calls of layers: z, a, δ and the gradients.
 
-Every number that the package shows of a layer comes from a :class:`Record`: the table
-of a :class:`Trace`, the dashboard, the page and ``torchbp.compare`` read them there.
+Whatever shows the numbers of a layer reads them from a :class:`Record`: the table of a
+:class:`Trace`, the dashboard, the page, the tour and ``torchbp.compare``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torchbp._terminal import aligned, html_table
 
 __all__ = ["Record", "Trace"]
 
-# A neuron is saturated where σ' is below this share of its largest value: for the
-# sigmoid where |z| > 4.4, for tanh where |z| > 2.2, for ReLU where z < 0.
+# A neuron is saturated if σ' is below this share of its largest value: for the sigmoid
+# if |z| > 4.4, for tanh if |z| > 2.2, for ReLU if z < 0.
 SATURATED = 0.05
 
 
@@ -89,7 +89,7 @@ class Record:
 
     def norm(self, quantity: str) -> float | None:
         """Return the root of the sum of squares of one of the record's tensors, over
-        all its entries, or None where the record has none.
+        all its entries, or None if the record lacks the tensor.
 
         Args:
             quantity: the tensor's name, for example "a" or "grad_weight".
@@ -106,14 +106,14 @@ class Record:
 
     @property
     def mean_delta(self) -> Tensor | None:
-        """The mean over the examples of their own δ, ∂C_x/∂z, (n_out): the sum of
-        `delta`, which has the factor 1/n. It is ∂C/∂b, and its norm is the "speed of
-        learning" of the book's chapter 5. None without a backward pass."""
+        """The mean over the examples of ∂C_x/∂z, (n_out): the sum of `delta`, which has
+        the factor 1/n. It equals ∂C/∂b, and its norm is the "speed of learning" of the
+        book's chapter 5. None without a backward pass."""
         return None if self.delta is None else functional.as_rows(self.delta).sum(0)
 
     def update_ratio(self, lr: float = 1.0) -> float | None:
-        """Return η‖∂C/∂W‖/‖W‖: how far a step of gradient descent moves W, relative to
-        W; None without ∂C/∂W.
+        """Return η‖∂C/∂W‖/‖W‖, the size of a step of gradient descent relative to W;
+        None without ∂C/∂W.
 
         Args:
             lr: η.
@@ -128,7 +128,7 @@ class Record:
         """The norm of ∂C_x/∂(W, b) for every example x, (*).
 
         The gradient of one example is the outer product of its δ and (a^{ℓ-1}, 1). So
-        its norm is n ‖δ‖ √(‖a^{ℓ-1}‖² + 1), and no per-example gradient is made; the
+        its norm is n ‖δ‖ √(‖a^{ℓ-1}‖² + 1), without making per-example gradients; the
         factor n undoes the 1/n in δ. Rows must be examples.
 
         Raises:
@@ -148,7 +148,7 @@ _QUANTITIES = (
 
 
 def _norm(t: Tensor) -> float:
-    """‖t‖, in float32 at least: in float16 it overflows at 65504."""
+    """Return ‖t‖, in float32 at least: in float16 it overflows at 65504."""
     dtype = torch.promote_types(t.dtype, torch.float32)
     return torch.linalg.vector_norm(t, dtype=dtype).item()
 
@@ -182,8 +182,8 @@ class Trace:
 
     def table(self, lr: float | None = None) -> str:
         """Return a table with a line for each call: its shapes, ‖a‖, the share of
-        saturated neurons, ‖δ‖, ‖∂C/∂W‖, ‖∂C/∂b‖ and the update-to-weight ratio, "—"
-        where there is none. Norms are over all entries, examples included.
+        saturated neurons, ‖δ‖, ‖∂C/∂W‖, ‖∂C/∂b‖ and the update-to-weight ratio, "—" for
+        a missing one. Norms are over all entries, examples included.
 
         Args:
             lr: η, for η‖∂C/∂W‖/‖W‖. Without it, as in ``print(trace)``, the column is
@@ -198,11 +198,12 @@ class Trace:
         return table if lr is None else f"{table}\nη = {lr:g}"
 
     def _repr_html_(self) -> str:
+        """Return the table as HTML, for notebooks."""
         lines = self._lines(None)
         return html_table(repr(self).strip("<>"), lines, left=2, verdicts={})
 
     def _lines(self, lr: float | None) -> list[list[str]]:
-        """The table's headings and rows."""
+        """Return the table's headings and rows."""
         titles = "layer|shapes|‖a‖|saturated|‖δ‖|‖∂C/∂W‖|‖∂C/∂b‖".split("|")
         titles.append("‖∂C/∂W‖/‖W‖" if lr is None else "η‖∂C/∂W‖/‖W‖")
         lines = [titles]
@@ -237,5 +238,5 @@ class Trace:
 
 
 def _number(value: float | None) -> str:
-    """A cell of the table."""
+    """Return a cell of the table."""
     return "—" if value is None else f"{value:.3g}"

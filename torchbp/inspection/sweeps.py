@@ -25,13 +25,13 @@ from torchbp.nn import ACTIVATIONS, BPLinear
 # derivative, and the rounding error of C over the step.
 STEP = 1e-5
 ROUNDING = 8 * torch.finfo(torch.float64).eps
-# Only at a kink does σ' change by this share of its largest value within two steps.
+# Within two steps σ' changes by this share of its largest value at a kink only.
 KINK = 0.01
-# Rows of a batch that go through a layer at once where δ is read off row by row.
+# Rows of a batch that pass through a layer at once when δ is computed row by row.
 ROWS = 64
 
 Cost = Callable[[Tensor, Tensor], Tensor]
-# The derivatives of C, by what C is differentiated with respect to.
+# The names of C's derivatives, by the variable.
 KINDS = {
     "a": "grad_a", "z": "delta", "b": "grad_bias", "W": "grad_weight", "x": "grad_x",
 }  # fmt: skip
@@ -39,8 +39,8 @@ KINDS = {
 
 @dataclass(eq=False)
 class Call:
-    """One call of one layer. Derivatives are of this call alone; None where no backward
-    pass has reached it."""
+    """One call of one layer, with the derivatives of this call alone, which are None if
+    no backward pass has reached it."""
 
     name: str
     function: type[functional.LinearFunction]
@@ -63,7 +63,7 @@ class Sweep:
 
     cost: Tensor
     calls: list[Call] = field(default_factory=list)
-    last: bool = False
+    returns_last_a: bool = False
 
 
 def slope(call: Call) -> Tensor:
@@ -74,7 +74,7 @@ def slope(call: Call) -> Tensor:
     return result
 
 
-# ---------------------------------------------------------------- what they run on
+# ---------------------------------------------------------------- models and costs
 
 
 def in_float64(t: Tensor) -> Tensor:
@@ -83,7 +83,8 @@ def in_float64(t: Tensor) -> Tensor:
 
 
 def native_cost(cost: Any) -> Cost:
-    """Return the cost under native autograd: the mean of C_x, by its definition."""
+    """Return the cost for native autograd: the mean of C_x, without a backward of ours;
+    another cost as it is."""
     function = getattr(cost, "function", None)
     if not (isinstance(function, type) and issubclass(function, costs.CostFunction)):
         return cost  # type: ignore[no-any-return]
@@ -127,8 +128,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def by_hand(model: nn.Module, cost: Cost, input: Tensor, target: Tensor) -> Sweep:
-    """Return the sweep of the hand-written layers of `model`, a copy that may be
-    changed."""
+    """Return the sweep of the hand-written layers of `model`, which may be changed."""
     layers = dict(model.named_modules())
     with observe(model) as trace:
         C = cost(model(input.clone()), target)
@@ -139,8 +139,8 @@ def by_hand(model: nn.Module, cost: Cost, input: Tensor, target: Tensor) -> Swee
 
 
 def _measured(layer: Any, record: Record) -> Call:
-    """The call of a record with what the layer's own backward returns for its grad_a.
-    The observer, not that backward, has made the δ and the gradients of the record."""
+    """Return the call of a record, with what the layer's own backward returns for its
+    grad_a. (The δ and the gradients in the record are the observer's.)"""
     r = record
     call = Call(r.name, r.function, r.x, r.weight, r.bias, r.z, r.a, r.grad_a)
     if call.grad_a is None:
@@ -155,7 +155,7 @@ def _measured(layer: Any, record: Record) -> Call:
 
 
 def _bias_of(layer: Any) -> nn.Parameter:
-    """b, or zeros if there is none: ∂C/∂b of a single example is its δ."""
+    """Return b, or zeros if it is None: ∂C/∂b of a single example is its δ."""
     if layer.bias is not None:
         return layer.bias
     return nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
@@ -163,7 +163,7 @@ def _bias_of(layer: Any) -> nn.Parameter:
 
 @contextmanager
 def _parameters(layer: Any, W: Tensor, b: Tensor) -> Iterator[None]:
-    """Give the layer other parameters."""
+    """Replace the layer's parameters within a block."""
     before = dict(layer._parameters)
     layer._parameters.update(weight=W, bias=b)
     try:
@@ -173,8 +173,8 @@ def _parameters(layer: Any, W: Tensor, b: Tensor) -> Iterator[None]:
 
 
 def _grad(a: Tensor, leaves: Any, grad_a: Tensor, **kwargs: Any) -> list[Tensor]:
-    """The gradients by the leaves; one that the backward omits is zero, as autograd has
-    it."""
+    """Return the gradients by the leaves; one that the backward omits is zero, as in
+    autograd."""
     grads = torch.autograd.grad(a, leaves, grad_a, allow_unused=True, **kwargs)
     return [
         torch.zeros_like(t) if g is None else g
@@ -183,9 +183,9 @@ def _grad(a: Tensor, leaves: Any, grad_a: Tensor, **kwargs: Any) -> list[Tensor]
 
 
 def _delta(layer: Any, call: Call) -> Tensor:
-    """δ, read off the gradients that are made of it, since no backward returns it: the
-    right δ if one of them contains it, since the fault is then not in δ; else the δ in
-    ∂C/∂b."""
+    """Return δ, which no backward returns, from the gradients that are made of it: the
+    right δ if one gradient contains it, since the fault is then not in δ; else the one
+    in ∂C/∂b."""
     assert call.grad_a is not None
     expected = functional.as_rows(call.grad_a * slope(call))
     deltas = []
@@ -197,7 +197,7 @@ def _delta(layer: Any, call: Call) -> Tensor:
                 strict=True,
             )
             delta = torch.cat([view(layer, x, grad_a) for x, grad_a in pairs])
-        except RuntimeError:  # from a backward whose shapes are wrong
+        except RuntimeError:  # the backward's shapes are wrong
             continue
         deltas.append(delta)
         if close(delta, expected):
@@ -209,19 +209,19 @@ def _delta(layer: Any, call: Call) -> Tensor:
 
 
 def _delta_in_bias(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """δ from ∂C/∂b: its row i is ∂C/∂b for a grad_a that has row i only."""
+    """Return δ from ∂C/∂b: its row i is ∂C/∂b for a grad_a whose other rows are 0."""
     a = layer.forward(x)
     rows = []
     for i in range(len(x)):
-        one = torch.zeros_like(grad_a)
-        one[i] = grad_a[i]
-        rows += _grad(a, [layer.bias], one, retain_graph=True)
+        row_i = torch.zeros_like(grad_a)
+        row_i[i] = grad_a[i]
+        rows += _grad(a, [layer.bias], row_i, retain_graph=True)
     return torch.stack(rows)
 
 
 def _delta_in_weight(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """δ from ∂C/∂W: the inputs (x, I) and the weights (W, 0) give the same z, and ∂C/∂W
-    is then (δᵀx, δᵀ)."""
+    """Return δ from ∂C/∂W: the inputs (x, I) and the weights (W, 0) give the same z,
+    and ∂C/∂W is then (δᵀx, δᵀ)."""
     eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
     W = layer.weight.detach()
     W = torch.cat([W, W.new_zeros(len(W), len(x))], 1).requires_grad_()
@@ -232,8 +232,8 @@ def _delta_in_weight(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
 
 
 def _delta_in_input(layer: Any, x: Tensor, grad_a: Tensor) -> Tensor:
-    """δ from ∂C/∂x: the inputs (x, 0) and the weights (W, I) give the same z, and ∂C/∂x
-    is then (δW, δ)."""
+    """Return δ from ∂C/∂x: the inputs (x, 0) and the weights (W, I) give the same z,
+    and ∂C/∂x is then (δW, δ)."""
     W = layer.weight.detach()
     eye = torch.eye(len(W), dtype=W.dtype, device=W.device)
     inputs = torch.cat([x, x.new_zeros(len(x), len(W))], 1).requires_grad_()
@@ -266,11 +266,11 @@ class Twin:
         last call is the model's output."""
         self.calls = []
         output = self.model(self.input.clone())
-        last = bool(self.calls) and output is self.calls[-1].a
-        return self.cost(output, self.target), last
+        returns_last_a = bool(self.calls) and output is self.calls[-1].a
+        return self.cost(output, self.target), returns_last_a
 
     def _forward(self, name: str, layer: BPLinear, input: Tensor) -> Tensor:
-        """The forward of one layer: F.linear and σ."""
+        """Run one layer as F.linear and σ."""
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"compare: expected a model that calls {name or 'its layer'} in the "
@@ -291,36 +291,37 @@ class Twin:
         return a
 
     def _with_nudge(self, kind: str, t: Tensor) -> Tensor:
-        """An argument of the present call, nudged if it is the one to be nudged."""
+        """Return an argument of the current call, nudged if it is the chosen one."""
         nudged = self.nudge is not None and self.nudged == (len(self.calls), kind)
         return t + self.nudge if nudged else t  # type: ignore[operator]
 
     def sweep(self) -> Sweep:
         """Return the sweep of native autograd."""
         with torch.enable_grad():
-            C, last = self.run()
-        wanted = [
-            (call, name, getattr(call, kind))
-            for call in self.calls
-            for kind, name in KINDS.items()
-        ]
-        wanted = [w for w in wanted if w[2] is not None and w[2].requires_grad]
-        if wanted and C.requires_grad:
-            leaves = [t for _, _, t in wanted]
+            C, returns_last_a = self.run()
+        places, leaves = [], []
+        for call in self.calls:
+            for kind, name in KINDS.items():
+                t: Tensor | None = getattr(call, kind)
+                if t is not None and t.requires_grad:
+                    places.append((call, name))
+                    leaves.append(t)
+        if leaves and C.requires_grad:
             grads = torch.autograd.grad(C, leaves, allow_unused=True)
-            for (call, name, _), grad in zip(wanted, grads, strict=True):
+            for (call, name), grad in zip(places, grads, strict=True):
                 setattr(call, name, grad)
-        return Sweep(C.detach(), self.calls, last)
+        return Sweep(C.detach(), self.calls, returns_last_a)
 
     @torch.no_grad()
     def differences(
         self, number: int, kind: str, like: Call, entries: list[int]
     ) -> tuple[list[float], list[bool], float]:
-        """Return ∂C/∂(entry of an argument of the call) by central differences, for
-        each whether a kink of a σ is within the step, and the rounding error of all."""
-        others = {"W": like.x, "x": like.W}.get(kind)
+        """Return ∂C/∂entry for entries of an argument of the call by central
+        differences, whether a kink of a σ is within each step, and the rounding error.
+        """
+        factors = {"W": like.x, "x": like.W}.get(kind)
         # So that z changes by STEP at most.
-        step = STEP if others is None else STEP / max(1.0, others.abs().amax().item())
+        step = STEP if factors is None else STEP / max(1.0, factors.abs().amax().item())
         self.nudged, self.nudge = (number, kind), torch.zeros_like(getattr(like, kind))
         flat = self.nudge.view(-1)
         slopes, kinks, size = [], [], 0.0
@@ -344,11 +345,12 @@ class Twin:
         return slopes, kinks, ROUNDING * size / step
 
 
-# By σ, since a subclass of a built-in Function may have a σ of its own.
+# Identified by σ, since a subclass of a built-in Function may have a σ of its own.
 _SMOOTH = [
     layer.function.sigma for layer in ACTIVATIONS.values() if layer.function.is_smooth
 ]
 
 
 def _may_have_kinks(call: Call) -> bool:
+    """Return whether σ of the call is not known to be smooth."""
     return call.function.sigma not in _SMOOTH

@@ -1,9 +1,9 @@
 """A guided tour of backpropagation: one example, every equation with its numbers.
 
-The network has 2, 3 and 1 neurons, which is small enough to follow with a pencil and
-large enough to have a hidden layer. Every number that is shown is one that the package
-has computed: z, a, σ' and δ are what :func:`torchbp.observe` saw, the cost and the
-gradients are :func:`torchbp.backprop`'s, the step is :class:`torchbp.ExplicitSGD`'s.
+The network has 2, 3 and 1 neurons: small enough to follow with a pencil, and with a
+hidden layer. The package has computed every number shown: :func:`torchbp.observe`
+recorded z, a, σ' and δ, :func:`torchbp.backprop` returned the cost and the gradients,
+and :class:`torchbp.ExplicitSGD` took the step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Tour:
         lr: η.
         cost, cost_after: C before and after the step.
         gradients: {parameter name: gradient} by hand.
-        native: the same from native autograd.
+        native: the same by native autograd.
         sections: the text of the tour, in order.
 
     Raises:
@@ -66,7 +66,8 @@ class Tour:
         >>> [section.title for section in tour.sections[4:8]]
         ... # doctest: +NORMALIZE_WHITESPACE
         ['BP1: the error of the output layer', 'BP2: the error one layer back',
-         'BP3: the gradient by the biases', 'BP4: the gradient by the weights']
+         'BP3: the gradient with respect to the biases',
+         'BP4: the gradient with respect to the weights']
         >>> tour.cost_after < tour.cost
         True
     """
@@ -102,7 +103,7 @@ class Tour:
         return agree and self.native.keys() == self.gradients.keys() and self.report.ok
 
     def _by_autograd(self) -> dict[str, Tensor]:
-        """The gradients of the same parameters in native layers, under autograd."""
+        """Return the gradients of the same parameters in native layers, by autograd."""
         native = to_native(self.model)
         C = (self.y - native(self.x)).square().sum() / 2
         parameters = dict(self.model.named_parameters())
@@ -110,12 +111,13 @@ class Tour:
         return dict(zip(parameters, grads, strict=True))
 
     def _agrees(self, name: str) -> bool:
-        """Whether the gradient of a parameter agrees with native autograd's."""
+        """Return whether the gradient of a parameter agrees with native autograd's."""
         ours, native = self.gradients[name], self.native[name]
         scale = (ours.abs() + native.abs()).max().item()
         return (ours - native).abs().max().item() <= TOLERANCE * scale
 
     def _sections(self) -> Iterator[Section]:
+        """Yield the sections in order, each made by a method of its name."""
         yield self._network()
         yield self._feedforward(1)
         yield self._feedforward(2)
@@ -155,14 +157,14 @@ class Tour:
             f"y = {self.y.item():.0f}.",
             "",
             *prose(
-                "How would the network's error change if we turned one of these 13 "
-                "knobs a little? Backpropagation answers that for all of them, in one "
-                "sweep from the output back to the input."
+                "How would the network's error change if we changed one of these 13 "
+                "parameters a little? Backpropagation answers that for all of them, in "
+                "one sweep from the output back to the input."
             ),
             "",
             *prose(
-                "From here on four decimals are shown; more are kept, so a last digit "
-                "may differ from what you find with a pencil."
+                "From here on four decimals are shown. The computation has more, so "
+                "your last digit may differ."
             ),
         ]
         return Section("The network and the example", "", lines)
@@ -182,15 +184,15 @@ class Tour:
         ]
         lines = [
             *prose(
-                "First forward. Each neuron adds up what comes in, weighted, and its "
+                "First forward. Each neuron adds up its inputs, weighted, and its "
                 "bias. That is its weighted input z:"
                 if ell == 1
-                else "The same, with what layer 1 gave:"
+                else "The same with the activations of layer 1 as inputs:"
             ),
             "",
             *equations(sums),
             "",
-            "Then σ(z) = 1/(1 + e^-z) squashes that into its activation:",
+            "Its activation is a = σ(z), with σ(z) = 1/(1 + e^-z):",
             "",
             *equations(squashed),
         ]
@@ -208,15 +210,15 @@ class Tour:
             "",
             *equations([("C", "½ (y - a^2_1)²", numbers, number(self.cost))]),
             "",
-            "Of several examples C is the mean. Here there is one: n = 1.",
+            "For several examples C is the mean. The tour has one: n = 1.",
             "",
-            "Now back. What travels back is the error of each neuron,",
+            "Now backward. The error of a neuron is",
             "",
             "  δ^ℓ_j = ∂C/∂z^ℓ_j",
             "",
             *prose(
-                "how fast the cost changes as the neuron's weighted input is nudged. "
-                "BP1 and BP2 find the errors; BP3 and BP4 make gradients of them."
+                "the rate at which the cost changes with the neuron's weighted input. "
+                "BP1 and BP2 compute the errors; BP3 and BP4 make gradients of them."
             ),
         ]
         return Section("The cost", "C = 1/(2n) Σ_x ‖y - a^L‖²", lines)
@@ -233,15 +235,15 @@ class Tour:
         sign, move = ("negative", "up") if delta < 0 else ("positive", "down")
         lines = [
             *prose(
-                "The output neuron meets the cost directly. Its error is how the cost "
-                "changes with its activation, times how its activation changes with "
-                "its weighted input. For this cost the one is a - y, for this σ the "
-                "other is a (1 - a):"
+                "The cost depends on the output neuron directly. The neuron's error is "
+                "how the cost changes with its activation, times how its activation "
+                "changes with its weighted input. The first factor is a - y for this "
+                "cost, the second is a(1 - a) for this σ:"
             ),
             "",
             *equations(rows),
             "",
-            f"δ is {sign}: to bring the cost down, z^2_1 has to go {move}.",
+            f"δ is {sign}: to lower the cost, z^2_1 has to go {move}.",
             *code_lines("BP1"),
         ]
         title = "BP1: the error of the output layer"
@@ -281,24 +283,23 @@ class Tour:
         ]
         lines = [
             *prose(
-                "A hidden neuron reaches the cost only through the neurons ahead of "
-                "it. So their errors come back to it, over the very weights that took "
-                "its activation forward (hence the ᵀ: the same W, from the other "
-                "end):"
+                "A hidden neuron affects the cost only through the neurons of the next "
+                "layer. So their errors come back to it through the same weights as "
+                "its activation went forward (hence Wᵀ: W in the other direction):"
             ),
             "",
             *equations(back),
             "",
-            "Then, as before, its own slope counts:",
+            "Then multiply by the neuron's own slope, as at the output:",
             "",
             *equations(slopes),
             "",
             *equations(errors),
             "",
             *prose(
-                "With more layers this repeats, down to the first. Each multiplies by "
-                "its σ', which is ¼ at most: why the early layers of deep networks "
-                "learn slowly."
+                "With more layers this repeats down to the first. Each layer "
+                "multiplies by its σ', which is ¼ at most. That is why the early "
+                "layers of deep networks learn slowly."
             ),
             *code_lines("BP2"),
         ]
@@ -314,15 +315,17 @@ class Tour:
         ]
         lines = [
             *prose(
-                "A bias is added to z as it is, so nudging the one is nudging the "
-                "other: its gradient is the error itself. (Of several examples, the "
-                "sum of theirs.)"
+                "A bias is added to z, so a change of the bias changes z by the same "
+                "amount: its gradient is the error itself. (For several examples it is "
+                "the sum of their errors.)"
             ),
             "",
             *equations(rows),
             *code_lines("BP3"),
         ]
-        return Section("BP3: the gradient by the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines)
+        return Section(
+            "BP3: the gradient with respect to the biases", "∂C/∂b^ℓ_j = δ^ℓ_j", lines
+        )
 
     def _weights(self) -> Section:
         rows = []
@@ -337,22 +340,22 @@ class Tour:
                 )
         lines = [
             *prose(
-                "A weight multiplies the activation that comes in over it. So its "
-                "gradient is the error where it ends times the activation where it "
-                "starts:"
+                "A weight multiplies the activation at its start. So its gradient is "
+                "the error of the neuron at its end times the activation of the neuron "
+                "at its start:"
             ),
             "",
             *equations(rows),
             "",
             *prose(
-                "It is small, and the weight learns slowly, if little comes in over "
-                "it (a near 0) or if it ends at a saturated neuron (σ' near 0, and so "
-                "δ)."
+                "The gradient is small, and the weight learns slowly, if the neuron at "
+                "its start is inactive (a near 0) or the one at its end is saturated "
+                "(σ' near 0, and so δ)."
             ),
             *code_lines("BP4"),
         ]
         equation = "∂C/∂W^ℓ_jk = δ^ℓ_j a^{ℓ-1}_k"
-        return Section("BP4: the gradient by the weights", equation, lines)
+        return Section("BP4: the gradient with respect to the weights", equation, lines)
 
     def _step(self) -> Section:
         after = self.after.state_dict()
@@ -366,23 +369,23 @@ class Tour:
             for index, label in _entries(name, p)
         ]
         slope = sum(g.square().sum().item() for g in self.gradients.values())
-        promised, change = -LR * slope, self.cost_after - self.cost
+        predicted, change = -LR * slope, self.cost_after - self.cost
         a = self.records[1].a.item()
         lines = [
-            f"Every parameter moves against its gradient; how far, says η = {LR}:",
+            f"Every parameter moves by -η times its gradient, η = {LR}:",
             "",
             *equations(moves),
             "",
-            "Forward once more, with the new ones:",
+            "Forward once more, with the new parameters:",
             "",
             f"  a^2_1   before {number(a)}   after {number(self.output_after)}   "
             f"wanted {self.y.item():.0f}",
             f"  C       before {number(self.cost)}   after {number(self.cost_after)}",
             "",
             *prose(
-                f"The cost changed by {change:+.4f}. The gradient foretold -η ‖∇C‖² = "
-                f"{promised:+.4f}, which is the truth for small steps. That is "
-                "learning: this, with the next examples, many times over."
+                f"The cost changed by {change:+.4f}. The gradient predicts -η ‖∇C‖² = "
+                f"{predicted:+.4f}, which holds for small steps. Learning is to "
+                "repeat this many times, with other examples."
             ),
         ]
         equation = "W ← W - η ∂C/∂W,  b ← b - η ∂C/∂b"
@@ -391,9 +394,8 @@ class Tour:
     def _check(self) -> Section:
         lines = [
             *prose(
-                "PyTorch's own layers, nn.Linear and nn.Sigmoid, with the same "
-                "parameters, and its autograd, which does not use a line of this "
-                "package:"
+                "The same gradients by PyTorch's autograd, with nn.Linear, nn.Sigmoid "
+                "and the same parameters, without a line of this package:"
             ),
             "",
             f"  {'':<11}{'by hand':>18}{'native autograd':>18}{'difference':>14}",
@@ -406,13 +408,13 @@ class Tour:
         lines += [
             "",
             *prose(
-                "Each equation also beside central finite differences, which nudge z, "
-                f"b and W and look at C: {good} of {len(self.report.rows)} agree."
+                "Central finite differences, which nudge z, b and W and compute C, "
+                f"check each equation, too: {good} of {len(self.report.rows)} agree."
             ),
             "",
             "Every gradient is right." if self.ok else "A GRADIENT IS WRONG.",
             "",
-            "From here:",
+            "To continue:",
             "",
             f"  python -m torchbp tour --seed {self.seed + 1}   another network",
             "  python -m torchbp observe         a batch of examples, layer by layer",
@@ -423,7 +425,7 @@ class Tour:
 
 
 def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
-    """The network, an example and its target, rounded to the shown decimals."""
+    """Return the network, an example and its target, rounded to two decimals."""
     generator = torch.Generator("cpu").manual_seed(seed)
     # The caller's random numbers do not change.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -438,17 +440,19 @@ def _problem(seed: int) -> tuple[MLP, Tensor, Tensor]:
 
 
 def _present(t: Tensor | None) -> Tensor:
-    """A tensor that a record has after a backward pass."""
+    """Return a tensor that is not None, as those of a record after a backward pass."""
     assert t is not None
     return t
 
 
 def _bias(record: Record) -> Tensor:
+    """Return the b of a record, which every layer of the tour has."""
     return _present(record.bias)
 
 
 def _entries(name: str, t: Tensor) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The index of each entry of a parameter, and its name in the book: W^1_23."""
+    """Yield the index of each entry of a parameter, and its name in the book:
+    W^1_23."""
     ell = int(name.split(".")[1]) + 1
     letter = "W" if name.endswith("weight") else "b"
     for index in itertools.product(*map(range, t.shape)):

@@ -1,7 +1,7 @@
-"""Checkpoints: files that are written whole or not at all, with a checksum.
+"""Checkpoints: files that are written completely or not at all, with a checksum.
 
-A checkpoint is a file of ``torch.save``, which ``torch.load(path, weights_only=True)``
-opens too: {"format", "version", "state"}. It is a zip archive, and the archive's
+A checkpoint is {"format", "version", "state"}, written by ``torch.save``;
+``torch.load(path, weights_only=True)`` opens it, too. It is a zip archive, whose
 comment is the SHA-256 of all bytes before it: no byte can change unnoticed.
 
 Error messages are one line in this module's words; the error of torch or of the system
@@ -53,12 +53,12 @@ def save(
     state: dict[str, Any],
     previous: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write `state` to `path`; at every moment `path` is the old file or the new one.
+    """Write `state` to `path`, which at every moment is the old file or the new one.
 
     Args:
         path: the file, as in :func:`torchbp._files.write_atomically`.
         state: tensors, numbers, strings, and lists and dicts of them.
-        previous: the old file's new path; without it the old file is replaced.
+        previous: the old file's new path; if None, the old file is replaced.
 
     Raises:
         OSError: the folder is missing, read-only or full, or `path` is not a file; the
@@ -94,7 +94,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Return the state that :func:`save` wrote; no code in the file is run.
+    """Return the state that :func:`save` wrote, without running code from the file.
 
     Args:
         path: the file.
@@ -127,7 +127,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
 
 def _serialize(content: Any) -> io.BytesIO:
     """Return the file of `content`, without a checksum; raise torch's error if it
-    cannot be written or cannot be loaded again."""
+    cannot be saved or loaded again."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)
@@ -136,13 +136,14 @@ def _serialize(content: Any) -> io.BytesIO:
 
 
 def _explain_refusal(state: dict[Any, Any]) -> str:
-    """Say which part of `state` cannot be saved: the innermost one."""
+    """Return the error message about the innermost part of `state` that cannot be
+    saved."""
     place, part, outer = "state", state, set[int]()
     while True:
         outer.add(id(part))
         refused = (
-            (where, child)
-            for where, child in _children(part)
+            (key, child)
+            for key, child in _children(part)
             if id(child) not in outer and _is_refused(child)  # a state may have cycles
         )
         culprit = next(refused, None)
@@ -155,7 +156,8 @@ def _explain_refusal(state: dict[Any, Any]) -> str:
 
 
 def _children(part: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a list or dict, and their places: "[3]", "['a']", ", a key"."""
+    """Yield the parts of a list or dict with their places: "[3]", "['a']", ", a
+    key"."""
     if type(part) in (dict, OrderedDict):
         yield from ((", a key", key) for key in part)
         yield from ((f"[{_key_name(key)}]", child) for key, child in part.items())
@@ -164,6 +166,7 @@ def _children(part: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_refused(part: Any) -> bool:
+    """Return whether `part` cannot be saved and loaded again."""
     try:
         _serialize(part)
     except OUT_OF_MEMORY:
@@ -174,10 +177,12 @@ def _is_refused(part: Any) -> bool:
 
 
 def _key_name(key: Any) -> str:
+    """Return a dict's key for a message, its type if it is no string or integer."""
     return f"{key!r:.80}" if type(key) in (str, int) else f"a {_type_name(key)}"
 
 
 def _type_name(value: Any) -> str:
+    """Return the qualified name of a value's type, on one line."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return " ".join(f"{module}{kind.__qualname__}".split())
@@ -198,24 +203,24 @@ def _check_seal(file: IO[bytes]) -> None:
     """Raise CheckpointError unless `file` ends with the checksum of the bytes before
     it; rewind `file`."""
     size = file.seek(0, os.SEEK_END)
-    left = max(0, size - SEAL_SIZE)
-    file.seek(left)
+    remaining = max(0, size - SEAL_SIZE)
+    file.seek(remaining)
     seal = file.read(SEAL_SIZE)
     file.seek(0)
     if not seal.startswith(SEAL):
         kind = "a file of another kind" if size else "an empty file"
         if file.read(len(ZIP)) == ZIP:
-            kind = "one without its checksum: cut off, or another program's"
+            kind = "a zip archive without a checksum: cut off, or another program's"
         raise CheckpointError(f"expected a whole checkpoint, got {kind}")
     digest = hashlib.sha256()
-    while left:
-        piece = file.read(min(left, 1 << 20))
+    while remaining:
+        piece = file.read(min(remaining, 1 << 20))
         if not piece:
             raise CheckpointError(
                 "expected a whole checkpoint, got a file that shrank while it was read"
             )
         digest.update(piece)
-        left -= len(piece)
+        remaining -= len(piece)
     if seal != SEAL + digest.hexdigest().encode():
         raise CheckpointError(
             "expected a whole checkpoint, got content that does not match its checksum"
@@ -229,7 +234,7 @@ def _deserialize(file: IO[bytes], map_location: Any) -> dict[str, Any]:
         content = torch.load(file, map_location=map_location, weights_only=True)
     except OUT_OF_MEMORY:
         raise
-    except Exception as error:  # torch.load hands on any error of its parsers
+    except Exception as error:  # torch.load passes on any error of its parsers
         raise CheckpointError(
             f"expected a checkpoint that torch {torch.__version__} loads to "
             f"{map_location}, got {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""The device that a training runs on, and its number of CPU threads."""
+"""The device of a training, and its number of CPU threads."""
 
 from __future__ import annotations
 

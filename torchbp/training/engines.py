@@ -1,7 +1,7 @@
-"""Engines: what takes the steps of SGD, mini-batch by mini-batch.
+"""Engines, which take the steps of SGD, mini-batch by mini-batch.
 
-The engine of this module is :class:`AutogradSGD`: our layers (or native ones), a
-backward pass, ``torch.optim.SGD``. :class:`torchbp.ExplicitSGD` is another.
+This module has :class:`AutogradSGD`: our layers (or native ones), a backward pass,
+``torch.optim.SGD``. :class:`torchbp.ExplicitSGD` is another engine.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from torchbp.nn import check_takes
 
 __all__ = ["AutogradSGD", "Engine", "batches", "count_outputs"]
 
-# Batches that are gathered and scaled in one go, which is several times faster than one
-# by one.
+# Batches that are gathered and scaled at once, several times faster than one by one.
 BATCHES_AT_ONCE = 50
 
 
 class Engine(Protocol):
-    """What a trainer asks of an engine, which updates its model batch by batch.
+    """The interface of engines, which update a model batch by batch.
 
-    Once a generator that `steps` returned is exhausted or closed, the model's own
-    parameters are up to date.
+    Once a generator from `steps` is exhausted or closed, the model's own parameters are
+    up to date.
 
     Attributes:
         lr: η; it may be changed between steps.
@@ -65,7 +64,7 @@ class Engine(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint saves for :meth:`load_state_dict`."""
+        """Return the state for checkpoints and :meth:`load_state_dict`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state` of :meth:`state_dict`."""
@@ -107,6 +106,7 @@ class AutogradSGD:
         self._set_rates(Rates(lr, weight_decay))
 
     def _set_rates(self, rates: Rates) -> None:
+        """Make an optimizer with these rates."""
         rates.check_dtype(self.model)
         self.weight_decay = rates.weight_decay
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
@@ -135,7 +135,7 @@ class AutogradSGD:
 
         Args:
             input: (m, n_in).
-            target: as the cost takes it.
+            target: labels or numbers, as the cost accepts.
 
         Returns:
             the mini-batch's cost before the update, 0-d, detached.
@@ -171,7 +171,7 @@ class AutogradSGD:
         """Return the costs of several mini-batches.
 
         Args:
-            costs: what :meth:`step` returned for each, 1-d.
+            costs: the results of :meth:`step`, 1-d.
         """
         return costs
 

@@ -1,8 +1,8 @@
 """Several processes, one trajectory: data-parallel steps under ``torchrun``.
 
-Every process draws the mini-batches of a single process, and works on its own part of
-each. The gradients are averaged so that a step is the single process's step to
-rounding, for any number of processes and any size of the last mini-batch.
+Every process draws the same mini-batches as a single process would, and works on its
+own part of each. A step equals the single process's step up to rounding, for any number
+of processes and any size of the last mini-batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def join(device: str) -> Iterator[World]:
 
     Args:
         device: a name for :func:`torchbp.training.choose_device`. With "cuda" each
-            process takes the GPU of its local rank, and NCCL averages; else gloo.
+            process takes the GPU of its local rank, and NCCL communicates; else gloo.
 
     Raises:
         ValueError: the device is not available, or there are more processes than GPUs.
@@ -82,8 +82,7 @@ def join(device: str) -> Iterator[World]:
 class ParallelSGD(AutogradSGD):
     """W ← W - η ∂C/∂W by ``torch.optim.SGD``, each process on its part of the batch.
 
-    The processes' gradients are averaged: a step is the one that a single process would
-    take.
+    A step equals the one that a single process would take, up to rounding.
 
     Args:
         model: the network; the processes start from rank 0's parameters.
@@ -128,20 +127,20 @@ class ParallelSGD(AutogradSGD):
 
         Args:
             input: (m, n_in), the whole mini-batch.
-            target: as the cost takes it.
+            target: labels or numbers, as the cost accepts.
 
         Returns:
-            this process's part of the cost, 0-d, detached; the mini-batch's cost is the
-            sum over the processes.
+            this process's share of the cost, 0-d, detached; the mini-batch's cost is
+            the sum over the processes.
         """
         rank, size = self.world.rank, self.world.size
         x, y = input[rank::size], target[rank::size]
         share = len(x) / len(input)
         self.optimizer.zero_grad()
         output = self.parallel(x)
-        # Without a row this process's part is 0, not the mean of nothing, a NaN.
+        # A process without a row contributes 0: the mean of no rows would be NaN.
         part = self.cost(output, y) * share if len(x) else output.sum()
-        # The processes' gradients are averaged, but the step needs their sum.
+        # DistributedDataParallel averages the gradients; the step needs their sum.
         (part * size).backward()
         self.optimizer.step()
         return part.detach()
@@ -150,7 +149,7 @@ class ParallelSGD(AutogradSGD):
         """Return the costs of several mini-batches, summed over the processes.
 
         Args:
-            costs: what :meth:`step` returned for each, 1-d; overwritten.
+            costs: the results of :meth:`step`, 1-d; overwritten.
         """
         torch.distributed.all_reduce(costs)
         return costs

@@ -13,8 +13,8 @@ from torchbp.training.trainer import EpochResult
 __all__ = ["PROGRESS", "JSONLines", "Progress", "Quiet"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SHOWN = 8  # epochs in the trend
-SHORT = {"validation": "val"}  # a line fits 80 columns
+TREND_EPOCHS = 8
+SHORT = {"validation": "val"}  # so that a line fits 80 columns
 
 
 class Progress:
@@ -57,13 +57,14 @@ class Progress:
             return
         if self.bar is None:
             self._open()
-        shown = {"cost": f"{cost:.4f}"}
+        figures = {"cost": f"{cost:.4f}"}
         if self.costs:
-            shown["trend"] = trend(self.costs)
-        self.bar.set_postfix(shown, refresh=False)
+            figures["trend"] = trend(self.costs)
+        self.bar.set_postfix(figures, refresh=False)
         self.bar.update(images)
 
     def _open(self) -> None:
+        """Show a new bar."""
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -99,7 +100,7 @@ class Progress:
         print(line, file=self.stream, flush=True)
 
     def _left(self) -> float:
-        """Seconds to the end of the run, at this session's time for an epoch."""
+        """Return the seconds to the end of the run, at this session's pace."""
         if self.started is None:
             return 0.0
         spent = time.perf_counter() - self.started
@@ -159,7 +160,7 @@ PROGRESS: dict[str, type[Progress]] = {
 
 
 def trend(costs: list[float]) -> str:
-    """Return the last epochs' costs as a row of blocks, of which the highest is full.
+    """Return the last epochs' costs as a row of blocks, the highest a full block.
 
     Args:
         costs: of all epochs.
@@ -167,7 +168,7 @@ def trend(costs: list[float]) -> str:
     >>> trend([1.0, 0.5, 0.25, 0.0])
     '█▅▃▁'
     """
-    shown = costs[-SHOWN:]
-    low, high = min(shown), max(shown)
-    wide = high - low or 1.0
-    return "".join(BLOCKS[round(7 * (C - low) / wide)] for C in shown)
+    recent = costs[-TREND_EPOCHS:]
+    low = min(recent)
+    span = max(recent) - low or 1.0
+    return "".join(BLOCKS[round(7 * (C - low) / span)] for C in recent)

@@ -23,12 +23,11 @@ NAMES = NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 class RunFolder:
     """``runs/<name>/``: settings.json, versions.json, checkpoint.pt, the checkpoint
-    before it in checkpoint.previous.pt, event files, and learning.png in the end.
+    before it in checkpoint.previous.pt, event files, and at the end learning.png.
 
     Args:
         path: of an existing folder (:meth:`create` makes one), or of a checkpoint in
-            it: "checkpoint.pt" stands for the run, and any other is the checkpoint that
-            :meth:`load` returns.
+            it. "checkpoint.pt" means the run; :meth:`load` returns any other one.
 
     Attributes:
         path: the folder.
@@ -55,7 +54,7 @@ class RunFolder:
     def _choose(self, file: Path) -> None:
         """Open the folder of the checkpoint `file`, to continue from it."""
         self.path = file.parent
-        if os.path.islink(file) and not self.has_settings:  # a link from elsewhere
+        if os.path.islink(file) and not self.has_settings:  # from another folder
             file = Path(os.path.realpath(file))
             self.path = file.parent
         self._chosen = None if file == self.checkpoint else file
@@ -76,7 +75,7 @@ class RunFolder:
 
         Args:
             logdir: the folder of all runs; made if it is missing.
-            name: of this run, a plain folder name that does not exist yet.
+            name: of this run; a plain folder name that does not exist yet.
 
         Raises:
             ValueError: `name` is not a plain folder name, or the run exists.
@@ -120,7 +119,7 @@ class RunFolder:
             write_atomically(self.path / f"{name}.json", text.encode())
 
     def read(self, name: str) -> Any:
-        """Return what :meth:`write` wrote.
+        """Return the content of a file from :meth:`write`.
 
         Args:
             name: its keyword.
@@ -142,7 +141,7 @@ class RunFolder:
 
     @property
     def has_settings(self) -> bool:
-        """Whether this is a run's folder, not only a folder with a checkpoint."""
+        """Whether this is a run's folder, not just a folder with a checkpoint."""
         return os.path.isfile(self.path / "settings.json")
 
     @contextlib.contextmanager
@@ -150,8 +149,8 @@ class RunFolder:
         """Lock the run against other processes while the block runs, and remove the
         temporary files of saves that were killed.
 
-        The system releases the lock however this process ends. Without such locks
-        (Windows, some network file systems) nothing is locked or removed.
+        The system releases the lock however this process ends. On systems without such
+        locks (Windows, some network file systems) nothing is locked or removed.
 
         Raises:
             BlockingIOError: another process holds the lock.
@@ -184,15 +183,15 @@ class RunFolder:
             OSError: the checkpoint cannot be written.
             TypeError: `state` has a part that a checkpoint cannot hold.
         """
-        if self._is_damaged:  # or it would replace the good one before it
+        if self._is_damaged:  # so that it does not replace the intact one before it
             self._set_aside()
         checkpoint.save(self.checkpoint, state, self.previous)
 
     def what_is_left(self) -> str:
         """Say which checkpoint is intact, for the final error message."""
         for path in (self.checkpoint, self.previous):
-            if _is_whole(path):
-                return f"{path} is whole, to continue: --resume {self.path}"
+            if _is_intact(path):
+                return f"{path} is intact; to continue: --resume {self.path}"
         return "no checkpoint is left"
 
     def _set_aside(self) -> None:
@@ -209,22 +208,22 @@ class RunFolder:
     def load(
         self, check: Callable[[dict[str, Any]], None] | None = None
     ) -> tuple[dict[str, Any], str | None]:
-        """Return the state of the newest checkpoint that is whole and passes `check`,
-        or of the one that the constructor was given.
+        """Return the state of the newest checkpoint that is intact and passes `check`,
+        or of the checkpoint that was passed to the constructor.
 
         Args:
             check: raises any error for a state that cannot be used.
 
         Returns:
-            the state, and the reason why the newest checkpoint cannot be used if it is
-            the previous one's.
+            the state, and None or, if it is the previous checkpoint's, the reason why
+            the newest cannot be used.
 
         Raises:
             CheckpointError: no checkpoint can be used.
         """
         if self._chosen is not None:
             state = _load_checked(self._chosen, check)
-            self._is_damaged = not _is_whole(self.checkpoint)
+            self._is_damaged = not _is_intact(self.checkpoint)
             return state, None
         try:
             return _load_checked(self.checkpoint, check), None
@@ -240,7 +239,8 @@ class RunFolder:
         return state, str(failure)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
+    """Return whether a checkpoint can be loaded."""
     try:
         checkpoint.load(path)
     except CheckpointError:
@@ -251,6 +251,7 @@ def _is_whole(path: Path) -> bool:
 def _load_checked(
     path: Path, check: Callable[[dict[str, Any]], None] | None
 ) -> dict[str, Any]:
+    """Return a checkpoint's state; raise CheckpointError if `check` raises."""
     state = checkpoint.load(path)
     try:
         if check is not None:
@@ -258,7 +259,7 @@ def _load_checked(
     except Exception as error:
         reason = one_line(error)
         if isinstance(error, KeyError):
-            reason = f"none of {reason}"
+            reason = f"a state without {reason}"
         raise CheckpointError(
             f"{path}: expected a run of this program, got {reason}"
         ) from error
@@ -295,7 +296,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_another_alive(pid: int) -> bool:
-    """Whether a process other than this one has that number."""
+    """Return whether a process other than this one has that number."""
     if pid == os.getpid():
         return False
     try:

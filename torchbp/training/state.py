@@ -11,14 +11,14 @@ __all__ = ["check_state", "generator_states", "set_generator_states"]
 
 
 def check_state(state: dict[str, Any], model: nn.Module) -> None:
-    """Raise an error unless `state` is one of :meth:`Trainer.state_dict` for `model`.
+    """Raise an error unless `state` is from :meth:`Trainer.state_dict` for `model`.
 
     Args:
-        state: of a trainer.
-        model: of the same structure as the trainer's.
+        state: the state of a trainer.
+        model: a network of the same structure as the trainer's.
 
     Raises:
-        ValueError, TypeError, LookupError, RuntimeError: `state` is another one.
+        ValueError, TypeError, LookupError, RuntimeError: `state` is not.
 
     Examples:
         >>> check_state([3], nn.Linear(2, 1))
@@ -48,7 +48,7 @@ def check_state(state: dict[str, Any], model: nn.Module) -> None:
 
 
 def _is_best(best: Any, epoch: int) -> bool:
-    """Whether `best` is an epoch up to `epoch` and two accuracies."""
+    """Return whether `best` is an epoch up to `epoch` and two accuracies."""
     if not isinstance(best, (list, tuple)) or len(best) != 3:
         return False
     is_epoch = type(best[0]) is int and 1 <= best[0] <= epoch
@@ -61,8 +61,8 @@ def _check_parameters(saved: dict[str, Any], expected: dict[str, Any]) -> None:
     if not isinstance(saved, dict):
         raise TypeError(f"model: expected parameters, got {type(saved).__name__}")
     if saved.keys() != expected.keys():
-        odd = ", ".join(sorted(map(str, saved.keys() ^ expected.keys()))[:4])
-        raise ValueError(f"model: expected other parameters, only one side has {odd}")
+        names = ", ".join(sorted(map(str, saved.keys() ^ expected.keys()))[:4])
+        raise ValueError(f"model: expected other parameters, only one side has {names}")
     for name, parameter in expected.items():
         t = saved[name]
         if not isinstance(t, Tensor):
@@ -95,7 +95,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generator_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the `states` of :func:`generator_states`, as far as `device` has them.
+    """Restore the `states` from :func:`generator_states` that `device` has.
 
     Args:
         states: by the kind of device.

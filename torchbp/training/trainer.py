@@ -28,9 +28,9 @@ from torchbp.training.state import (
 __all__ = ["SCHEDULES", "DivergedError", "EpochResult", "Trainer"]
 
 READ_EVERY = 0.05  # seconds between two readings of an epoch's costs
-# The training score is that of the first images: it takes as long as the test score.
+# The training score is that of as many images as the test set usually has.
 TRAIN_SCORED = 10_000
-# The factor of the learning rate, by the share of the epochs that are complete.
+# The factor of the learning rate, as a function of the share of completed epochs.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -56,11 +56,11 @@ class EpochResult:
 
     Attributes:
         epoch: 1 for the first; 0 stands for the untrained network.
-        scores: of "train" (its first 10,000 images), "validation", unless it is empty,
-            and "test".
+        scores: of "train" (its first 10,000 images), of "validation" unless it is
+            empty, and of "test".
         running_cost: the mean cost of the examples, each in its mini-batch before the
             update; None for epoch 0.
-        seconds: time of the training steps and of varying the images.
+        seconds: the time of the training steps and of varying the images.
         images_per_second: training examples per second of that time.
         costs: of the epoch's mini-batches in their order, each before its update; empty
             for epoch 0.
@@ -82,8 +82,8 @@ class EpochResult:
 def _check_split(name: str, split: Split) -> None:
     """Raise an error unless images and labels are dense, with one label an image."""
     images, labels = split
-    for what, t in (("images", images), ("labels", labels)):
-        if (reason := explain_memory(f"{name} {what}", t)) is not None:
+    for part, t in zip(split._fields, split, strict=True):
+        if (reason := explain_memory(f"{name} {part}", t)) is not None:
             raise reason
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{name} labels: expected integers, got {labels.dtype}")
@@ -94,9 +94,9 @@ def _check_split(name: str, split: Split) -> None:
         )
 
 
-def _read_now_and_then(steps: Iterable[Tensor]) -> Iterator[list[float]]:
-    """The costs of `steps`, in groups: reading a cost waits for the device, so that
-    reading each one would be slow."""
+def _read_in_groups(steps: Iterable[Tensor]) -> Iterator[list[float]]:
+    """Yield the costs of `steps` in groups. A read waits for the device, so that
+    reading each cost by itself would be slow."""
     waiting: list[Tensor] = []
     read_at = time.perf_counter()
     for costs in steps:
@@ -115,24 +115,24 @@ class Trainer:
     Args:
         model: the network, on its device.
         engine: takes the steps, on the same `model`.
-        cost: for the scores; the engine's own.
-        data: on the model's device. An empty validation split has no score, and there
-            is no best epoch.
+        cost: the engine's cost, for the scores.
+        data: on the model's device. An empty validation split has no score, and the
+            training no best epoch.
         batch_size: m.
         seed: of the order of the examples, which is drawn anew for each epoch.
-        schedule: returns an epoch's η, given the number of complete epochs; the engine
-            keeps its η if None.
+        schedule: returns an epoch's η, given the number of complete epochs; if None,
+            the engine's η does not change.
         vary: returns an epoch's images, given the training images and a random number
             generator, e.g. :func:`torchbp.data.distort`.
 
     Attributes:
         epoch: the number of complete epochs.
-        best: (epoch, validation accuracy, test accuracy) of the epoch with the best
-            validation accuracy so far; of equals, the first.
+        best: (epoch, validation accuracy, test accuracy) of the first epoch with the
+            best validation accuracy so far; None before the first epoch.
 
     Raises:
-        ValueError: a batch size below 1 or above the training set's size, an empty
-            training or test set, images or labels that do not fit the model.
+        ValueError: a batch size below 1 or above the size of the training set, an empty
+            training or test set, or images or labels that do not fit the model.
 
     Examples:
         >>> import torchbp
@@ -173,7 +173,7 @@ class Trainer:
         self.schedule, self.vary = schedule, vary
         self.epoch = 0
         self.best: tuple[int, float, float] | None = None
-        # On the CPU whatever the device: the same seed gives the same batches anywhere.
+        # On the CPU, so that a seed gives the same batches on every device.
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self._check_data()
         self.scored = {
@@ -233,10 +233,10 @@ class Trainer:
         try:
             with closing(self.engine.steps(images, labels, order, m)) as steps:
                 costs = self._take_costs(steps, on_progress)
-        except DivergedError as error:  # the generator has updated the model's own
+        except DivergedError as error:  # closing `steps` has updated the model
             bad = self._not_finite()
-            since = f"; by now not finite: {bad}" if bad else ""
-            raise DivergedError(f"{error}{since}") from None
+            parameters = f"; parameters not finite: {bad}" if bad else ""
+            raise DivergedError(f"{error}{parameters}") from None
         seconds = time.perf_counter() - started
         self.epoch += 1
         scores = self.score()
@@ -252,10 +252,11 @@ class Trainer:
         steps: Iterable[Tensor],
         on_progress: Callable[[int, float], None] | None,
     ) -> list[float]:
-        """Take an epoch's `steps`, and return their costs, all of them finite."""
+        """Take an epoch's `steps` and return their costs; raise DivergedError unless
+        all are finite."""
         costs: list[float] = []
         n, m = len(self.data.train.labels), self.batch_size
-        for values in _read_now_and_then(steps):
+        for values in _read_in_groups(steps):
             self._check_finite(values, len(costs))
             before = len(costs) * m
             costs += values
@@ -275,7 +276,7 @@ class Trainer:
         """Train until `epochs` epochs are complete.
 
         Args:
-            epochs: the total, with those of earlier sessions.
+            epochs: the total, including those of earlier sessions.
             on_epoch: called after every epoch, and before the first with the scores of
                 the untrained network.
             on_progress: see :meth:`run_epoch`.
@@ -298,8 +299,8 @@ class Trainer:
                 saved_at = 0
             while self.epoch < epochs:
                 result = self.run_epoch(on_progress)
-                # First the log, then the state: a run that is killed in between repeats
-                # the epoch and replaces its points; the other order would lose them.
+                # The log before the state: a run that is killed in between repeats the
+                # epoch and replaces its points. The other order would lose them.
                 if on_epoch is not None:
                     on_epoch(result)
                 state = self.state_dict()
@@ -313,14 +314,14 @@ class Trainer:
             raise
 
     def _not_finite(self) -> str:
-        """The names of the first few parameters that are not finite."""
+        """Return the names of the first few parameters that are not finite."""
         named = self.model.named_parameters()
         bad = [name for name, p in named if not p.isfinite().all()]
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         return ", ".join(bad[:4]) + more
 
     def _check_start(self) -> None:
-        """Raise DivergedError, which does not blame the rate, unless the network is
+        """Raise DivergedError, without advice on the rate, unless all parameters are
         finite."""
         if bad := self._not_finite():
             raise DivergedError(
@@ -338,8 +339,8 @@ class Trainer:
                 )
 
     def _check_healthy(self, scores: dict[str, Score]) -> None:
-        """Raise DivergedError if the epoch's last step left a network that is not
-        finite."""
+        """Raise DivergedError unless scores and parameters are finite after an
+        epoch."""
         bad = [
             f"{name} cost" for name, s in scores.items() if not math.isfinite(s.cost)
         ]
@@ -352,7 +353,7 @@ class Trainer:
             )
 
     def _update_best(self, result: EpochResult) -> None:
-        """Note the epoch if its validation accuracy is the best so far."""
+        """Set `best` if the epoch's validation accuracy is the best so far."""
         if "validation" not in result.scores:
             return
         accuracy = result.scores["validation"].accuracy
@@ -375,7 +376,7 @@ class Trainer:
         return self.data.train.labels.device
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything that the next epochs depend on; call it between
+        """Return a copy of the state on which the next epochs depend; call it between
         epochs."""
         return {
             "epoch": self.epoch,
@@ -388,15 +389,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state` of :meth:`state_dict`, with the same bits on the same
-        kind of device.
+        """Continue from a `state` of :meth:`state_dict`: bit by bit as without a break,
+        on the same kind of device.
 
         Args:
             state: of a trainer of the same network, data and batch size.
 
         Raises:
-            ValueError, TypeError, LookupError, RuntimeError: not such a state; the
-                trainer has not changed.
+            ValueError, TypeError, LookupError, RuntimeError: `state` is not such a
+                state; the trainer has not changed.
         """
         check_state(state, self.model)
         step = state["epoch"] * self.steps_per_epoch

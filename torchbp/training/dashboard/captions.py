@@ -1,17 +1,17 @@
-"""The caption of each tag, which names the equation that it shows, and the layout of
-the page of charts."""
+"""The caption of each tag, which names the equation behind it, and the layout of the
+CUSTOM SCALARS tab."""
 
 from __future__ import annotations
 
 __all__ = ["EPOCHS", "LAYOUT", "MINI_BATCHES", "caption"]
 
-# What the global step counts, at the end of each caption. The event files of a run are
-# known by the second, so it stays as it is.
+# The unit of the global step ends each caption. A resumed run recognises event files by
+# the second one, so it must not change.
 EPOCHS = "Step: epochs."
 MINI_BATCHES = "Step: mini-batches."
 
 # Keys: the tag's part before the slash; for distributions and pictures the first word
-# after it. {l} is the layer, {k} the layer before it, {how} the equation of its δ.
+# after it. {l} is the layer, {k} the layer before it, {source} the equation of its δ.
 _CAPTIONS = {
     "cost": (
         "C = 1/n Σ_x C_x (A1). running: the mean over the mini-batches since the "
@@ -21,13 +21,13 @@ _CAPTIONS = {
     "speed": "Training images per second, without the evaluation.",
     "learning_rate": "η of W → W - η ∂C/∂W.",
     "delta_norm": (
-        "How fast layer {l} learns: ‖∂C/∂b^{l}‖ = ‖Σ_x δ^{l}‖ (BP3), {how}. On fixed "
-        "training images."
+        "How fast layer {l} learns: ‖∂C/∂b^{l}‖ = ‖Σ_x δ^{l}‖ (BP3), {source}. Over "
+        "fixed training images."
     ),
     "saturated": (
         "The share of neurons, over fixed training images, whose σ'(z^{l}) is below 5 "
-        "% of its largest value. δ^{l} has σ'(z^{l}) as a factor, {how}: such neurons "
-        "hardly learn."
+        "% of its largest value. δ^{l} has σ'(z^{l}) as a factor, {source}: such "
+        "neurons hardly learn."
     ),
     "update_ratio": (
         "η‖∂C/∂W^{l}‖/‖W^{l}‖: the size of a step relative to W, with ∂C/∂W^{l} = "
@@ -45,30 +45,29 @@ _CAPTIONS = {
         "a^{l} = σ(z^{l}) over fixed training images; a factor in the next layer's "
         "∂C/∂W (BP4)."
     ),
-    "delta": "δ^{l} = ∂C/∂z^{l} over fixed training images, {how}.",
+    "delta": "δ^{l} = ∂C/∂z^{l} over fixed training images, {source}.",
     "weights": (
         "W^1: a tile for each neuron, a pixel for each weight, red above zero and "
         "blue below. The tiles look like digits because of BP4: ∂C/∂W^1 = Σ_x δ^1 "
         "(a^0)ᵀ is a sum of the images themselves, weighted by δ^1."
     ),
     "misclassified": (
-        "The first misclassified test images: label, then answer. For these ∇_a C is "
-        "large, and BP1 starts from it."
+        "The first misclassified test images: label, then answer. Their ∇_a C, from "
+        "which BP1 starts, is large."
     ),
     "confusion": (
-        "How many test images of each class (row) are answered as which (column); "
-        "the right answers, on the diagonal, are not shaded."
+        "The number of test images of each class (row) by answer (column); the right "
+        "answers, on the diagonal, are not shaded."
     ),
     "learning": (
-        "How fast each layer learns: ‖∂C/∂b^l‖ = ‖Σ_x δ^l‖ (BP3) on fixed training "
+        "How fast each layer learns: ‖∂C/∂b^l‖ = ‖Σ_x δ^l‖ (BP3) over fixed training "
         "images, a colour for each layer, on a logarithmic axis. δ^L comes from BP1, "
         "the others from the layer above by BP2: where W and σ' are small, the first "
         "layers learn slowest."
     ),
     "journey": (
-        "One test image on its way through the layers, a^l = σ(W^l a^(l-1) + b^l), "
-        "and its δ^l on the way back: δ^L from BP1, the others from BP2, and ∂C/∂a^0 = "
-        "(W^1)ᵀ δ^1."
+        "One test image in all layers, a^l = σ(W^l a^(l-1) + b^l) forward and δ^l "
+        "backward: δ^L from BP1, the others from BP2, and ∂C/∂a^0 = (W^1)ᵀ δ^1."
     ),
 }
 
@@ -84,23 +83,24 @@ def caption(tag: str, layers: int) -> str:
         >>> caption("norm_bias/layer_2", layers=3)
         '‖b^2‖.'
     """
-    group, _, rest = tag.partition("/")
-    words = rest.split("_layer_") if group == "distributions" else [group, rest]
-    key = rest if group == "pictures" else words[0]
+    group, _, name = tag.partition("/")
+    key = {"distributions": name.partition("_layer_")[0], "pictures": name}.get(
+        group, group
+    )
     number = tag.rpartition("layer_")[2]
     if not number.isdigit():
         return _CAPTIONS[key]
     layer = int(number)
-    how = (
+    source = (
         f"from BP1: δ^{layer} = ∇_a C ⊙ σ'(z^{layer})"
         if layer == layers
         else f"from BP2: δ^{layer} = (W^{layer + 1})ᵀ δ^{layer + 1} ⊙ σ'(z^{layer})"
     )
-    return _CAPTIONS[key].format(l=layer, k=layer - 1, how=how)
+    return _CAPTIONS[key].format(l=layer, k=layer - 1, source=source)
 
 
 # The CUSTOM SCALARS tab: category, chart, and the tags as regular expressions. They are
-# the same for every depth, so that TensorBoard merges the pages of different runs.
+# the same for every depth, so that TensorBoard merges the layouts of different runs.
 LAYOUT = {
     "Learning": {
         "running cost of the mini-batches": ["Multiline", [r"cost/running$"]],

@@ -1,5 +1,5 @@
-"""How fast each layer learns, as a picture: TensorBoard gives all curves of a run one
-colour, and its axes are logarithmic only after a click."""
+"""A chart of how fast each layer learns, drawn here since TensorBoard gives all curves
+of a run one colour, and needs a click for logarithmic axes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["draw_learning"]
 
 HEIGHT = 250
-LEFT, TOP, BOTTOM = 44, 44, 40  # margins of the curves; the right one has names
+LEFT, TOP, BOTTOM = 44, 44, 40  # margins; the right one depends on the names in it
 MOST_CURVES = 8
-MOST_DECADES = 12  # of the axis: gradients below 1e-12 of the largest are at its foot
-SMOOTH = 4  # lines are drawn that much larger, and reduced: Pillow's have hard edges
+MOST_DECADES = 12  # gradients below 1e-12 of the largest are drawn at the lower edge
+SMOOTH = 4  # lines are drawn this much larger and reduced: Pillow's have hard edges
 GRID = (222, 222, 222)
 # Dark enough for letters on white, and far apart for colour-blind readers, too.
 COLOURS = (
@@ -40,27 +40,28 @@ def draw_learning(
     """Draw ‖∂C/∂b‖ of each layer over the steps, on a logarithmic axis.
 
     Args:
-        curves: {layer: {step: value}}. Of more than 8 layers 8 are drawn, the first and
-            the last among them; what is 0 or not finite has no point.
-        unit: what the steps count.
+        curves: {layer: {step: value}}. Of more than 8 layers 8 are drawn, including the
+            first and the last; a value that is 0 or not finite has no point.
+        unit: the unit of the steps.
         zoom: 1 for TensorBoard's cards, more for a screen.
     """
     from PIL import Image, ImageDraw
 
-    shown = {layer: _positive(curves[layer]) for layer in _some(sorted(curves))}
-    shown = {layer: curve for layer, curve in shown.items() if curve}
-    axis = _Axes(shown)
+    drawn = {layer: _positive(curves[layer]) for layer in _some(sorted(curves))}
+    drawn = {layer: curve for layer, curve in drawn.items() if curve}
+    axis = _Axes(drawn)
     scale = SMOOTH * zoom
     large = Image.new("RGB", (WIDTH * scale, HEIGHT * scale), (PAPER, PAPER, PAPER))
     pen = ImageDraw.Draw(large)
 
     def line(points: Sequence[tuple[float, float]], ink: Any, width: float) -> None:
+        """Draw a line on the enlarged sheet."""
         scaled = [(x * scale, y * scale) for x, y in points]
         pen.line(scaled, ink, round(width * scale), joint="curve")
 
     for _, y in axis.decades():
         line([(LEFT, y), (axis.right, y)], GRID, 1)
-    for (layer, curve), ink in zip(shown.items(), COLOURS, strict=False):
+    for (layer, curve), ink in zip(drawn.items(), COLOURS, strict=False):
         points = [axis.place(step, value) for step, value in sorted(curve.items())]
         line(points, ink, 1.8)
         if len(points) <= 40:
@@ -70,8 +71,9 @@ def draw_learning(
     sheet = large.reduce(SMOOTH)
     pen = ImageDraw.Draw(sheet)
 
-    def text(x: float, y: float, words: str, ink: Any = BLACK, **how: Any) -> None:
-        write(pen, round(x * zoom), round(y * zoom), words, ink, zoom=zoom, **how)
+    def text(x: float, y: float, words: str, ink: Any = BLACK, **style: Any) -> None:
+        """Write a text on the reduced sheet."""
+        write(pen, round(x * zoom), round(y * zoom), words, ink, zoom=zoom, **style)
 
     text(4, 3, "How fast each layer learns", size=15)
     text(4, 22, "size of dC/db, logarithmic", GREY, size=12)
@@ -82,14 +84,14 @@ def draw_learning(
         text(x, HEIGHT - BOTTOM + 4, f"{step:,}", GREY, size=12, centred=True)
     middle = (LEFT + axis.right) / 2
     text(middle, HEIGHT - 19, unit, GREY, size=12, centred=True)
-    for layer, ink in zip(shown, COLOURS, strict=False):
+    for layer, ink in zip(drawn, COLOURS, strict=False):
         y = axis.labels[layer] - 8
         text(axis.right + 11, y, f"layer {layer}", ink, size=13)
     return sheet
 
 
 class _Axes:
-    """Where the points of the curves are, and where the layers' names."""
+    """The positions of the curves' points, the grid lines and the layers' names."""
 
     def __init__(self, curves: Mapping[int, Mapping[int, float]]) -> None:
         self.right = WIDTH - 13 - 7 * len(f"layer {max(curves, default=1)}")
@@ -105,14 +107,14 @@ class _Axes:
         self.labels = _apart(heights, 15, TOP + 4, HEIGHT - BOTTOM)
 
     def place(self, step: int, value: float) -> tuple[float, float]:
-        """The place of a point in the picture."""
+        """Return the position of a point in the picture."""
         share = (math.log10(value) - self.low) / (self.top - self.low)
         height = HEIGHT - TOP - BOTTOM
         x = LEFT + (self.right - LEFT) * step / self.last
         return x, TOP + height * (1 - max(share, 0.0))
 
     def decades(self) -> list[tuple[int, float]]:
-        """The powers of ten that have a line, and its height."""
+        """Return the powers of ten that have a grid line, and its height."""
         every = math.ceil((self.top - self.low) / 6)
         powers = range(self.top, self.low - 1, -every)
         height = HEIGHT - TOP - BOTTOM
@@ -120,7 +122,7 @@ class _Axes:
         return [(p, TOP + height * (self.top - p) / span) for p in powers]
 
     def steps(self) -> list[int]:
-        """The round numbers below the picture, four at most besides 0."""
+        """Return the round numbers below the picture, four at most besides 0."""
         rough = self.last / 4
         power = 10 ** math.floor(math.log10(rough)) if rough >= 1 else 1
         every = next(k * power for k in (1, 2, 5, 10) if k * power >= rough)
@@ -128,6 +130,7 @@ class _Axes:
 
 
 def _positive(curve: Mapping[int, float]) -> dict[int, float]:
+    """Return the points that a logarithmic axis can show."""
     return {
         step: value
         for step, value in curve.items()
@@ -136,7 +139,7 @@ def _positive(curve: Mapping[int, float]) -> dict[int, float]:
 
 
 def _some(layers: Sequence[int]) -> list[int]:
-    """Eight of the layers at most, evenly from the first to the last."""
+    """Return at most eight of the layers, evenly from the first to the last."""
     if len(layers) <= MOST_CURVES:
         return list(layers)
     last = len(layers) - 1
@@ -146,8 +149,8 @@ def _some(layers: Sequence[int]) -> list[int]:
 def _apart(
     heights: Mapping[int, float], distance: float, top: float, bottom: float
 ) -> dict[int, float]:
-    """The heights, moved until each is at least `distance` below the one above it, by
-    as little as possible."""
+    """Return the heights, moved as little as possible so that each is at least
+    `distance` below the one above it."""
     order = sorted(heights, key=lambda layer: heights[layer])
     placed = [heights[layer] for layer in order]
     pairs = list(itertools.pairwise(range(len(placed))))
@@ -164,8 +167,10 @@ def _apart(
 
 
 def _decade(power: int) -> str:
+    """Return a power of ten as text."""
     return f"{10.0**power:g}" if -4 < power < 4 else f"1e{power}"
 
 
 def _dot(pen: Any, x: float, y: float, radius: float, ink: Any) -> None:
+    """Draw a disc around (x, y)."""
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), ink)

@@ -1,7 +1,7 @@
-"""What TensorBoard shows of a run.
+"""The dashboard, which writes the curves and pictures of a run for TensorBoard.
 
-Curves have a point for each epoch's end, 0 for the untrained network; the running cost
-of the mini-batches has several within an epoch. The global step counts mini-batches.
+Curves have a point at the end of each epoch, from epoch 0, the untrained network; the
+running cost has several points within an epoch. The global step counts mini-batches.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "Dashboard"]
 
-# off: no event file. basic: curves. full: also distributions, pictures and the graph.
+# off: no event file; basic: curves; full: also distributions, pictures and the graph.
 LEVELS = ("off", "basic", "full")
 PROBE = 1000  # training images for δ, saturation and distributions
-# The most points of the running cost in an epoch and in a run. Of more than 1,000
-# TensorBoard shows a random choice.
+# The most points of the running cost in an epoch and in a run. TensorBoard samples at
+# random from more than 1,000.
 POINTS_AN_EPOCH, POINTS_A_RUN = 50, 1000
 LEARNING = "learning.png"  # in the run's folder
-_SPEED = "delta_norm/layer_"  # the tags of its curves
+_SPEED = "delta_norm/layer_"  # the prefix of the tags of its curves
 ANSWERED_AT_ONCE = 2500
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What :meth:`Dashboard.log` measures, besides the scores."""
+    """The network and the images that :meth:`Dashboard.log` measures."""
 
     model: nn.Module
     cost: Any
@@ -69,14 +69,15 @@ class Dashboard:
         settings: of the run; shown as text.
         hyperparameters: the settings by which runs are compared.
         versions: of the programs and the machine; shown as text.
-        resumed_at: the last completed epoch of a run that is resumed. What the event
-            files hold of later epochs is superseded.
-        level: how much is written, one of LEVELS.
+        resumed_at: the last completed epoch of a run that is resumed. Points of later
+            epochs in its event files are superseded.
+        level: the amount to write, one of LEVELS.
         epochs: the run's last epoch, over which the points of the running cost are
             spread; if None, every epoch has 50.
-        steps_per_epoch: mini-batches in an epoch, which a resumed run needs to tell
-            which points are superseded. A run whose event files count epochs, as those
-            of version 0.1.0 do, continues to count epochs.
+        steps_per_epoch: mini-batches in an epoch, from which a resumed run derives
+        which
+            points are superseded. A run whose event files count epochs, as those of
+            version 0.1.0 do, continues to count epochs.
 
     Raises:
         ValueError: an unknown level, a number below 1, or a resumed run without its
@@ -120,11 +121,10 @@ class Dashboard:
         self._counts_epochs = bool(resumed_at) and _count_epochs(contents)
         self._epochs = epochs
         self._stride = 1 if self._counts_epochs else steps_per_epoch
-        # Epoch 0 is logged anew by a run that did not complete its first.
+        # A run that did not complete its first epoch logs epoch 0 again.
         last_step = self._step(resumed_at) if resumed_at else -1
         self.writer = EventWriter(folder, None if resumed_at is None else last_step + 1)
-        # The graph alone has no step: a session of level full draws it, if an earlier
-        # one has not.
+        # The graph has no step: it is drawn once, by the first session of level full.
         self._is_drawn = level != "full" or any(
             graph.FIRST.encode() in content for content in contents
         )
@@ -143,7 +143,8 @@ class Dashboard:
         hyperparameters: Mapping[str, Any],
         versions: Mapping[str, Any],
     ) -> None:
-        """Write what stands at step 0: texts, the page of charts, a row of HPARAMS."""
+        """Write the texts, the layout of the charts and the row of HPARAMS, at step
+        0."""
         from torch.utils.tensorboard import summary
 
         self.writer.add_text("settings", _as_code(settings), 0)
@@ -163,14 +164,14 @@ class Dashboard:
         """Choose the network and the images that :meth:`log` measures; without this
         call it writes the scores alone.
 
-        A picture is left out where it cannot be drawn. Images and weights need flat
-        images, (n, s²), which the first linear layer reads; the way of one example
-        needs layers with one row for it, the last of which returns the answer; the
-        confusion needs at most 100 classes.
+        A picture that cannot be drawn is omitted. "misclassified" and "weights" need
+        flat images, (n, s²), and "weights" a first linear layer that reads them;
+        "journey" also needs one row for the example in each layer, the last of which
+        returns the answer; "confusion" needs at most 100 classes.
 
         Args:
             model: a network of our layers or native ones, on the data's device.
-            cost: of ours.
+            cost: one of ours.
             train: images, uint8 (n, n_in), and labels (n). The first 1,000 are used for
                 δ, saturation, z and a.
             test: images and labels, for the pictures.
@@ -227,10 +228,11 @@ class Dashboard:
         self.writer.flush()
 
     def _step(self, epoch: int) -> int:
-        """The global step at the end of `epoch`."""
+        """Return the global step at the end of `epoch`."""
         return epoch * (self._stride or 1)
 
     def _log_running_cost(self, result: EpochResult) -> None:
+        """Write the running cost, with several points if the mini-batches are known."""
         if result.running_cost is None:
             return
         if self._counts_epochs or not result.costs:
@@ -245,7 +247,7 @@ class Dashboard:
             self._add(scalar("cost/running", cost), "scalars", step, moment)
 
     def _measure(self, watched: Watched, epoch: int, lr: float, last: bool) -> None:
-        """Write what a backward pass of the fixed training images shows."""
+        """Write the results of a backward pass over the fixed training images."""
         records = probe(watched.model, watched.cost, watched.input, watched.target)
         self.layers = len(records)
         for number, record in enumerate(records, start=1):
@@ -266,6 +268,7 @@ class Dashboard:
             self.writer.add_graph(graph.draw(records, type(watched.cost).__name__))
 
     def _log_norms(self, layer: str, record: Record, lr: float, epoch: int) -> None:
+        """Write the curves of one layer."""
         self._scalar(f"delta_norm/{layer}", record.norm("mean_delta"), epoch)
         self._scalar(f"saturated/{layer}", record.saturated, epoch)
         self._scalar(f"update_ratio/{layer}", record.update_ratio(lr), epoch)
@@ -273,6 +276,7 @@ class Dashboard:
         self._scalar(f"norm_bias/{layer}", record.norm("bias"), epoch)
 
     def _log_distributions(self, layer: str, record: Record, epoch: int) -> None:
+        """Write the histograms of one layer."""
         quantities = {
             "W": record.weight,
             "b": record.bias,
@@ -285,31 +289,31 @@ class Dashboard:
                 self._histogram(f"distributions/{name}_{layer}", values, epoch)
 
     def _log_pictures(self, watched: Watched, epoch: int) -> None:
-        """Write the pictures that can be drawn of this network and these images."""
+        """Write those pictures that can be drawn of the network and the images."""
         test, names = watched.test, watched.names
         if not len(test.labels):
             return
         labels, K = test.labels.long(), len(names)
         guesses = _answers(watched.model, test.images)
-        shown: dict[str, Image] = {}
+        drawn: dict[str, Image] = {}
         if K <= pictures.MOST_CLASSES:
             counts = torch.bincount(labels * K + guesses, minlength=K * K)
             counts = counts.unflatten(0, (K, K)).cpu()
-            shown["confusion"] = pictures.confusion(counts, names)
+            drawn["confusion"] = pictures.confusion(counts, names)
         x = scale(test.images[:1], watched.input.dtype)
         if x.dim() == 2 and math.isqrt(x.shape[1]) ** 2 == x.shape[1]:
-            shown["misclassified"] = pictures.misclassified(
+            drawn["misclassified"] = pictures.misclassified(
                 test.images, labels, guesses, names
             )
             records = probe(watched.model, watched.cost, x, labels[:1])
             if records[0].x.shape == x.shape:
                 W = records[0].weight
                 is_answer = len(records) == 1 and len(W) == K
-                shown["weights"] = pictures.weights(W, names if is_answer else None)
+                drawn["weights"] = pictures.weights(W, names if is_answer else None)
                 if pictures.is_journey(records, K):
                     label = int(labels[0])
-                    shown["journey"] = pictures.journey(records, label, names)
-        for name, picture in shown.items():
+                    drawn["journey"] = pictures.journey(records, label, names)
+        for name, picture in drawn.items():
             self._image(f"pictures/{name}", picture, epoch)
 
     def _log_learning(self, epoch: int, last: bool) -> None:
@@ -325,25 +329,26 @@ class Dashboard:
             write_atomically(self._folder / LEARNING, file.getvalue())
 
     def _scalar(self, tag: str, value: float | None, epoch: int) -> None:
+        """Add a point to a curve, unless the value is None."""
         from torch.utils.tensorboard.summary import scalar
 
         if value is not None:
             self._add(scalar(tag, value), "scalars", self._step(epoch))
 
     def _histogram(self, tag: str, values: Tensor, epoch: int) -> None:
+        """Add the histogram of the finite values, if there are any."""
         from torch.utils.tensorboard.summary import histogram
 
         # Activations may overflow although the weights are finite.
         finite = values.detach()[values.isfinite()]
         if not len(finite):
             return
-        dtype = torch.promote_types(
-            finite.dtype, torch.float32
-        )  # NumPy has no bfloat16
+        dtype = torch.promote_types(finite.dtype, torch.float32)  # for NumPy
         summary = histogram(tag, finite.to(dtype).cpu().numpy(), bins=64)
         self._add(summary, "histograms", self._step(epoch))
 
     def _image(self, tag: str, picture: Image, epoch: int) -> None:
+        """Add a picture, as a PNG."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         file = io.BytesIO()
@@ -372,11 +377,11 @@ class Dashboard:
         self.writer.add_summary(summary, step, moment)
 
     def close(self, complete: bool = False) -> None:
-        """Write what is waiting. Closing twice is closing once.
+        """Write waiting events and end the session; a second call does nothing.
 
         Args:
-            complete: whether the run has come to its end, which the HPARAMS tab shows;
-                one that was interrupted can be resumed.
+            complete: whether the run is complete, which the HPARAMS tab shows; an
+                interrupted run can be resumed.
 
         Raises:
             OSError: the event file cannot be written.
@@ -408,15 +413,13 @@ def _check_numbers(
 def thin(
     costs: Sequence[float], epoch: int, epochs: int | None = None
 ) -> list[tuple[int, float]]:
-    """Return the points of an epoch's running cost: (mini-batches done, mean cost of
-    those since the point before).
+    """Return the points of an epoch's running cost: (mini-batches completed, mean cost
+    of those since the point before).
 
     Args:
-        costs: of the epoch's mini-batches.
-        epoch: its number.
-        epochs: the run's last epoch, over which 1,000 points are spread evenly; a run
-            that is extended has more, as many in a later epoch as if it had been as
-            long from the start.
+        costs: of the epoch's mini-batches. epoch: its number. epochs: the run's last
+        epoch, over which 1,000 points are spread evenly. If a run
+            is extended, only its later epochs have the new spacing.
 
     Examples:
         >>> thin([4.0, 2.0, 1.0, 0.0], epoch=1, epochs=500)
@@ -439,7 +442,7 @@ def thin(
 
 
 def is_pictured(epoch: int) -> bool:
-    """Whether pictures are drawn at the end of `epoch`: 0, 1, 2, 5, 10, 20, 50, ...
+    """Return whether `epoch` has pictures: 0, 1, 2, 5, 10, 20, 50, ...
 
     TensorBoard shows ten pictures of a kind, and most of the learning is early.
 
@@ -455,7 +458,7 @@ def is_pictured(epoch: int) -> bool:
 
 @torch.inference_mode()
 def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    """The classes that the model answers for images, uint8 (n, n_in)."""
+    """Return the model's answers, class numbers, for images, uint8 (n, n_in)."""
     dtype = next(model.parameters()).dtype
     chunks = images.split(ANSWERED_AT_ONCE)
     with evaluating(model):
@@ -463,9 +466,9 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> Any:
-    """The three summaries of a row of the HPARAMS tab: columns, values, and the end of
-    the run. The metrics are the last points of the curves. ``add_hparams`` would write
-    them as another run, in a folder of its own."""
+    """Return the three summaries of a row of the HPARAMS tab: columns, values, and the
+    end of the run. The metrics are the last points of the curves. ``add_hparams`` would
+    write them as another run, in a folder of its own."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
@@ -477,8 +480,8 @@ def _hyperparameters(values: Mapping[str, Any]) -> Any:
 
 
 def _describe(value: Any, plugin: str, text: str) -> None:
-    """Attach a caption in the form that both of TensorBoard's readers accept: the one
-    in Rust ignores metadata without a data class."""
+    """Attach a caption, and the data class without which TensorBoard's reader in Rust
+    ignores it."""
     from tensorboard.compat.proto import summary_pb2
 
     value.metadata.summary_description = text
@@ -491,15 +494,14 @@ def _describe(value: Any, plugin: str, text: str) -> None:
 
 
 def _count_epochs(contents: Sequence[bytes]) -> bool:
-    """Whether the curves in event files have epochs as their steps: the captions of
-    those that have mini-batches say so."""
-    is_text = MINI_BATCHES.encode()
+    """Return whether the steps of event files are epochs: their captions do not name
+    mini-batches."""
     return any(b"learning_rate" in content for content in contents) and not any(
-        is_text in content for content in contents
+        MINI_BATCHES.encode() in content for content in contents
     )
 
 
 def _as_code(content: Mapping[str, Any]) -> str:
-    """Markdown of a code block."""
+    """Return the content as a Markdown code block of JSON."""
     lines = json.dumps(content, indent=2, default=str).splitlines()
     return "\n".join(f"    {line}" for line in lines)

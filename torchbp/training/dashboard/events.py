@@ -1,4 +1,4 @@
-"""TensorBoard's event files: written here, and read again by a resumed run."""
+"""Writing and reading TensorBoard's event files; a resumed run reads its own again."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NUMBER = itertools.count()
 
 
 class EventWriter:
-    """Writes an event file of its own; what is added waits in memory until a flush.
+    """Writes a new event file; events wait in memory until a flush.
 
     ``SummaryWriter`` opens its file once for each record, in a second thread, and takes
     only paths that UTF-8 can encode. Here a flush is one write, in the caller's thread,
-    and an OSError is the caller's.
+    where it may raise OSError.
 
     Args:
         folder: of the event file; made if it is missing.
-        purge_step: TensorBoard forgets what earlier files of this folder hold from this
-            step on; nothing if None.
+        purge_step: TensorBoard ignores the points from this step on in earlier files of
+            the folder; if None, it ignores none.
 
     Attributes:
         path: the event file.
@@ -53,8 +53,8 @@ class EventWriter:
         self._waiting = bytearray()
         self._records = RecordWriter(_Appender(self._waiting))
         self._event = Event
-        # TensorBoard reads the files of a folder in the order of their names, which
-        # begin with whole seconds: this one has to come last.
+        # TensorBoard reads event files in name order, and names begin with whole
+        # seconds: this file must sort last.
         seconds = [path.name.split(".")[3] for path in event_files(folder)]
         after = [int(second) + 1 for second in seconds if second.isdigit()]
         second = max([int(time.time()), *after])
@@ -73,6 +73,7 @@ class EventWriter:
         self.flush()
 
     def _add(self, event: Any, step: int, wall_time: float | None = None) -> None:
+        """Add an event to those waiting."""
         event.step = step
         event.wall_time = time.time() if wall_time is None else wall_time
         self._records.write(event.SerializeToString())
@@ -80,7 +81,7 @@ class EventWriter:
     def add_summary(
         self, summary: Any, step: int, wall_time: float | None = None
     ) -> None:
-        """Add the values of one moment.
+        """Add the values of a summary.
 
         Args:
             summary: a ``Summary`` of TensorBoard.
@@ -93,7 +94,7 @@ class EventWriter:
         """Add a point to the curve `tag`.
 
         Args:
-            tag: the curve's name; TensorBoard groups by what is before its slash.
+            tag: the curve's name; TensorBoard groups by its part before the slash.
             value: the point's height.
             step: the global step.
         """
@@ -114,7 +115,7 @@ class EventWriter:
         self.add_summary(summary.text(tag, text), step)
 
     def add_graph(self, graph: Any) -> None:
-        """Add what the GRAPHS tab draws.
+        """Add a graph for the GRAPHS tab.
 
         Args:
             graph: a ``GraphDef`` of TensorBoard.
@@ -122,25 +123,26 @@ class EventWriter:
         self._add(self._event(graph_def=graph.SerializeToString()), 0)
 
     def flush(self) -> None:
-        """Append what is waiting to the file, in one write.
+        """Append the waiting events to the file, in one write.
 
         Raises:
             OSError: the file cannot be written.
         """
         content = bytes(self._waiting)
-        # Emptied before the write: an interrupt after it must not lead to a second one.
+        # Cleared before the write, so that an interrupt after it causes no second one.
         self._waiting.clear()
         if content:
             self._append(content)
 
     def _append(self, content: bytes) -> None:
+        """Append bytes to the file; a single write may be incomplete."""
         with open(self.path, "ab", buffering=0) as file:
             while content:
                 content = content[file.write(content) or 0 :]
 
 
 class _Appender:
-    """What ``RecordWriter`` writes to: the end of a bytearray."""
+    """The file of a ``RecordWriter``: it appends to a bytearray."""
 
     def __init__(self, content: bytearray) -> None:
         self.write = content.extend
@@ -164,13 +166,13 @@ def read_scalars(
 ) -> dict[str, dict[int, float]]:
     """Return the curves of event files: {tag: {step: value}}.
 
-    Of several points of one step the last one counts, as it does in TensorBoard, where
-    a resumed run replaces the points of the session before it.
+    Of several points of one step the last one counts, as in TensorBoard: a resumed run
+    replaces points of the session before it.
 
     Args:
         contents: of a run's event files, in the order of :func:`event_files`.
         prefix: of the tags of interest.
-        last_step: later points are left out.
+        last_step: later points are omitted.
 
     Examples:
         >>> read_scalars([], "cost")
@@ -195,8 +197,8 @@ def read_scalars(
 
 
 def _records(content: bytes, text: bytes) -> Iterator[bytes]:
-    """The whole records of an event file that hold `text`: the file's length and the
-    checksums say which are whole, since a kill may have torn the last one."""
+    """Yield the records of an event file that contain `text`. A record that a kill has
+    cut off is omitted, by the file's length and the record's checksum."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     at = 0

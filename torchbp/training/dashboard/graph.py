@@ -1,7 +1,7 @@
 """The network and its backward pass as the graph that TensorBoard draws.
 
-The graph is made from records of a pass: that is faster than a trace by torch.jit, has
-the backward pass, and is the same for hand-written and native layers.
+The graph is made from the records of a pass. This is faster than a trace by torch.jit,
+includes the backward pass, and is the same for hand-written and native layers.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def draw(records: list[Record], cost: str) -> Any:
     graph = GraphDef()
 
     def node(name: str, formula: str, shape: tuple[int, ...], *inputs: str) -> str:
+        """Add a node, and return its name."""
         text = " x ".join(map(str, shape)) or "a number"
         attributes = {"shape": AttrValue(s=text.encode())}
         graph.node.add(name=name, op=formula, input=inputs, attr=attributes)

@@ -1,8 +1,8 @@
-"""What a network has learned, as pictures for the dashboard.
+"""Pictures for the dashboard that show what a network has learned.
 
-Pillow draws them; its own font has the letters of ASCII alone, so the symbols are in
-the captions. The pictures are as wide as TensorBoard's cards, which scale wider or
-narrower ones without smoothing, so that thin strokes get lost.
+Pillow draws them. Its font has ASCII letters only, so the symbols are in the captions.
+The pictures are as wide as TensorBoard's cards, which scale others without smoothing,
+so that thin strokes get lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "write",
 ]
 
-# For data sets whose classes are not digits: short enough for a column's head.
+# For data sets whose classes are not digits, short enough for column headings.
 CLASS_NAMES = {
     "fashion": (
         "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -44,10 +44,11 @@ GAP = 4
 MOST_TILES = 100
 MOST_CLASSES = 100  # of a table of classes
 MOST_NAMED = 30  # cells of a row that are wide enough for a name
-# The quantile of |W| that gets the full colour: scaled by the largest weight, all the
-# others would be pale.
+# The quantile of |W| with the full colour: scaled by the largest weight, most would be
+# pale.
 FULL_COLOUR = 0.99
 MOST_NEURONS = 600  # of a layer in the picture of one example
+LEFT = 40  # x of a layer's strips in that picture
 BLACK, RED, GREEN, GREY = (20, 20, 20), (190, 25, 45), (20, 120, 50), (120, 120, 120)
 PAPER = 255
 _RED, _BLUE = (178.0, 24.0, 43.0), (33.0, 102.0, 172.0)
@@ -80,8 +81,8 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
 
     Args:
         W: (n_out, n_in), n_in a square number.
-        names: of the neurons, written above their tiles; used for the classes of a
-            network of one layer.
+        names: of the neurons, written above their tiles: the classes, if the network
+            has one layer.
     """
     side = math.isqrt(W.shape[1])
     shown = W[:MOST_TILES].detach().cpu()
@@ -92,10 +93,10 @@ def weights(W: Tensor, names: Sequence[str] | None = None) -> Image:
     zoom = step // side
     head = 0 if names is None else 18
     rows = math.ceil(len(shown) / columns)
-    few = "" if len(shown) == len(W) else f", first {len(shown)} of {len(W)}"
+    excerpt = "" if len(shown) == len(W) else f", first {len(shown)} of {len(W)}"
     width = max(WIDTH, columns * step + GAP)
     sheet, pen = _sheet(width, 22 + rows * (step + head) + GAP, 224)
-    write(pen, GAP, 3, f"W1{few}: red > 0, blue < 0, full at {scale:.2g}")
+    write(pen, GAP, 3, f"W1{excerpt}: red > 0, blue < 0, full at {scale:.2g}")
     for i, tile in enumerate(signed(shown.unflatten(1, (side, side)), scale)):
         x, y = GAP + i % columns * step, 22 + i // columns * (step + head)
         if names is not None:
@@ -141,7 +142,7 @@ def misclassified(
 
 
 def confusion(counts: Tensor, names: Sequence[str]) -> Image:
-    """Draw how often each class (row) is answered as which (column).
+    """Draw the number of examples of each class (row) by answer (column).
 
     Args:
         counts: (K, K); entries off the diagonal are shaded by size.
@@ -152,9 +153,10 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
     top, tall, cell = 44, 28, max(28, (WIDTH - left) // K)
     sheet, pen = _sheet(max(WIDTH, left + K * cell), top + K * tall + GAP)
     write(pen, GAP, 3, "rows: truth, columns: answer")
-    off = counts.clone().fill_diagonal_(0)
+    wrong = counts.clone().fill_diagonal_(0)
+    shares = wrong.float() / max(1, int(wrong.max()))
     # The root makes rare confusions visible.
-    shades = signed((off.float() / max(1, int(off.max()))).sqrt() * 0.8, 1.0).tolist()
+    shades = signed(shares.sqrt() * 0.8, 1.0).tolist()
     for i in range(K):
         write(pen, GAP, top + i * tall + 6, names[i])
         x = left + i * cell + cell // 2
@@ -173,10 +175,10 @@ def confusion(counts: Tensor, names: Sequence[str]) -> Image:
 
 
 def is_journey(records: list[Record], K: int) -> bool:
-    """Whether the picture of one example's way through the layers can be drawn.
+    """Return whether :func:`journey` can draw the records.
 
     Args:
-        records: of a pass: each has to have one row, and the last one the K outputs.
+        records: of a pass; each must have one row, and the last one K outputs.
         K: the number of classes.
     """
     shapes = [record.a.shape[:-1] for record in records]
@@ -188,7 +190,7 @@ def is_journey(records: list[Record], K: int) -> bool:
 
 
 def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
-    """Draw the a^l of one example on its way through the layers, and its δ^l back.
+    """Draw the a^l and the δ^l of one example in all layers.
 
     Args:
         records: of a forward and a backward pass of one example, in order.
@@ -234,11 +236,8 @@ def journey(records: list[Record], label: int, names: Sequence[str]) -> Image:
     return sheet
 
 
-LEFT = 40  # x of a layer's strips
-
-
 def _strip(number: int, record: Record) -> tuple[str, Image, Image]:
-    """A layer's line of text, and its a and δ as rows of cells."""
+    """Return a layer's line of text, and its a and δ as rows of cells."""
     assert record.delta is not None
     a, delta = record.a[0].cpu(), record.delta[0].cpu()
     shown, n = min(len(a), MOST_NEURONS), len(a)
@@ -247,8 +246,8 @@ def _strip(number: int, record: Record) -> tuple[str, Image, Image]:
     is_share = bool(a.min() >= 0) and largest_a <= 1
     colours = grey(1 - a) if is_share else signed(a, largest_a)
     span = "0 to 1" if is_share else f"up to {largest_a:.1f}"
-    few = "" if n == shown else f" ({shown} of {n})"
-    title = f"layer {number}{few}: a {span}, delta up to {largest_delta:.0e}"
+    excerpt = "" if n == shown else f" ({shown} of {n})"
+    title = f"layer {number}{excerpt}: a {span}, delta up to {largest_delta:.0e}"
     width = WIDTH - LEFT - GAP
     return (
         title,
@@ -258,7 +257,7 @@ def _strip(number: int, record: Record) -> tuple[str, Image, Image]:
 
 
 def _cells(colours: Tensor, columns: int, width: int) -> Image:
-    """The colours, uint8 (n, 3), as rows of `columns` cells with borders."""
+    """Return the colours, uint8 (n, 3), as rows of `columns` cells with borders."""
     cell = max(3, width // columns)
     rows = math.ceil(len(colours) / columns)
     tall = cell if rows > 1 else 16  # the height of the row's name
@@ -270,14 +269,14 @@ def _cells(colours: Tensor, columns: int, width: int) -> Image:
 
 
 def _columns(n: int) -> int:
-    """The columns of a grid of n tiles that is a little wider than high and, if
-    possible, full."""
+    """Return the number of columns of a grid of n tiles that is a little wider than
+    high and, if possible, full."""
     least = math.ceil(math.sqrt(n))
     return next((c for c in range(least, least + 3) if n % c == 0), least)
 
 
 def _image(colours: Tensor, zoom: int = 1) -> Image:
-    """A Pillow image of colours, uint8 (height, width, 3), each `zoom` pixels wide."""
+    """Return an image of colours, uint8 (height, width, 3), each `zoom` pixels wide."""
     from PIL import Image
 
     height, width = colours.shape[:2]
@@ -286,7 +285,7 @@ def _image(colours: Tensor, zoom: int = 1) -> Image:
 
 
 def _sheet(width: int, height: int, shade: int = PAPER) -> tuple[Image, Any]:
-    """An empty sheet and a pen for it."""
+    """Return an empty sheet and a pen for it."""
     from PIL import Image, ImageDraw
 
     sheet = Image.new("RGB", (width, height), (shade, shade, shade))
@@ -295,6 +294,7 @@ def _sheet(width: int, height: int, shade: int = PAPER) -> tuple[Image, Any]:
 
 @cache
 def _font(size: int) -> Any:
+    """Return Pillow's own font."""
     from PIL import ImageFont
 
     try:
@@ -315,11 +315,11 @@ def write(
     right: bool = False,
     zoom: int = 1,
 ) -> None:
-    """Write `text` with `pen`, from `x` on, around it, or up to it.
+    """Write `text` with `pen`; it starts at `x`, or is centred at it, or ends at it.
 
     Args:
         pen: an ``ImageDraw``.
-        x, y: where, in pixels; y is the top.
+        x, y: the position in pixels; y is the top.
         text: of ASCII.
         ink: the colour.
         size: of the letters.
