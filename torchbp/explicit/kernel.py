@@ -340,7 +340,7 @@ class CompiledSteps:
         make_steps: Callable[[], Steps],
     ) -> None:
         self.train, self.cost, self.m = train, COSTS[cost], m
-        self.units, self.make_steps = units, make_steps
+        self.make_steps = make_steps
         self.layers = (Layer * len(units))(*map(_describe_layer, units))
         self.can_read = all(map(_can_read, units))
         self.trained = [unit.W for unit in units if unit.updates_weight]
