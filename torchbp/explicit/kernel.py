@@ -324,7 +324,8 @@ class CompiledSteps:
         units: the layers.
         cost: the cost's Function.
         m: rows in a batch.
-        make_steps: makes the torch calls for the same steps.
+        make_steps: makes the torch calls for the same steps, of the same `units`, whose
+            memory it keeps alive: the loops know addresses alone.
 
     The loops skip inputs that are zero, which is right only while every parameter is
     finite. If one is not, at the start or in the end, they change nothing, and the
