@@ -673,9 +673,10 @@ def test_it_is_right_without_wide_vectors(built, monkeypatch, tmp_path, flag):
     [
         ("g++", ["-O2", "-march=native"]),
         ("g++", ["-O2"]),
+        ("g++", ["-O0"]),
         ("clang++", ["-O2", "-march=native"]),
-        ("clang++", ["-O0"]),
     ],
+    ids=["native", "optimised", "unoptimised", "clang"],
 )
 def test_the_sanitizers_find_nothing(tmp_path, compiler, flags):
     """AddressSanitizer and UBSan over the C interface, without torch and Python."""
