@@ -67,7 +67,7 @@ void train_one(const std::vector<int64_t>& sizes, int64_t m, int64_t count, int 
   std::vector<float> costs((count + m - 1) / m);
   const auto call = [&] {
     ++calls;
-    return torchbp_train(network.layers.data(), int64_t(network.layers.size()), &set, cost,
+    return torchbp_train(network.layers.data(), int64_t(network.layers.size()), set, cost,
                          0.1f, variant % 7 ? 0.0f : 0.01f, costs.data());
   };
   check(call() == TRAINED, "outcome", sizes, variant);

@@ -1,15 +1,13 @@
 // Mini-batch SGD as compiled loops: feedforward, BP1-BP4 and the update, for thousands of
 // mini-batches in one call. kernel.py beside this file builds and calls it.
 //
-// During a call W is stored transposed: W_k are the weights from input k to all neurons.
-// Inputs are taken in groups of four. Each group of the first layer has a list of the rows
-// of the batch in which it is not zero: a quarter of them in MNIST. All work on W follows
-// these lists, group by group, so W is read once for a whole batch, and the part in use
-// stays in registers.
+// Inputs are taken in groups of four. A bit for each row of the batch says whether a group
+// of pixels is not zero in it, as a quarter of them are in MNIST; the products of the first
+// layer omit the others. For this its W is stored transposed during a call: W_k are the
+// weights from input k to all neurons. To transpose it takes longer than the step of one
+// small mini-batch, so a call of one such mini-batch works on that W in place, zeros included.
 //
-// To transpose the first layer's W takes longer than the step of one small mini-batch. A
-// call of one such mini-batch works on that W in place, zeros included: in the three
-// products below, inputs and neurons change places.
+// Later layers keep torch's order. All sums stay in registers until they are complete.
 //
 // Skipping 0 · W is right only while W is finite. A call that meets a number that is not
 // finite, in its parameters, in z or in δ, changes nothing and returns NOT_FINITE.
@@ -18,7 +16,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -54,14 +51,17 @@ typedef float Vector __attribute__((vector_size(4 * LANES), may_alias));
 typedef float Four __attribute__((vector_size(16), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-constexpr int GROUP = 4;          // inputs
-constexpr int WIDEST = 8;         // most vectors of a row that one loop holds in registers
-constexpr int64_t SUMMED = 256;   // rows whose sum is made before it is added to others
-constexpr int64_t IN_PLACE = 32;  // most rows of a mini-batch that works on W in place
+constexpr int GROUP = 4;               // inputs that share a bit
+constexpr int TILE = 5;                // rows of a batch, and
+constexpr int WIDEST = REGISTERS / 8;  // vectors of each, whose sums fit into registers
+constexpr int64_t WORD = 60;           // rows whose bits are in one word: whole tiles
+constexpr int64_t AHEAD = 32;          // rows from the one in use to the one fetched
+constexpr int64_t IN_PLACE = 32;       // most rows of a mini-batch that works on W in place
 
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Rows of whole vectors, padded with zeros; a view of them.
+// A view of rows. In our memory they are whole vectors, with zeros in the padding, and
+// rows of zeros follow, up to whole tiles and groups.
 struct Matrix {
   float* at;
   int64_t rows, width, stride;
@@ -83,33 +83,32 @@ struct Memory {
   }
   Matrix matrix(int64_t rows, int64_t columns) {
     const int64_t width = padded(columns, LANES);
-    return {zeros<float>(padded(rows, GROUP) * width), rows, width, width};
+    return {zeros<float>(padded(rows, TILE * GROUP) * width), rows, width, width};
   }
 };
 
-// A list of rows for each group of inputs, behind the number of these rows. The lists lie
-// `stride` numbers apart; if that is 0, all groups have one list.
-struct Lists {
-  int32_t* at;
-  int64_t stride;
-  int32_t* of(int64_t k) const { return at + k / GROUP * stride; }
+// A bit for each row of a batch and group of inputs: which products are needed. The words of
+// the groups lie `step` apart; if that is 0, all groups have the same words.
+struct Active {
+  uint64_t* at;
+  int64_t step, words;
+  uint64_t& of(int64_t r, int64_t k) const { return at[k / GROUP * step + r / WORD]; }
 };
 
 // A layer, and its buffers for batches of m rows.
 struct Unit {
   Layer layer;
-  bool is_in_place;
+  Active active;  // what the products with W need
+  bool is_in_place, is_transposed;
   Matrix theirs, W, b, a, delta, x;  // `theirs` is torch's W; x are the inputs
-  Lists lists;                       // of the rows in which inputs are not zero
 
-  Unit(Memory& memory, const Layer& l, int64_t m, const Unit* below, Lists all, bool in_place)
-      : layer(l), is_in_place(in_place), theirs{l.W, l.n_out, l.n_in, l.W_row},
-        W(in_place ? theirs : memory.matrix(l.n_in, l.n_out)), b(memory.matrix(1, l.n_out)),
-        a(memory.matrix(m, l.n_out)), delta(memory.matrix(m, l.n_out)),
-        x(below ? below->a : memory.matrix(m, l.n_in)), lists(all) {
-    const int64_t stride = m + 1, groups = padded(l.n_in, GROUP) / GROUP;
-    if (!below && !in_place) lists = {memory.zeros<int32_t>(groups * stride), stride};
-  }
+  Unit(Memory& memory, const Layer& l, int64_t m, const Unit* below, bool in_place, Active needed)
+      : layer(l), active(needed), is_in_place(in_place), is_transposed(!below && !in_place),
+        theirs{l.W, l.n_out, l.n_in, l.W_row},
+        W(in_place ? theirs : memory.matrix(is_transposed ? l.n_in : l.n_out,
+                                            is_transposed ? l.n_out : l.n_in)),
+        b(memory.matrix(1, l.n_out)), a(memory.matrix(m, l.n_out)),
+        delta(memory.matrix(m, l.n_out)), x(below ? below->a : memory.matrix(m, l.n_in)) {}
 };
 
 // ---------------------------------------------------------------- σ, σ' and the costs
@@ -141,13 +140,15 @@ inline float hyperbolic_tangent(float z) {
   return std::fabs(z) < 0.625f ? z + z * s * p : z < 0 ? -far : far;
 }
 
-// a = σ(z) in place.
+// a = σ(z) in place. The padding stays zero.
 void apply_sigma(Unit& u, int64_t rows) {
   float *const a = u.a.at, *const end = u.a.row(rows);
   const auto apply = [=](auto sigma) { std::transform(a, end, a, sigma); };
   if (u.layer.activation == SIGMOID) apply(sigmoid);
   if (u.layer.activation == TANH) apply(hyperbolic_tangent);
   if (u.layer.activation == RELU) apply([](float z) { return z < 0 ? 0 : z; });
+  for (int64_t r = 0; r < rows; ++r)
+    std::fill(u.a.row(r) + u.layer.n_out, u.a.row(r) + u.a.width, 0.0f);
 }
 
 // δ = grad_a ⊙ σ'(z) in place, σ' in terms of a.
@@ -199,29 +200,34 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
 
 // ---------------------------------------------------------------- three products
 
-// Call visit(N, first) for each part of a row: N vectors that begin at column `first`.
-template <int N = WIDEST, class Visit>
+// Call visit(N, first) for each part of a row: N vectors that begin at column `first`; or, if
+// SIZE is 1, N numbers.
+template <int N = WIDEST, int SIZE = LANES, class Visit>
 void for_each_part(int64_t width, const Visit& visit, int64_t first = 0) {
-  for (; width - first >= N * LANES; first += N * LANES)
-    visit(std::integral_constant<int, N>(), first);
-  if constexpr (N > 1) for_each_part<N - 1>(width, visit, first);
+  const std::integral_constant<int, N> n;
+  for (; width - first >= N * SIZE; first += N * SIZE) visit(n, first);
+  if constexpr (N > 1) for_each_part<N - 1, SIZE>(width, visit, first);
 }
 
-// out_r += Σ_p x_rp M_p, for the rows r in the lists.
+// out_r += Σ_p x_rp M_p, for the groups that some row of a tile needs.
 template <int N>
-void add_combinations(Matrix out, Matrix x, Matrix M, Lists lists, int64_t first) {
-  for (int64_t k = 0; k < M.rows; k += GROUP) {
-    float* const M_k = M.row(k) + first;
-    const int32_t *row = lists.of(k), *const last = row + *row;
-    while (row < last) {
-      const int64_t r = *++row;
-      const float* x_r = x.row(r) + k;
-      Vector *out_r = vectors(out.row(r) + first), sum[N];
-      for (int j = 0; j < N; ++j) sum[j] = out_r[j];
-      for (int p = 0; p < GROUP; ++p)
-        for (int j = 0; j < N; ++j) sum[j] += x_r[p] * vectors(M_k + p * M.stride)[j];
-      for (int j = 0; j < N; ++j) out_r[j] = sum[j];
+void add_combinations(Matrix out, Matrix x, Matrix M, Active active, int64_t rows,
+                      int64_t first) {
+  for (int64_t r = 0; r < rows; r += TILE) {
+    const uint64_t tile = ((uint64_t(1) << TILE) - 1) << r % WORD;
+    Vector sum[TILE][N];
+    for (int s = 0; s < TILE; ++s)
+      for (int j = 0; j < N; ++j) sum[s][j] = vectors(out.row(r + s) + first)[j];
+    for (int64_t k = 0; k < M.rows; k += GROUP) {
+      if (!(active.of(r, k) & tile)) continue;
+      for (int p = 0; p < GROUP; ++p) {
+        const Vector* const M_p = vectors(M.row(k + p) + first);
+        for (int s = 0; s < TILE; ++s)
+          for (int j = 0; j < N; ++j) sum[s][j] += x.row(r + s)[k + p] * M_p[j];
+      }
     }
+    for (int s = 0; s < TILE; ++s)
+      for (int j = 0; j < N; ++j) vectors(out.row(r + s) + first)[j] = sum[s][j];
   }
 }
 
@@ -239,48 +245,49 @@ float zero_times(Matrix M) {
   return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// out_rp += M_p · x_r
-template <int N>
-void add_dots(Matrix out, Matrix x, Matrix M, int64_t rows, int64_t first) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Vector x_r[N];
-    for (int j = 0; j < N; ++j) x_r[j] = vectors(x.row(r) + first)[j];
-    for (int64_t p = 0; p < M.rows; ++p) {
-      const Unaligned* M_p = unaligned(M.row(p) + first);
-      Vector sum[2] = {M_p[0] * x_r[0]};  // two, of which neither waits for the other
-      for (int j = 1; j < N; ++j) sum[j % 2] += M_p[j] * x_r[j];
-      out.row(r)[p] += sum_of(sum[0] + sum[1]);
+// out_rp += M_p · x_r, for Q rows of M from p on, and two r at once: no sum waits for another.
+template <int Q>
+void add_dots(Matrix out, Matrix x, Matrix M, int64_t rows, int64_t p) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    Vector sum[2][Q] = {};
+    for (int64_t j = 0; j < M.width / LANES; ++j) {
+      const Vector x_j[2] = {vectors(x.row(r))[j], vectors(x.row(r + 1))[j]};
+      for (int q = 0; q < Q; ++q) {
+        const Vector M_pj = unaligned(M.row(p + q))[j];
+        for (int s = 0; s < 2; ++s) sum[s][q] += M_pj * x_j[s];
+      }
     }
+    for (int s = 0; s < 2; ++s)
+      for (int q = 0; q < Q; ++q) out.row(r + s)[p + q] += sum_of(sum[s][q]);
   }
 }
 
-// M_p += decay M_p + rate Σ_r x_rp y_r, for SIZE rows of M at once.
+// M_p += decay M_p + rate Σ_r x_rp y_r, for the rows that a group needs: first the sum of a
+// word's rows, then of all words.
 template <int N>
-void add_products(Matrix M, Matrix x, Matrix y, Lists lists, float rate, float decay,
+void add_products(Matrix M, Matrix x, Matrix y, Active active, float rate, float decay,
                   int64_t first) {
-  constexpr int SIZE = 4 * N < REGISTERS - 4 ? 4 : 2 * N < REGISTERS - 4 ? 2 : 1;
-  for (int64_t k = 0; k < M.rows; k += SIZE) {
-    const int32_t *row = lists.of(k), *const last = row + *row;
-    if (row == last && decay == 0) continue;
-    const auto add_rows = [&](Vector(&sum)[SIZE][N]) {  // SUMMED at most
-      for (const int32_t* const stop = std::min(row + SUMMED, last); row < stop;) {
-        const int64_t r = *++row;
-        const float* x_r = x.row(r) + k;
-        const Vector* y_r = vectors(y.row(r) + first);
-        for (int p = 0; p < SIZE; ++p)
+  for (int64_t k = 0; k < M.rows; k += GROUP) {
+    if (active.words == 1 && !active.of(0, k) && decay == 0) continue;
+    const auto add_rows = [&](Vector(&sum)[GROUP][N], int64_t word) {
+      for (uint64_t bits = active.of(word * WORD, k); bits; bits &= bits - 1) {
+        const int64_t r = word * WORD + __builtin_ctzll(bits);
+        const float* const x_r = x.row(r) + k;
+        const Vector* const y_r = vectors(y.row(r) + first);
+        for (int p = 0; p < GROUP; ++p)
           for (int j = 0; j < N; ++j) sum[p][j] += x_r[p] * y_r[j];
       }
     };
-    Vector sum[SIZE][N] = {};
-    add_rows(sum);
-    while (row < last) {
-      Vector more[SIZE][N] = {};
-      add_rows(more);
-      for (int p = 0; p < SIZE; ++p)
+    Vector sum[GROUP][N] = {};
+    add_rows(sum, 0);
+    for (int64_t word = 1; word < active.words; ++word) {
+      Vector more[GROUP][N] = {};
+      add_rows(more, word);
+      for (int p = 0; p < GROUP; ++p)
         for (int j = 0; j < N; ++j) sum[p][j] += more[p][j];
     }
-    for (int p = 0; p < SIZE && k + p < M.rows; ++p) {
-      Unaligned* M_p = unaligned(M.row(k + p) + first);
+    for (int p = 0; p < GROUP && k + p < M.rows; ++p) {
+      Unaligned* const M_p = unaligned(M.row(k + p) + first);
       for (int j = 0; j < N; ++j) M_p[j] += decay * M_p[j] + rate * sum[p][j];
     }
   }
@@ -288,58 +295,60 @@ void add_products(Matrix M, Matrix x, Matrix y, Lists lists, float rate, float d
 
 // ---------------------------------------------------------------- a mini-batch
 
-// Copy the images of a mini-batch, and list the rows in which a group is not zero, without
-// a branch, which would be mispredicted.
+// Copy the images of a mini-batch, and set the bits of the groups that are not zero.
 template <class Pixel>
-void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
+void take_images(Unit& u, Active active, const Examples& set, int64_t begin, int64_t rows) {
+  typedef std::conditional_t<sizeof(Pixel) == 1, uint32_t, unsigned __int128> Bits;
+  constexpr float scale = sizeof(Pixel) == 1 ? 1.0f / 255 : 1;
   const Pixel* const images = static_cast<const Pixel*>(set.images);
-  const float scale = set.images_are_bytes ? 1.0f / 255 : 1.0f;
-  const int64_t n = u.layer.n_in, stride = u.lists.stride;
-  int32_t *const first = u.lists.at, *const end = u.lists.of(padded(n, GROUP));
-  for (int32_t* list = first; list < end; list += stride) *list = 0;
+  const int64_t n = u.layer.n_in;
+  std::fill_n(active.at, padded(n, GROUP) / GROUP * active.step, 0);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = begin + r, later = std::min(i + 8, set.count - 1);
-    for (int64_t k = 0; k < n; k += 64 / sizeof(Pixel))  // fetch a later image
+    const int64_t later = std::min(begin + r + AHEAD, set.count - 1);
+    for (int64_t k = 0; k < n; k += 64 / sizeof(Pixel))
       __builtin_prefetch(images + set.order[later] * set.image_stride + k);
-    const Pixel* const __restrict__ image = images + set.order[i] * set.image_stride;
-    float *const __restrict__ x = u.x.row(r), *group = x;
-    for (int64_t k = 0; k < n; ++k) x[k] = scale * float(image[k]);
-    for (int32_t* list = first; list < end; list += stride, group += GROUP) {
-      uint64_t bits[2];
-      std::memcpy(bits, group, sizeof bits);
-      const int32_t count = *list;
-      list[count + 1] = int32_t(r);
-      *list = count + ((bits[0] | bits[1]) != 0);
+    const Pixel* const image = images + set.order[begin + r] * set.image_stride;
+    std::transform(image, image + n, u.x.row(r), [=](Pixel p) { return scale * float(p); });
+    uint64_t *const __restrict__ word = &active.of(r, 0), bit = uint64_t(1) << r % WORD;
+    for (int64_t g = 0; g < n / GROUP; ++g) {
+      Bits bits;
+      std::memcpy(&bits, image + g * GROUP, sizeof bits);
+      word[g * active.step] |= bits != 0 ? bit : 0;
     }
+    if (n % GROUP) active.of(r, n) |= bit;
   }
+}
+
+// out_r += Σ_p x_rp W_p
+void combine(Matrix out, Matrix x, const Unit& u, int64_t rows) {
+  for_each_part(u.W.width, [&](auto n, int64_t first) {
+    add_combinations<n>(out, x, u.W, u.active, rows, first);
+  });
 }
 
 // Make z and a. Return 0, or NaN if a z is not finite, as with a W in place that is not.
 float feed_forward(Unit& u, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) std::copy_n(u.b.at, u.b.width, u.a.row(r));
-  for_each_part(u.W.width, [&](auto n, int64_t first) {
-    u.is_in_place ? add_dots<n>(u.a, u.x, u.W, rows, first)
-                  : add_combinations<n>(u.a, u.x, u.W, u.lists, first);
-  });
+  if (u.is_transposed) combine(u.a, u.x, u, rows);
+  else
+    for_each_part<GROUP, 1>(u.W.rows, [&](auto n, auto p) { add_dots<n>(u.a, u.x, u.W, rows, p); });
   const float check = zero_times(u.a);
   apply_sigma(u, rows);
   return check;
 }
 
-// Make δ^L; return the sum of the costs.
+// Make δ^L; return the sum of the costs. Around `one`, which is 1, there are zeros: seen from
+// the right place before it, it is the target of a label.
 double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, int64_t rows,
-                    float* one_hot) {
+                    const float* one) {
   constexpr decltype(&quadratic) of[] = {quadratic, cross_entropy, log_likelihood};
   const auto* const labels = static_cast<const int64_t*>(set.targets);
   const auto* const numbers = static_cast<const float*>(set.targets);
   double C = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = set.order[begin + r] * set.target_stride;
-    float* const hot = one_hot + (set.targets_are_labels ? labels[at] : 0);
-    const float* const y = set.targets_are_labels ? one_hot : numbers + at;
-    *hot = 1;
+    const float* const y = set.targets_are_labels ? one - labels[at] : numbers + at;
     C += of[cost](u.delta.row(r), u.a.row(r), y, u.layer.n_out);
-    *hot = 0;
   }
   multiply_by_slope(u, rows);  // BP1
   return C;
@@ -348,73 +357,67 @@ double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, i
 // Make the δ of the layer below.
 void propagate(const Unit& u, Unit& below, int64_t rows) {
   std::fill(below.delta.at, below.delta.row(rows), 0.0f);
-  for_each_part(u.W.width, [&](auto n, int64_t first) {
-    add_dots<n>(below.delta, u.delta, u.W, rows, first);  // BP2
-  });
-  multiply_by_slope(below, rows);  // BP2
+  combine(below.delta, u.delta, u, rows);  // BP2
+  multiply_by_slope(below, rows);          // BP2
 }
 
 // Update W, and b, which is the weight of an input that is always 1.
-void update(Unit& u, Matrix ones, Lists all, float rate, float decay) {
-  const Matrix left = u.is_in_place ? u.delta : u.x, right = u.is_in_place ? u.x : u.delta;
-  if (u.layer.trains_b)
-    for_each_part(u.b.width, [&](auto n, int64_t first) {
-      add_products<n>(u.b, ones, u.delta, all, rate, 0, first);  // BP3
+void update(Unit& u, Matrix ones, Active all, float rate, float decay) {
+  const auto add = [&](Matrix M, Matrix x, Matrix y, Active active, float decay) {
+    for_each_part(M.width, [&](auto n, int64_t first) {
+      add_products<n>(M, x, y, active, rate, decay, first);
     });
-  if (u.layer.trains_W)
-    for_each_part(u.W.width, [&](auto n, int64_t first) {
-      add_products<n>(u.W, left, right, u.lists, rate, decay, first);  // BP4
-    });
+  };
+  const Matrix left = u.is_transposed ? u.x : u.delta, right = u.is_transposed ? u.delta : u.x;
+  if (u.layer.trains_b) add(u.b, ones, u.delta, all, 0);         // BP3
+  if (u.layer.trains_W) add(u.W, left, right, u.active, decay);  // BP4
 }
 
 // ---------------------------------------------------------------- a call
 
-// to_ji = from_ij, in squares, which stay in the processor's cache.
-void transpose(Matrix from, Matrix to, int64_t rows, int64_t columns) {
-  constexpr int64_t SQUARE = 16;
-  for (int64_t column = 0; column < columns; column += SQUARE)
-    for (int64_t row = 0; row < rows; row += SQUARE)
-      for (int64_t j = column; j < std::min(column + SQUARE, columns); ++j)
-        for (int64_t i = row; i < std::min(row + SQUARE, rows); ++i)
-          to.row(j)[i] = from.row(i)[j];
+// to_ij = from_ij, or to_ji. Sixteen rows at a time stay in the processor's cache.
+void copy(Matrix from, Matrix to, int64_t rows, int64_t columns, bool transposed) {
+  for (int64_t row = 0; row < rows; row += 16)
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = row; i < std::min(row + 16, rows); ++i)
+        (transposed ? to.row(j)[i] : to.row(i)[j]) = from.row(i)[j];
 }
 
 }  // namespace
 
 // Update the parameters once for each mini-batch, and write the costs of the mini-batches.
 // Unless this returns TRAINED, no parameter has changed.
-extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examples* examples,
+extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examples& set,
                                  int32_t cost, float lr, float weight_decay, float* costs) try {
-  const Examples& set = *examples;
   const int64_t m = set.batch_size;
   const bool in_place = set.count <= std::min(m, IN_PLACE) && layers[0].n_in % LANES == 0;
   Memory memory;
   const Matrix ones = memory.matrix(m, 1);
   std::fill(ones.at, ones.row(m), 1.0f);
-  int32_t* const list = memory.zeros<int32_t>(m + 1);
-  std::iota(list, list + m + 1, -1);
-  const Lists all = {list, 0};
+  const int64_t words = padded(m, WORD) / WORD, groups = padded(layers[0].n_in, GROUP) / GROUP;
+  const Active all = {memory.zeros<uint64_t>(words), 0, words};
+  const Active pixels = {memory.zeros<uint64_t>(groups * words), words, words};
   std::vector<Unit> units;
   units.reserve(depth);
   float check = 0, rate = 0, decay = -lr * weight_decay;
   for (int64_t l = 0; l < depth; ++l) {
-    units.emplace_back(memory, layers[l], m, l ? &units[l - 1] : nullptr, all, in_place && !l);
+    units.emplace_back(memory, layers[l], m, l ? &units[l - 1] : nullptr, in_place && !l,
+                       in_place || l ? all : pixels);
     Unit& u = units[l];
-    if (!u.is_in_place) transpose(u.theirs, u.W, u.layer.n_out, u.layer.n_in);
-    for (int64_t j = 0; u.layer.b && j < u.layer.n_out; ++j)
-      u.b.at[j] = u.layer.b[j * u.layer.b_step];
-    check += zero_times(u.b) + (u.is_in_place ? 0 : zero_times(u.W));
+    if (!u.is_in_place) copy(u.theirs, u.W, u.layer.n_out, u.layer.n_in, u.is_transposed);
+    if (u.layer.b) copy({u.layer.b, u.layer.n_out, 1, u.layer.b_step}, u.b, u.layer.n_out, 1, true);
   }
-  if (!(check == 0)) return NOT_FINITE;
-  float* const one_hot = memory.zeros<float>(layers[depth - 1].n_out);
+  float* const one = memory.zeros<float>(2 * layers[depth - 1].n_out) + layers[depth - 1].n_out;
+  *one = 1;
   const auto take = set.images_are_bytes ? take_images<uint8_t> : take_images<float>;
   for (int64_t begin = 0; begin < set.count; begin += m) {
     const int64_t rows = std::min(m, set.count - begin);
-    *list = int32_t(rows);
+    for (int64_t word = 0; word < words; ++word)
+      all.at[word] = (uint64_t(1) << std::clamp(rows - word * WORD, int64_t(0), WORD)) - 1;
     rate = -lr / float(rows);
-    take(units[0], set, begin, rows);
+    take(units[0], pixels, set, begin, rows);
     for (Unit& u : units) check += feed_forward(u, rows);
-    const double C = output_error(units.back(), set, cost, begin, rows, one_hot);
+    const double C = output_error(units.back(), set, cost, begin, rows, one);
     for (int64_t l = depth - 1; l >= 0; --l) {
       if (l) propagate(units[l], units[l - 1], rows);
       check += zero_times(units[l].delta);
@@ -427,7 +430,8 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
   for (Unit& u : units) {
     const Layer& l = u.layer;
     if (u.is_in_place) update(u, ones, all, rate, decay);
-    else if (l.trains_W) transpose(u.W, u.theirs, l.n_in, l.n_out);
+    else if (l.trains_W)
+      copy(u.W, u.theirs, u.W.rows, u.is_transposed ? l.n_out : l.n_in, u.is_transposed);
     for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b.at[j];
   }
   return TRAINED;
