@@ -61,7 +61,7 @@ constexpr int64_t IN_PLACE = 32;       // most rows of a mini-batch that works o
 int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // A view of rows. In our memory they are whole vectors, with zeros in the padding, and
-// rows of zeros follow, up to whole tiles and groups.
+// rows of zeros follow, enough for whole tiles and groups.
 struct Matrix {
   float* at;
   int64_t rows, width, stride;
@@ -82,8 +82,9 @@ struct Memory {
     return reinterpret_cast<T*>(blocks.back().data());
   }
   Matrix matrix(int64_t rows, int64_t columns) {
-    const int64_t width = padded(columns, LANES);
-    return {zeros<float>(padded(rows, TILE * GROUP) * width), rows, width, width};
+    // A power of two as the stride would map all rows to a few lines of the cache.
+    const int64_t width = padded(columns, LANES), stride = width + (width % 128 ? 0 : LANES);
+    return {zeros<float>((rows + TILE - 1) * stride), rows, width, stride};
   }
 };
 
