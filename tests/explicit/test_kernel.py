@@ -415,8 +415,9 @@ def test_auto_is_a_rule_of_sizes_and_batch(built):
     assert choice([784, 30, 10], 10) == choice([784, 100, 10], 10) == "compiled"
     assert choice([784, 30, 30, 30, 10], 10) == "compiled"
     assert choice([784, 30, 10], 9, numbers) == "compiled"
-    assert choice([784, 512, 512, 10], 128) == "torch"
-    assert choice([784, 512, 512, 10], 128, kernel="compiled") == "compiled"
+    assert choice([784, 512, 512, 10], 128) == "compiled"
+    assert choice([784, 512, 512, 10], 256) == "torch"
+    assert choice([784, 512, 512, 10], 256, kernel="compiled") == "compiled"
     assert choice([784, 30, 10], 10, kernel="torch") == "torch"
 
 
