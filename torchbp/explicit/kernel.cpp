@@ -54,6 +54,7 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 constexpr int GROUP = 4;               // inputs that share a bit
 constexpr int TILE = 5;                // rows of a batch, and
 constexpr int WIDEST = REGISTERS / 8;  // vectors of each, whose sums fit into registers
+constexpr int DOTS = 6;                // rows of W whose products with two x_r do too
 constexpr int64_t WORD = 60;           // rows whose bits are in one word: whole tiles
 constexpr int64_t AHEAD = 32;          // rows from the one in use to the one fetched
 constexpr int64_t IN_PLACE = 32;       // most rows of a mini-batch that works on W in place
@@ -298,25 +299,25 @@ void add_products(Matrix M, Matrix x, Matrix y, Active active, float rate, float
 
 // Copy the images of a mini-batch, and set the bits of the groups that are not zero.
 template <class Pixel>
-void take_images(Unit& u, Active active, const Examples& set, int64_t begin, int64_t rows) {
+void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
   typedef std::conditional_t<sizeof(Pixel) == 1, uint32_t, unsigned __int128> Bits;
   constexpr float scale = sizeof(Pixel) == 1 ? 1.0f / 255 : 1;
   const Pixel* const images = static_cast<const Pixel*>(set.images);
-  const int64_t n = u.layer.n_in;
-  std::fill_n(active.at, padded(n, GROUP) / GROUP * active.step, 0);
+  const int64_t n = u.layer.n_in, step = u.active.step, groups = step ? n / GROUP : 0;
+  std::fill_n(u.active.at, padded(n, GROUP) / GROUP * step, 0);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t later = std::min(begin + r + AHEAD, set.count - 1);
     for (int64_t k = 0; k < n; k += 64 / sizeof(Pixel))
       __builtin_prefetch(images + set.order[later] * set.image_stride + k);
     const Pixel* const image = images + set.order[begin + r] * set.image_stride;
     std::transform(image, image + n, u.x.row(r), [=](Pixel p) { return scale * float(p); });
-    uint64_t *const __restrict__ word = &active.of(r, 0), bit = uint64_t(1) << r % WORD;
-    for (int64_t g = 0; g < n / GROUP; ++g) {
+    uint64_t *const __restrict__ word = &u.active.of(r, 0), bit = uint64_t(1) << r % WORD;
+    for (int64_t g = 0; g < groups; ++g) {
       Bits bits;
       std::memcpy(&bits, image + g * GROUP, sizeof bits);
-      word[g * active.step] |= bits != 0 ? bit : 0;
+      word[g * step] |= bits != 0 ? bit : 0;
     }
-    if (n % GROUP) active.of(r, n) |= bit;
+    if (n % GROUP) u.active.of(r, n) |= bit;
   }
 }
 
@@ -332,7 +333,7 @@ float feed_forward(Unit& u, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) std::copy_n(u.b.at, u.b.width, u.a.row(r));
   if (u.is_transposed) combine(u.a, u.x, u, rows);
   else
-    for_each_part<GROUP, 1>(u.W.rows, [&](auto n, auto p) { add_dots<n>(u.a, u.x, u.W, rows, p); });
+    for_each_part<DOTS, 1>(u.W.rows, [&](auto n, auto p) { add_dots<n>(u.a, u.x, u.W, rows, p); });
   const float check = zero_times(u.a);
   apply_sigma(u, rows);
   return check;
@@ -402,9 +403,8 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
   units.reserve(depth);
   float check = 0, rate = 0, decay = -lr * weight_decay;
   for (int64_t l = 0; l < depth; ++l) {
-    units.emplace_back(memory, layers[l], m, l ? &units[l - 1] : nullptr, in_place && !l,
-                       in_place || l ? all : pixels);
-    Unit& u = units[l];
+    Unit& u = units.emplace_back(memory, layers[l], m, l ? &units[l - 1] : nullptr,
+                                 in_place && !l, in_place || l ? all : pixels);
     if (!u.is_in_place) copy(u.theirs, u.W, u.layer.n_out, u.layer.n_in, u.is_transposed);
     if (u.layer.b) copy({u.layer.b, u.layer.n_out, 1, u.layer.b_step}, u.b, u.layer.n_out, 1, true);
   }
@@ -416,7 +416,7 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
     for (int64_t word = 0; word < words; ++word)
       all.at[word] = (uint64_t(1) << std::clamp(rows - word * WORD, int64_t(0), WORD)) - 1;
     rate = -lr / float(rows);
-    take(units[0], pixels, set, begin, rows);
+    take(units[0], set, begin, rows);
     for (Unit& u : units) check += feed_forward(u, rows);
     const double C = output_error(units.back(), set, cost, begin, rows, one);
     for (int64_t l = depth - 1; l >= 0; --l) {
