@@ -50,9 +50,9 @@ BUILT_FROM = 10_000
 PRODUCTS_AT_ONCE = 2_000_000_000
 # "auto" leaves mini-batches with more products of a weight and an input to BLAS, which
 # may use all cores: the first limit is for images in bytes, in which zeros are skipped,
-# the second for numbers. Measured on one thread beside the torch calls, for one to three
-# layers of 30 to 1,500 neurons and batches of 1 to 1,024: with AVX-512 the loops are
-# faster in all, with AVX2 as fast at these limits.
+# the second for numbers. Measured on one thread beside the torch calls, with one to
+# three layers of 30 to 1,500 neurons and batches of 1 to 1,024: with AVX-512 the loops
+# are always faster, with AVX2 they are as fast at these limits.
 SKIPPED_PRODUCTS, PRODUCTS = 100_000_000, 10_000_000
 
 
