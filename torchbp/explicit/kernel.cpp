@@ -2,12 +2,12 @@
 // mini-batches in one call. kernel.py beside this file builds and calls it.
 //
 // Inputs are taken in groups of four. A bit for each row of the batch says whether a group
-// of pixels is not zero in it, as a quarter of them are in MNIST; the products of the first
-// layer omit the others. For this its W is stored transposed during a call: W_k are the
-// weights from input k to all neurons. To transpose it takes longer than the step of one
-// small mini-batch, so a call of one such mini-batch works on that W in place, zeros included.
-//
-// Later layers keep torch's order. All sums stay in registers until they are complete.
+// of pixels is not zero in it; in MNIST a quarter of them are not. BP4 of the first layer
+// omits the others, and feedforward those that are zero in five rows at once. For this the
+// first W is stored transposed during a call: W_k are the weights from input k to all
+// neurons. To transpose it takes longer than the step of one small mini-batch, so a call of
+// one such mini-batch works on that W in place, zeros included, if its rows are whole vectors.
+// Later layers keep torch's order. Sums stay in registers, in BP4 those of 60 rows.
 //
 // Skipping 0 · W is right only while W is finite. A call that meets a number that is not
 // finite, in its parameters, in z or in δ, changes nothing and returns NOT_FINITE.
@@ -52,10 +52,10 @@ typedef float Four __attribute__((vector_size(16), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 constexpr int GROUP = 4;               // inputs that share a bit
-constexpr int TILE = 5;                // rows of a batch, and
+constexpr int TILE = 5;                // rows of a batch (not less than GROUP), and
 constexpr int WIDEST = REGISTERS / 8;  // vectors of each, whose sums fit into registers
 constexpr int DOTS = 6;                // rows of W whose products with two x_r do too
-constexpr int64_t WORD = 60;           // rows whose bits are in one word: whole tiles
+constexpr int64_t WORD = 60;           // rows whose bits are in one word: whole tiles, below 64
 constexpr int64_t AHEAD = 32;          // rows from the one in use to the one fetched
 constexpr int64_t IN_PLACE = 32;       // most rows of a mini-batch that works on W in place
 
@@ -83,7 +83,7 @@ struct Memory {
     return reinterpret_cast<T*>(blocks.back().data());
   }
   Matrix matrix(int64_t rows, int64_t columns) {
-    // A power of two as the stride would map all rows to a few lines of the cache.
+    // Rows at a distance of whole 512 bytes would share a few lines of the cache.
     const int64_t width = padded(columns, LANES), stride = width + (width % 128 ? 0 : LANES);
     return {zeros<float>((rows + TILE - 1) * stride), rows, width, stride};
   }
@@ -150,7 +150,7 @@ void apply_sigma(Unit& u, int64_t rows) {
   if (u.layer.activation == TANH) apply(hyperbolic_tangent);
   if (u.layer.activation == RELU) apply([](float z) { return z < 0 ? 0 : z; });
   for (int64_t r = 0; r < rows; ++r)
-    std::fill(u.a.row(r) + u.layer.n_out, u.a.row(r) + u.a.width, 0.0f);
+    std::fill(u.a.row(r) + u.layer.n_out, u.a.row(r + 1), 0.0f);
 }
 
 // δ = grad_a ⊙ σ'(z) in place, σ' in terms of a.
@@ -202,8 +202,8 @@ double log_likelihood(float* grad, const float* z, const float* y, int64_t K) {
 
 // ---------------------------------------------------------------- three products
 
-// Call visit(N, first) for each part of a row: N vectors that begin at column `first`; or, if
-// SIZE is 1, N numbers.
+// Call visit(N, first) for each part of a range: N vectors that begin at number `first`; or,
+// if SIZE is 1, N numbers.
 template <int N = WIDEST, int SIZE = LANES, class Visit>
 void for_each_part(int64_t width, const Visit& visit, int64_t first = 0) {
   const std::integral_constant<int, N> n;
@@ -264,8 +264,8 @@ void add_dots(Matrix out, Matrix x, Matrix M, int64_t rows, int64_t p) {
   }
 }
 
-// M_p += decay M_p + rate Σ_r x_rp y_r, for the rows that a group needs: first the sum of a
-// word's rows, then of all words.
+// M_p += decay M_p + rate Σ_r x_rp y_r, for the rows that a group needs. Each word's rows
+// have a sum of their own, since a sum of fewer terms is rounded less.
 template <int N>
 void add_products(Matrix M, Matrix x, Matrix y, Active active, float rate, float decay,
                   int64_t first) {
@@ -303,7 +303,7 @@ void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
   typedef std::conditional_t<sizeof(Pixel) == 1, uint32_t, unsigned __int128> Bits;
   constexpr float scale = sizeof(Pixel) == 1 ? 1.0f / 255 : 1;
   const Pixel* const images = static_cast<const Pixel*>(set.images);
-  const int64_t n = u.layer.n_in, step = u.active.step, groups = step ? n / GROUP : 0;
+  const int64_t n = u.layer.n_in, step = u.active.step, whole = step ? n / GROUP : 0;
   std::fill_n(u.active.at, padded(n, GROUP) / GROUP * step, 0);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t later = std::min(begin + r + AHEAD, set.count - 1);
@@ -312,12 +312,12 @@ void take_images(Unit& u, const Examples& set, int64_t begin, int64_t rows) {
     const Pixel* const image = images + set.order[begin + r] * set.image_stride;
     std::transform(image, image + n, u.x.row(r), [=](Pixel p) { return scale * float(p); });
     uint64_t *const __restrict__ word = &u.active.of(r, 0), bit = uint64_t(1) << r % WORD;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < whole; ++g) {
       Bits bits;
       std::memcpy(&bits, image + g * GROUP, sizeof bits);
       word[g * step] |= bits != 0 ? bit : 0;
     }
-    if (n % GROUP) u.active.of(r, n) |= bit;
+    if (n % GROUP) u.active.of(r, n) |= bit;  // the last group is always needed
   }
 }
 
@@ -328,7 +328,7 @@ void combine(Matrix out, Matrix x, const Unit& u, int64_t rows) {
   });
 }
 
-// Make z and a. Return 0, or NaN if a z is not finite, as with a W in place that is not.
+// Make z and a. Return 0, or NaN if a z is not finite: a W in place has no other check.
 float feed_forward(Unit& u, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) std::copy_n(u.b.at, u.b.width, u.a.row(r));
   if (u.is_transposed) combine(u.a, u.x, u, rows);
@@ -340,7 +340,7 @@ float feed_forward(Unit& u, int64_t rows) {
 }
 
 // Make δ^L; return the sum of the costs. Around `one`, which is 1, there are zeros: seen from
-// the right place before it, it is the target of a label.
+// `label` places before it, it is the target of a label.
 double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, int64_t rows,
                     const float* one) {
   constexpr decltype(&quadratic) of[] = {quadratic, cross_entropy, log_likelihood};
@@ -348,8 +348,8 @@ double output_error(Unit& u, const Examples& set, int32_t cost, int64_t begin, i
   const auto* const numbers = static_cast<const float*>(set.targets);
   double C = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = set.order[begin + r] * set.target_stride;
-    const float* const y = set.targets_are_labels ? one - labels[at] : numbers + at;
+    const int64_t i = set.order[begin + r] * set.target_stride;
+    const float* const y = set.targets_are_labels ? one - labels[i] : numbers + i;
     C += of[cost](u.delta.row(r), u.a.row(r), y, u.layer.n_out);
   }
   multiply_by_slope(u, rows);  // BP1
@@ -377,7 +377,7 @@ void update(Unit& u, Matrix ones, Active all, float rate, float decay) {
 
 // ---------------------------------------------------------------- a call
 
-// to_ij = from_ij, or to_ji. Sixteen rows at a time stay in the processor's cache.
+// to_ij = from_ij, or to_ji; sixteen rows at a time, which stay in the processor's cache.
 void copy(Matrix from, Matrix to, int64_t rows, int64_t columns, bool transposed) {
   for (int64_t row = 0; row < rows; row += 16)
     for (int64_t j = 0; j < columns; ++j)

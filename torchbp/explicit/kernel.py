@@ -329,8 +329,8 @@ class CompiledSteps:
             memory it keeps alive: the loops know addresses alone.
 
     The loops skip inputs that are zero, which is right only while every parameter is
-    finite. If one is not, at the start or in the end, they change nothing, and the
-    torch calls take these steps: NaN then spreads as it does natively.
+    finite. If one is not, or a z or δ, they change nothing, and the torch calls take
+    these steps: NaN then spreads as it does natively.
     """
 
     def __init__(
