@@ -433,7 +433,7 @@ extern "C" int32_t torchbp_train(const Layer* layers, int64_t depth, const Examp
     if (u.is_in_place) update(u, ones, all, rate, decay);
     else if (l.trains_W)
       copy(u.W, u.theirs, u.W.rows, u.is_transposed ? l.n_out : l.n_in, u.is_transposed);
-    for (int64_t j = 0; l.trains_b && j < l.n_out; ++j) l.b[j * l.b_step] = u.b.at[j];
+    if (l.trains_b) copy(u.b, {l.b, l.n_out, 1, l.b_step}, 1, l.n_out, true);
   }
   return TRAINED;
 } catch (...) {  // std::bad_alloc, or std::length_error
