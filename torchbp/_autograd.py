@@ -119,13 +119,10 @@ class _Transformable:
 
 
 def call(cls: Any, *inputs: Any) -> Any:
-    """Apply `cls` in the form that suits the call."""
-    return call_transformed(cls, *inputs) if transforming() else cls.apply(*inputs)
-
-
-def call_transformed(cls: Any, *inputs: Any) -> Any:
-    """Apply `cls` where :func:`transforming` is true: in its transformable form, unless
-    torch.compile traces."""
+    """Apply `cls`, in its transformable form where :func:`transforming` is true outside
+    torch.compile."""
+    if not transforming():
+        return cls.apply(*inputs)
     if torch.compiler.is_compiling():
         if not COMPILES_IN_TRANSFORMS:  # torch differentiates the forward operations
             return cls.evaluate(*inputs)

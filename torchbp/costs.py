@@ -261,8 +261,7 @@ def cost(function: type[CostFunction], input: Tensor, target: Tensor) -> Tensor:
             ...
         ValueError: target: expected labels in 0..9, got 10
     """
-    if not (is_dense(input) and is_dense(target)):
-        check_tensors(input, target)
+    check_tensors(input, target)
     if input.dtype != torch.float64 and autocast_dtype(input) is not None:
         input = input.float()
         target = target.float() if target.is_floating_point() else target
@@ -273,6 +272,8 @@ def check_tensors(
     input: Any, target: Any, names: tuple[str, str] = ("input", "target")
 ) -> None:
     """Raise TypeError unless both are dense tensors."""
+    if is_dense(input) and is_dense(target):
+        return
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         got = f"{type(input).__name__} and {type(target).__name__}"
         raise TypeError(f"{', '.join(names)}: expected two Tensors, got {got}")

@@ -23,7 +23,7 @@ from torchbp._autograd import (
     HAS_BOXED_GRADS,
     TwoFormFunction,
     autocast_dtype,
-    call_transformed,
+    call,
     casting,
     is_autocast_enabled,
     times,
@@ -110,8 +110,7 @@ class LinearFunction(TwoFormFunction):
 
     @classmethod
     def evaluate(cls, x: Tensor, W: Tensor, b: Tensor | None) -> Any:
-        z = F.linear(x, W, b) if x.dim() == 2 else _weighted_input(x, W, b)
-        return cls.sigma(z)
+        return cls.sigma(_weighted_input(x, W, b))
 
     @classmethod
     def tensors_to_save(cls, inputs: Any, output: Any) -> tuple[Tensor | None, ...]:
@@ -212,7 +211,7 @@ def _weighted_input(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return z = x Wᵀ + b, never as a view: autograd refuses in-place work on a view
     that a Function returned, and some builds of torch compute three dimensions as a
     view of two."""
-    if torch.compiler.is_compiling():
+    if x.dim() == 2 or torch.compiler.is_compiling():
         return F.linear(x, W, b)
     if x.is_nested:
         raise TypeError("input: expected a dense Tensor, got a nested one")
@@ -388,10 +387,7 @@ def layer(
             with casting(input, weight, bias) as arguments:
                 return layer(function, *arguments)
         if layer_fits(input, weight, bias):
-            if transforming():
-                output = call_transformed(function, input, weight, bias)
-            else:
-                output = function.apply(input, weight, bias)
+            output = call(function, input, weight, bias)
             return output[0] if type(output) is tuple else output
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = explain(input, weight, bias)
